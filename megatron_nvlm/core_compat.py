@@ -1,0 +1,114 @@
+"""The only file that patches Megatron-core or asks for its version.
+
+Megatron-core (0.16.1 and its successors to 0.19) runs on CPU with gloo once the few places that name `torch.cuda`
+outright are led to the CPU, and its distributed optimizer resumes correctly with torch's AdamW once its `step` is mended.
+Each patch says where core needs it; none changes what core computes.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed_mode: TorchFunctionMode | None = None
+
+
+def _names_cuda(device: Any) -> bool:
+    return device is not None and not isinstance(device, int) and str(device).startswith("cuda")
+
+
+class CudaNamesToCpu(TorchFunctionMode):
+    """Leads `device="cuda"`, `.cuda()` and `.type()` to the CPU, as core's schedules, clipping and optimizer use them.
+
+    Sites in 0.16.1: schedules.py (token counts, shapes), clip_grads.py, optimizer.py, utils.py create tensors on "cuda";
+    clip_grads.py and distrib_optimizer.py compare `.type()` with "torch.cuda.FloatTensor".
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str) and not result.startswith("torch.cuda"):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+class _NullStream:
+    """Stands where core (0.19: DistributedDataParallel) waits on CUDA streams; CPU work is already in order."""
+
+    device = _CPU
+
+    def wait_stream(self, *args: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, *args: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+def run_core_on_cpu() -> None:
+    """Make Megatron-core run on a machine without a GPU; a second call, or a machine with a GPU, changes nothing."""
+    global _installed_mode
+    if _installed_mode is not None or torch.cuda.is_available():
+        return
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU  # rotary_pos_embedding.py, p2p_communication.py, param_and_grad_buffer.py
+    cuda.synchronize = lambda *args, **kwargs: None  # p2p_communication.py, checkpointing
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # tensor_parallel/random.py
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.current_stream = lambda *args, **kwargs: _NullStream()  # DistributedDataParallel from 0.19 on
+    cuda.default_stream = lambda *args, **kwargs: _NullStream()
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+
+    import megatron.core.tensor_parallel.random as core_random
+
+    core_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _installed_mode = CudaNamesToCpu()
+    _installed_mode.__enter__()
+
+
+def mend_distributed_optimizer() -> None:
+    """Mend the resume of core's DistributedOptimizer with torch's AdamW (without Transformer Engine or apex).
+
+    Two faults of 0.16.1 to 0.19.2: loading a `fully_reshardable` state raises KeyError on "step"; and after loading, all
+    parameters share ONE `step` tensor, so each step adds the number of parameters to it and the bias correction is
+    silently wrong. A test trains across a resume and fails without this.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if getattr(DistributedOptimizer, "_nvlm_mended", False):
+        return
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    def set_states_with_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"]}
+        set_states(self, model_param, tensors)
+
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    patched: Any = DistributedOptimizer
+    patched._set_main_param_and_optimizer_states = set_states_with_step
+    patched.load_state_dict = load_with_own_steps
+    patched._nvlm_mended = True

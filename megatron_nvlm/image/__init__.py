@@ -1,0 +1,1 @@
+"""Images to tiles: sizes, tags and pixels. Pillow and numpy only."""

@@ -1,0 +1,51 @@
+"""Bytes of an image file to RGB pixels, and the statistics that normalise them."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from megatron_nvlm.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of the release's image processor."""
+
+MAX_PIXELS = 178_956_970
+"""Twice Pillow's warning threshold, where Pillow itself takes an image for a decompression bomb."""
+
+
+def check_image_size(width: int, height: int) -> None:
+    """Refuse sizes that no image has or that would exhaust memory."""
+    if width < 1 or height < 1:
+        raise UserError(f"an image of {width}x{height} pixels has no content")
+    if width * height > MAX_PIXELS:
+        raise UserError(f"an image of {width}x{height} pixels is over the limit of {MAX_PIXELS} pixels; scale it down")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An image file's bytes -> RGB image, upright.
+
+    EXIF orientation is applied; CMYK, palette and 16-bit images become 8-bit RGB as Pillow converts them (16-bit grey is
+    scaled down first, which Pillow's own conversion would clip); transparency is dropped, as in the release.
+
+    Raises:
+        UserError: the bytes are no complete image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        check_image_size(*image.size)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the image cannot be decoded ({error})") from error
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16") or upright.mode == "I":
+        upright = Image.fromarray((np.asarray(upright, dtype=np.uint32) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def to_array(tile: Image.Image) -> np.ndarray:
+    """A square RGB tile -> uint8 [3, S, S]."""
+    return np.ascontiguousarray(np.asarray(tile, dtype=np.uint8).transpose(2, 0, 1))

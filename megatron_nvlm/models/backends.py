@@ -1,0 +1,166 @@
+"""Which class fills each kind of slot: `local` runs anywhere on PyTorch, `te` takes Transformer Engine's on GPUs.
+
+Parameter names and shapes are the same in both (norms are never fused into the linear layer behind them), so a
+checkpoint of one backend loads into the other.
+Shapes: s decoder rows, b batch, n query heads, g key/value groups, d head size, h hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.ops.causal_attention import causal_attention
+from megatron_nvlm.ops.interval_attention import interval_attention
+
+BACKENDS = ("local", "te")
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm with statistics in float32 (float64 for float64 input).
+
+    Core's torch norm refuses sequence parallelism; this one marks its weight, so that its gradient, a sum over
+    sequence shards, is reduced over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; shape and dtype stay."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm that marks its parameters for sequence parallelism, as `RMSNorm` does."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; shape and dtype stay."""
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class TorchCoreAttention(torch.nn.Module):
+    """Core's `core_attention` slot on PyTorch's scaled dot product: grouped queries, ragged rows, dense tiles."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+        self.attn_mask_type = attn_mask_type
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend.
+
+        With `packed_seq_params`: query [s, n, d], key and value [s, g, d], causal inside each sample -> [s, n * d].
+        Without: query [s, b, n, d], key and value [s, b, g, d]; every row sees every row of its own batch entry (the
+        patches of a tile) -> [s, b, n * d].
+        """
+        if packed_seq_params is not None:
+            return causal_attention(query, key, value, packed_seq_params.cu_seqlens_q, self.scale).flatten(1)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            scale=self.scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+
+class IntervalCoreAttention(torch.nn.Module):
+    """The `core_attention` of gated cross-attention: the mask is one range of context rows per decoder row."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """query [s, 1, n, d], key and value [c, 1, g, d], attention_mask: intervals [s, 2] -> [s, 1, n * d]."""
+        output = interval_attention(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.scale)
+        return output.flatten(1)[:, None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One class per kind of slot."""
+
+    column_parallel_linear: type
+    row_parallel_linear: type
+    rms_norm: type
+    layer_norm: type
+    core_attention: type
+    interval_attention: type = IntervalCoreAttention
+
+
+_LOCAL = Backend(ColumnParallelLinear, RowParallelLinear, RMSNorm, LayerNorm, TorchCoreAttention)
+
+
+def get_backend(name: str) -> Backend:
+    """The classes of a backend.
+
+    Raises:
+        UserError: the name is unknown, or Transformer Engine cannot be imported.
+    """
+    if name == "local":
+        return _LOCAL
+    if name != "te":
+        raise UserError(f"model.backend is {name!r}; choose one of {', '.join(BACKENDS)}")
+    try:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TENorm,
+            TERowParallelLinear,
+        )
+
+        return Backend(TEColumnParallelLinear, TERowParallelLinear, TENorm, TENorm, TEDotProductAttention)
+    except (ImportError, RuntimeError) as error:  # an incomplete installation raises RuntimeError
+        raise UserError(
+            f"model.backend is 'te' but Transformer Engine cannot be imported ({error}); "
+            "install the extra 'gpu' on a CUDA machine, or set model.backend=local"
+        ) from error
+
+
+def without_bias(linear: type) -> type:
+    """A linear class that never has a bias, for slots whose caller decides the bias by one flag for the whole layer."""
+
+    def __init__(self: Any, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        linear.__init__(self, *args, bias=False, **kwargs)  # type: ignore[misc]
+
+    return type(f"{linear.__name__}WithoutBias", (linear,), {"__init__": __init__, "__doc__": without_bias.__doc__})

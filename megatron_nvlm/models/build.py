@@ -1,0 +1,268 @@
+"""From a run's configuration to this rank's part of the model. The only place that writes TransformerConfigs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.backends import Backend, get_backend
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.partition import PartitionConfig, check_partition
+from megatron_nvlm.models.presets import (
+    LANGUAGE_PRESETS,
+    VISION_PRESETS,
+    LanguagePreset,
+    VisionPreset,
+    find_preset,
+)
+from megatron_nvlm.models.projector import LinearProjector, MLPProjector
+from megatron_nvlm.sequence.variants import VARIANTS, Variant
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Section `model` of a run."""
+
+    variant: str
+    """d, x or h."""
+    language: str
+    """A name of LANGUAGE_PRESETS."""
+    vision: str
+    """A name of VISION_PRESETS."""
+    backend: str = "local"
+    """local (PyTorch, CPU or GPU) or te (Transformer Engine, GPU)."""
+    cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    init_std: float = 0.02
+    """Standard deviation of new weights (the release's scripts: 0.014)."""
+    recompute: str = "none"
+    """Activations computed again in the backward pass: none, selective (core attention), full (each layer)."""
+    max_sequence_length: int = 4096
+    """Longest sample in decoder rows."""
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The presets and declarations that a ModelConfig names."""
+
+    variant: Variant
+    language: LanguagePreset
+    vision: VisionPreset
+
+
+def find_parts(config: ModelConfig) -> ModelParts:
+    """Look up what the configuration names; UserError names the nearest choices."""
+    if config.variant not in VARIANTS:
+        raise UserError(f"model.variant is {config.variant!r}; choose one of {', '.join(VARIANTS)}")
+    if config.recompute not in RECOMPUTE:
+        raise UserError(f"model.recompute is {config.recompute!r}; choose one of {', '.join(RECOMPUTE)}")
+    return ModelParts(
+        VARIANTS[config.variant],
+        find_preset(LANGUAGE_PRESETS, config.language, "model.language"),
+        find_preset(VISION_PRESETS, config.vision, "model.vision"),
+    )
+
+
+def check_model(config: ModelConfig, partition: PartitionConfig) -> None:
+    """Refuse a model or a split that cannot be built, before anything is."""
+    parts = find_parts(config)
+    cross = config.cross_attention
+    if parts.variant.needs_cross_attention and not cross.layers(parts.language.num_layers):
+        raise UserError(
+            f"model.cross_attention.interval {cross.interval} gives no cross-attention layer among the "
+            f"{parts.language.num_layers} of {config.language}; NVLM-{config.variant.upper()} needs at least one"
+        )
+    check_partition(
+        partition,
+        parts.language,
+        cross.num_attention_heads or parts.language.num_attention_heads,
+        cross.num_query_groups or parts.language.num_query_groups,
+    )
+
+
+def language_config(
+    config: ModelConfig, preset: LanguagePreset, partition: PartitionConfig, dtype: torch.dtype, on_cpu: bool
+) -> TransformerConfig:
+    """The decoder's configuration. Cross-attention stands on some layers only, so checkpoints are keyed by layer."""
+    return TransformerConfig(
+        num_layers=preset.num_layers,
+        hidden_size=preset.hidden_size,
+        ffn_hidden_size=preset.ffn_hidden_size,
+        num_attention_heads=preset.num_attention_heads,
+        num_query_groups=preset.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=preset.layernorm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=preset.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=config.hidden_dropout,
+        tensor_model_parallel_size=partition.tensor_model_parallel_size,
+        pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
+        sequence_parallel=partition.sequence_parallel,
+        variable_seq_lengths=partition.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # core asks for it beside variable_seq_lengths, also without experts
+        calculate_per_token_loss=True,
+        hetereogenous_dist_checkpoint=True,
+        **_common(config, dtype, on_cpu),
+        **RECOMPUTE[config.recompute],
+    )
+
+
+def vision_config(config: ModelConfig, preset: VisionPreset, dtype: torch.dtype, on_cpu: bool) -> TransformerConfig:
+    """The encoder's configuration: whole on every rank, without dropout (paper: InternViT as released)."""
+    return TransformerConfig(
+        num_layers=preset.num_layers,
+        hidden_size=preset.hidden_size,
+        ffn_hidden_size=preset.ffn_hidden_size,
+        num_attention_heads=preset.num_attention_heads,
+        normalization=preset.normalization,
+        layernorm_epsilon=preset.layernorm_epsilon,
+        add_bias_linear=True,
+        add_qkv_bias=preset.qkv_bias,
+        gated_linear_unit=False,
+        activation_func=torch.nn.functional.gelu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        hetereogenous_dist_checkpoint=True,
+        **_common(config, dtype, on_cpu),
+    )
+
+
+def projector_config(
+    config: ModelConfig, preset: LanguagePreset, partition: PartitionConfig, dtype: torch.dtype, on_cpu: bool
+) -> TransformerConfig:
+    """The projector's configuration: tensor parallel, without sequence parallelism (its rows are vision tokens)."""
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=preset.hidden_size,
+        ffn_hidden_size=preset.ffn_hidden_size,
+        num_attention_heads=preset.num_attention_heads,
+        add_bias_linear=False,
+        gated_linear_unit=False,
+        activation_func=torch.nn.functional.gelu,
+        tensor_model_parallel_size=partition.tensor_model_parallel_size,
+        **_common(config, dtype, on_cpu),
+    )
+
+
+def _common(config: ModelConfig, dtype: torch.dtype, on_cpu: bool) -> dict[str, Any]:
+    return dict(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        init_method_std=config.init_std,
+        perform_initialization=False,  # models/initialise.py gives every layout the same weights
+        use_cpu_initialization=on_cpu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=config.backend == "te",
+        attention_softmax_in_fp32=True,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=False,  # gloo matches messages in order; batched ones mix directions (a silent trap)
+    )
+
+
+def build_model(
+    config: ModelConfig,
+    partition: PartitionConfig,
+    groups: ProcessGroupCollection,
+    single_rank_groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> NVLMModel:
+    """This rank's stage of the model, weights not yet set (see models/initialise.py and checkpoint/).
+
+    Args:
+        groups: this rank's process groups. single_rank_groups: groups that hold this rank alone.
+        device: where parameters live; `meta` allocates nothing.
+    """
+    parts, backend = find_parts(config), get_backend(config.backend)
+    on_cpu = device.type != "cuda"
+    stages, stage = groups.pp.size(), groups.pp.rank()
+    first, last = stage == 0, stage == stages - 1
+    language = language_config(config, parts.language, partition, dtype, on_cpu)
+    with torch.device(device):
+        language_model = GPTModel(
+            language,
+            _decoder_layers(config, parts, language, backend, stage),
+            vocab_size=parts.language.vocab_size,
+            max_sequence_length=config.max_sequence_length,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=parts.language.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=parts.language.rotary_base,
+            scatter_embedding_sequence_parallel=False,  # vision tokens are put in before the rows are scattered
+            pg_collection=groups,
+        )
+        vision_model = vision_projection = None
+        if first:
+            vision_model = _build_vision(config, parts, backend, groups, single_rank_groups, dtype, on_cpu)
+            projector = projector_config(config, parts.language, partition, dtype, on_cpu)
+            width = 4 * parts.vision.hidden_size
+            if parts.variant.name == "x":
+                vision_projection = LinearProjector(projector, width)
+            else:
+                linears = MLPSubmodules(
+                    linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear
+                )
+                vision_projection = MLPProjector(projector, linears, backend.layer_norm, width)
+    return NVLMModel(language_model, vision_model, vision_projection, parts.variant.needs_cross_attention)
+
+
+def _decoder_layers(
+    config: ModelConfig, parts: ModelParts, language: TransformerConfig, backend: Backend, stage: int
+) -> TransformerBlockSubmodules:
+    first_layer = get_transformer_layer_offset(language, None, stage)
+    with_cross_attention = (
+        config.cross_attention.layers(language.num_layers) if parts.variant.needs_cross_attention else frozenset()
+    )
+    specs = [
+        get_decoder_layer_spec(backend, config.cross_attention if layer in with_cross_attention else None)
+        for layer in range(first_layer, first_layer + get_num_layers_to_build(language, None, stage))
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.rms_norm)
+
+
+def _build_vision(
+    config: ModelConfig,
+    parts: ModelParts,
+    backend: Backend,
+    groups: ProcessGroupCollection,
+    single_rank_groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    on_cpu: bool,
+) -> InternViTModel:
+    preset = parts.vision
+    vision = vision_config(config, preset, dtype, on_cpu)
+    layers = [get_vision_layer_spec(backend, vision, preset.qk_norm)] * preset.num_layers
+    return InternViTModel(
+        vision,
+        TransformerBlockSubmodules(layer_specs=layers),
+        preset.tile_size,
+        preset.patch_size,
+        single_rank_groups,
+        replica=(groups.tp.rank(), groups.dp_cp.rank()),
+    )

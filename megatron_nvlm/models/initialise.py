@@ -1,0 +1,76 @@
+"""First values of new weights: a function of the seed and the parameter's name, so that every layout starts alike."""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.sharding import cut, find_split, full_shape
+
+_LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
+
+
+def named_parameters(model: NVLMModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with the names of the whole model: decoder layers counted over all pipeline stages."""
+    stage = model.language_model.pg_collection.pp.rank()
+    offset = get_transformer_layer_offset(model.config, None, stage)
+    for name, parameter in model.named_parameters():
+        match = _LAYER.match(name)
+        yield (f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name), parameter
+
+
+def mark_splits(model: NVLMModel) -> None:
+    """Tell core which parameters are split: its gradient norm counts whole ones once and split ones on every rank."""
+    for name, parameter in named_parameters(model):
+        split = find_split(name)
+        parameter.tensor_model_parallel = split is not None  # type: ignore[attr-defined]
+        parameter.partition_dim = -1 if split is None else split.dim  # type: ignore[attr-defined]
+        parameter.partition_stride = 1 if split is None else split.blocks  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def initialise(model: NVLMModel, seed: int) -> None:
+    """Set every weight of this rank's stage; gates, norms and layer-scales keep what their modules start with.
+
+    Weights are normal with the configuration's `init_std`, those that write to the residual stream divided by
+    sqrt(2 * layers) (Megatron's rule); biases are zero.
+    """
+    group = model.language_model.pg_collection.tp
+    ranks, rank = group.size(), group.rank()
+    std = model.config.init_method_std
+    residual_std = std / math.sqrt(2 * model.config.num_layers)
+    for name, parameter in named_parameters(model):
+        last = name.rsplit(".", 1)[-1]
+        if last in ("gate", "scale") or "norm" in name:
+            continue
+        if last == "bias":
+            parameter.zero_()
+            continue
+        # A generator per parameter: what one stage or layout draws does not shift what another one gets.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        split = find_split(name)
+        writes_residual = "linear_proj" in name or ("linear_fc2" in name and not name.startswith("vision_projection"))
+        full = torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
+        full *= residual_std if writes_residual else std
+        parameter.copy_(cut(full, split, rank, ranks))
+
+
+def count_parameters(model: NVLMModel) -> dict[str, int]:
+    """Parameters of the whole model by part, from this rank's stage (tensor-parallel parts counted together)."""
+    ranks = model.language_model.pg_collection.tp.size()
+    counts: dict[str, int] = {}
+    for name, parameter in named_parameters(model):
+        part = part_of(name)
+        counts[part] = counts.get(part, 0) + math.prod(full_shape(parameter.shape, find_split(name), ranks))
+    return counts
+
+
+def part_of(name: str) -> str:
+    """vision_model, vision_projection, cross_attention or language_model: the units that stages freeze and train."""
+    if ".cross_attention." in name or ".cross_attn_bda." in name or ".pre_cross_attn_layernorm." in name:
+        return "cross_attention"
+    return name.split(".", 1)[0]

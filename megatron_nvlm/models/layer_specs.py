@@ -1,0 +1,96 @@
+"""The layers as Megatron-core specs: a decoder layer, an encoder layer, a projector. They read like the paper's figure 3."""
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_nvlm.models.backends import Backend, without_bias
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig, GroupedQueryCrossAttention, TanhGatedAdd
+from megatron_nvlm.models.intern_vit import FullWidthNormSelfAttention, LayerScaleAdd
+
+
+def get_mlp_spec(backend: Backend) -> ModuleSpec:
+    """Two linear layers with the activation of the configuration between them."""
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
+    )
+
+
+def get_decoder_layer_spec(backend: Backend, cross_attention: CrossAttentionConfig | None = None) -> ModuleSpec:
+    """Self-attention -> [gated cross-attention] -> MLP; each adds to the residual stream.
+
+    Without `cross_attention` it is a plain language-model layer: names and numbers of what is there do not change.
+    """
+    slots: dict[str, Any] = dict(
+        input_layernorm=backend.rms_norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=backend.column_parallel_linear,
+                core_attention=backend.core_attention,
+                linear_proj=backend.row_parallel_linear,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=backend.rms_norm,
+        mlp=get_mlp_spec(backend),
+        mlp_bda=get_bias_dropout_add,
+    )
+    if cross_attention is not None:
+        slots |= dict(
+            pre_cross_attn_layernorm=backend.rms_norm,
+            cross_attention=ModuleSpec(
+                module=GroupedQueryCrossAttention,
+                params={
+                    "cross_attention": cross_attention,
+                    "qk_norm": backend.rms_norm if cross_attention.qk_norm else None,
+                },
+                submodules=CrossAttentionSubmodules(
+                    linear_q=backend.column_parallel_linear,
+                    linear_kv=backend.column_parallel_linear,
+                    core_attention=backend.interval_attention,
+                    linear_proj=backend.row_parallel_linear,
+                ),
+            ),
+            cross_attn_bda=ModuleSpec(module=TanhGatedAdd, params={"gate_init": cross_attention.gate_init}),
+        )
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**slots))
+
+
+def get_vision_layer_spec(backend: Backend, config: TransformerConfig, qk_norm: bool) -> ModuleSpec:
+    """A pre-norm encoder layer with layer-scale; `qk_norm` is the 6B family's norm over the full width."""
+    norm = backend.rms_norm if config.normalization == "RMSNorm" else backend.layer_norm
+    scale = ModuleSpec(
+        module=LayerScaleAdd, params={"hidden_size": config.hidden_size, "dtype": config.params_dtype}
+    )
+    column = backend.column_parallel_linear
+    submodules = SelfAttentionSubmodules(
+        # add_bias_linear covers the whole layer; the 6B family has biases everywhere but in QKV.
+        linear_qkv=column if config.add_qkv_bias else without_bias(column),
+        core_attention=backend.core_attention,
+        linear_proj=backend.row_parallel_linear,
+    )
+    params: dict[str, Any] = {"attn_mask_type": AttnMaskType.no_mask}
+    if qk_norm:
+        attention = ModuleSpec(FullWidthNormSelfAttention, params={**params, "qk_norm": norm}, submodules=submodules)
+    else:
+        attention = ModuleSpec(SelfAttention, params=params, submodules=submodules)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=scale,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_spec(backend),
+            mlp_bda=scale,
+        ),
+    )

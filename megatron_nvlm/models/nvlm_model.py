@@ -1,0 +1,176 @@
+"""One pipeline stage of NVLM: vision tokens made once, put where the micro-batch says, decoded by a GPTModel.
+
+D, X and H are the same code: the micro-batch carries, for every decoder row and every context row, either a token or the
+number of a vision token (sequence/assemble.py writes them by the variant's row of the table).
+Shapes: s decoder rows, c context rows, h hidden, t tiles.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD
+from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
+from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
+from megatron_nvlm.sequence.micro_batch import MicroBatch
+
+
+class NVLMModel(MegatronModule):
+    """A pipeline stage; the first also holds the vision model and its projector.
+
+    Between stages travels [s + c, 1, h] (under sequence parallelism each rank's shards of both): decoder rows, and behind
+    them the context that cross-attention layers of later stages read, so that gradients return to the projector.
+
+    Args:
+        language_model: this stage's part of the decoder.
+        vision_model, vision_projection: on the first stage only.
+        has_context: whether the variant has cross-attention (X, H).
+    """
+
+    def __init__(
+        self,
+        language_model: GPTModel,
+        vision_model: InternViTModel | None,
+        vision_projection: torch.nn.Module | None,
+        has_context: bool,
+    ) -> None:
+        super().__init__(config=language_model.config)
+        self.language_model = language_model
+        self.vision_model = vision_model
+        self.vision_projection = vision_projection
+        self.has_context = has_context
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self._payload: Tensor | None = None
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The weight that first and last stage share when embeddings are tied (core asks for it)."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Take what the previous stage sent (core's schedules call it before `forward`)."""
+        self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, micro_batch: MicroBatch, vision_tokens: Tensor | None = None) -> Tensor:
+        """This stage's output: logits [s, vocabulary / TP] on the last stage, the payload for the next one before.
+
+        Args:
+            vision_tokens: what `encode` returned for this micro-batch, if it is known already.
+        """
+        if self.pre_process:
+            if vision_tokens is None:
+                vision_tokens = self.encode(micro_batch.tiles)
+            hidden, context = self._embed(micro_batch, vision_tokens)
+        else:
+            hidden, context = self._split_payload(micro_batch)
+            self.language_model.set_input_tensor(hidden)
+        block_kwargs: dict[str, Any] = {}
+        if self.has_context:
+            block_kwargs = {"context": context, "context_mask": micro_batch.context_intervals}
+        output = self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=hidden,
+            packed_seq_params=packed_sequence(micro_batch.cu_seqlens),
+            extra_block_kwargs=block_kwargs,
+        )
+        if self.post_process:
+            logits: Tensor = output[0]
+            return logits
+        if context is None:
+            return output
+        return torch.cat([output, context])
+
+    def encode(self, tiles: Tensor) -> Tensor:
+        """uint8 tiles [t, 3, S, S] -> vision tokens [t * tokens per tile, h], the same on all tensor-parallel ranks.
+
+        Each tensor-parallel rank encodes its share of the tiles.
+        """
+        assert self.vision_model is not None and self.vision_projection is not None
+        if tiles.shape[0] == 0:
+            dtype, device = self.config.params_dtype, tiles.device
+            return torch.zeros(0, self.config.hidden_size, dtype=dtype, device=device)
+        features = pixel_shuffle(self.encode_patches(normalise(tiles, self.config.params_dtype)))
+        projected: Tensor = self.vision_projection(features.flatten(0, 1))
+        return projected
+
+    def encode_patches(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [t, 3, S, S] -> patch features [t, patches, vision hidden] of all tiles on every rank."""
+        assert self.vision_model is not None
+        group = self.language_model.pg_collection.tp
+        ranks = group.size()
+        if ranks == 1:
+            features: Tensor = self.vision_model(pixels)
+            return features
+        start, end = share_of(len(pixels), ranks, group.rank())
+        if end > start:
+            own = self.vision_model(pixels[start:end])
+        else:  # fewer tiles than ranks; the encoder stays in the graph, so that every rank runs the same backward
+            own = self.vision_model(pixels[:1])[:0]
+        return gather_tiles(own, len(pixels), group)
+
+    def _embed(self, micro_batch: MicroBatch, vision_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decoder input [s, 1, h] and context [c, 1, h] (shards of both under sequence parallelism)."""
+        rows = len(micro_batch.tokens)
+        tokens = torch.cat([micro_batch.tokens, micro_batch.context_tokens]) if self.has_context else micro_batch.tokens
+        embedded = self.language_model.embedding(input_ids=tokens[None], position_ids=None)  # [s + c, 1, h]
+        hidden = insert(embedded[:rows], vision_tokens, micro_batch.decoder_vision_index)
+        context = None
+        if self.has_context:
+            context = insert(embedded[rows:], vision_tokens, micro_batch.context_vision_index)
+        if self.config.sequence_parallel:
+            group = self.language_model.pg_collection.tp
+            hidden = scatter_to_sequence_parallel_region(hidden, group=group)
+            context = None if context is None else scatter_to_sequence_parallel_region(context, group=group)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # Nothing that trains stands before the decoder in this micro-batch (text only, with a frozen language model);
+            # the schedule still runs its backward, so that all ranks make the same calls.
+            hidden = hidden.detach().requires_grad_()
+        return hidden, context
+
+    def _split_payload(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        assert self._payload is not None
+        if not self.has_context:
+            return self._payload, None
+        rows = len(micro_batch.tokens)
+        if self.config.sequence_parallel:
+            rows //= self.config.tensor_model_parallel_size
+        return self._payload[:rows], self._payload[rows:]
+
+
+def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows of `embedded` [n, 1, h], with vision token `index[i]` in place of row i wherever `index[i]` is not -1."""
+    if len(vision_tokens) == 0:
+        return embedded
+    chosen = vision_tokens[index.clamp(min=0)][:, None].to(embedded.dtype)
+    return torch.where((index >= 0)[:, None, None], chosen, embedded)
+
+
+def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [t, 3, S, S] -> ImageNet-normalised pixels of `dtype` (the release's transform)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    mean = torch.tensor(IMAGENET_MEAN, dtype=wide, device=tiles.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, dtype=wide, device=tiles.device).view(3, 1, 1)
+    return ((tiles.to(wide) / 255 - mean) / std).to(dtype)
+
+
+def packed_sequence(cu_seqlens: Tensor) -> PackedSeqParams:
+    """Core's description of a ragged row, from the boundaries [samples + 1] of its samples."""
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

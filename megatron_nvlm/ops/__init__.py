@@ -1,0 +1,1 @@
+"""Tensor operations of NVLM, each first as readable PyTorch. Knows nothing of models or processes."""

@@ -1,0 +1,57 @@
+"""Causal self-attention over a ragged row of samples, without attention between samples."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention inside each sample of a ragged row.
+
+    Args:
+        query: [rows, heads, head_dim]; key, value: [rows, groups, head_dim].
+        cu_seqlens: [samples + 1] boundaries of the samples, from 0 to rows.
+        scale: factor of the scores; head_dim ** -0.5 by default.
+
+    Returns:
+        [rows, heads, head_dim].
+    """
+    starts = cu_seqlens[:-1].tolist()
+    ends = cu_seqlens[1:].tolist()
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    longest = max(lengths)
+    # Samples of similar length run as one padded batch (padding stands after the real rows, so no real row sees it);
+    # otherwise padding would cost more than a loop.
+    if len(lengths) > 1 and longest * len(lengths) <= 2 * sum(lengths):
+        return _padded_batch(query, key, value, cu_seqlens, longest, scale)
+    outputs = [
+        _causal(query[start:end][None], key[start:end][None], value[start:end][None], scale)[0]
+        for start, end in zip(starts, ends, strict=True)
+        if end > start
+    ]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[batch, rows, heads, head_dim] in and out."""
+    output = scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+def _padded_batch(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    starts = cu_seqlens[:-1].long()
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    position = torch.arange(longest, device=query.device)
+    real = position[None] < lengths[:, None]
+    rows = (starts[:, None] + position[None]).clamp(max=query.shape[0] - 1)
+    output = _causal(query[rows], key[rows], value[rows], scale)
+    return output[real]

@@ -1,0 +1,55 @@
+"""Attention in which each query row sees one contiguous range of keys.
+
+A range per row describes every mask of NVLM-X and NVLM-H (docs/design: "one interval per token"), for ragged tiles,
+several images and packed samples, without padding. This is the readable form that runs everywhere and that kernels are
+compared with.
+
+Example, 5 query rows and 6 keys (two tiles of 3 tokens)::
+
+    intervals   row of the mask
+    [0, 0)      ......        text before the image: sees nothing, output exactly 0
+    [0, 3)      xxx...        the tag of tile 1
+    [3, 6)      ...xxx        the tag of tile 2
+    [0, 6)      xxxxxx        text after the image
+    [0, 6)      xxxxxx
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
+    """The ranges as a dense mask: [rows, num_keys], true where the row sees the key. `intervals` is [rows, 2]."""
+    position = torch.arange(num_keys, device=intervals.device)
+    return (position >= intervals[:, :1]) & (position < intervals[:, 1:])
+
+
+def interval_attention(
+    query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None = None
+) -> Tensor:
+    """Softmax attention of each row over its own range of keys; a row with an empty range is exactly zero.
+
+    Args:
+        query: [rows, heads, head_dim].
+        key, value: [keys, groups, head_dim]; `heads` is a multiple of `groups` (grouped-query attention).
+        intervals: [rows, 2] integers, the range [start, end) of keys that the row sees.
+        scale: factor of the scores; head_dim ** -0.5 by default.
+
+    Returns:
+        [rows, heads, head_dim].
+    """
+    empty = intervals[:, 1] <= intervals[:, 0]
+    if key.shape[0] == 0:
+        return query * 0
+    # An empty row sees everything here and is set to zero below: a fully masked softmax would give NaN or a mean.
+    mask = interval_mask(intervals, key.shape[0]) | empty[:, None]
+    output = scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return torch.where(empty[:, None, None], torch.zeros((), dtype=output.dtype, device=output.device), output[0].transpose(0, 1))

@@ -1,0 +1,60 @@
+"""Process groups of a run: tensor, pipeline and data parallel. The only file that creates them."""
+
+import datetime
+import os
+import socket
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.parallel.device import Device
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher announced; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_groups(partition: PartitionConfig, device: Device, seed: int, timeout_seconds: float = 600) -> None:
+    """Join the other ranks and lay out the groups. A process that no launcher started is a world of its own."""
+    partition.data_parallel_size(world_size_from_environment())
+    if not dist.is_initialized():
+        if "WORLD_SIZE" not in os.environ:
+            os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        dist.init_process_group(device.communication, timeout=datetime.timedelta(seconds=timeout_seconds))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=partition.tensor_model_parallel_size,
+        pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def stop_groups() -> None:
+    """Leave the groups; safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def get_groups() -> ProcessGroupCollection:
+    """This rank's groups."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def get_single_rank_groups() -> ProcessGroupCollection:
+    """Groups that hold this rank alone, for modules that each rank keeps whole.
+
+    The context-parallel group is such a group, since context parallelism is not offered (config/rules.py).
+    """
+    alone = parallel_state.get_context_parallel_group()
+    everyone = get_groups()
+    return ProcessGroupCollection(tp=alone, cp=alone, pp=alone, dp=everyone.dp, dp_cp=everyone.dp_cp)

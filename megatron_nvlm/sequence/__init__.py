@@ -1,0 +1,1 @@
+"""Where every token goes: the heart of NVLM. Knows neither Megatron-core nor processes."""

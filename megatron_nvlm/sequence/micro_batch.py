@@ -1,0 +1,115 @@
+"""The micro-batch: one ragged row of samples, and for each of its rows where its content comes from.
+
+All pipeline stages hold it; only where tiles are encoded does it carry pixels.
+Shapes: s decoder rows, c context rows, t tiles, S pixels along an edge of a tile.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one micro-batch; numbers of vision tokens and context rows count over the whole micro-batch."""
+
+    tokens: Tensor
+    """[s] ids; 0 where a vision token stands."""
+    position_ids: Tensor
+    """[s] positions, starting at 0 in each sample."""
+    labels: Tensor
+    """[s] the next token; IGNORED_LABEL where it is no target."""
+    loss_mask: Tensor
+    """[s] 1 where the next token is a target, else 0; float32."""
+    cu_seqlens: Tensor
+    """[samples + 1] boundaries of the samples (padding is one more), int32."""
+    decoder_vision_index: Tensor
+    """[s] number of the vision token that stands here; -1 for text."""
+    context_tokens: Tensor
+    """[c] ids of tags in the context; 0 elsewhere."""
+    context_vision_index: Tensor
+    """[c] number of the vision token that stands here; -1 for tags and padding."""
+    context_intervals: Tensor
+    """[s, 2] range [start, end) of context rows that this row sees; int32."""
+    tiles: Tensor
+    """[t, 3, S, S] uint8; t may be 0."""
+    keys: tuple[str, ...]
+    """Names of the samples, for messages."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on a device; copies of pinned memory do not wait."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def pack(
+    samples: Sequence[AssembledSample],
+    tiles: Tensor,
+    keys: Sequence[str],
+    tokens_per_tile: int,
+    pad_to_multiple: int = 1,
+    with_context: bool = False,
+) -> MicroBatch:
+    """Put samples one behind the other into one ragged row.
+
+    Args:
+        samples: at least one.
+        tiles: [t, 3, S, S], those of all samples in order (or none, on stages that encode nothing).
+        tokens_per_tile: vision tokens that a tile becomes.
+        pad_to_multiple: decoder and context rows are padded to a multiple of it (sequence parallelism). Padding is a
+            sample of its own without target, and no row sees padding of the context.
+        with_context: whether the model has cross-attention; the context then has at least one row, so that batches
+            without images run the same collectives.
+    """
+    rows = sum(len(sample.tokens) for sample in samples)
+    row_padding = -rows % pad_to_multiple
+    context_rows = sum(len(sample.context_tokens) for sample in samples) if with_context else 0
+    context_padding = max(-context_rows % pad_to_multiple, pad_to_multiple - context_rows) if with_context else 0
+
+    lengths = [len(sample.tokens) for sample in samples] + ([row_padding] if row_padding else [])
+    decoder_index, context_index, intervals = [], [], []
+    vision_before = context_before = 0
+    for sample in samples:
+        decoder_index.append(_shift(sample.decoder_vision_index, vision_before))
+        if with_context:
+            context_index.append(_shift(sample.context_vision_index, vision_before))
+            seen = sample.context_intervals[:, 1:] > sample.context_intervals[:, :1]
+            intervals.append(sample.context_intervals + seen * context_before)
+            context_before += len(sample.context_tokens)
+        else:
+            intervals.append(np.zeros((len(sample.tokens), 2), dtype=np.int32))
+        vision_before += sample.num_tiles * tokens_per_tile
+    context_tokens = [sample.context_tokens for sample in samples] if with_context else []
+    return MicroBatch(
+        tokens=_join([sample.tokens for sample in samples], row_padding, 0, np.int64),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        labels=_join([sample.labels for sample in samples], row_padding, IGNORED_LABEL, np.int64),
+        loss_mask=_join([sample.loss_mask for sample in samples], row_padding, 0, np.float32),
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        decoder_vision_index=_join(decoder_index, row_padding, -1, np.int64),
+        context_tokens=_join(context_tokens, context_padding, 0, np.int64),
+        context_vision_index=_join(context_index, context_padding, -1, np.int64),
+        context_intervals=torch.from_numpy(
+            np.concatenate([*intervals, np.zeros((row_padding, 2), dtype=np.int32)]).astype(np.int32)
+        ),
+        tiles=tiles,
+        keys=tuple(keys),
+    )
+
+
+def _shift(index: np.ndarray, by: int) -> np.ndarray:
+    return np.where(index >= 0, index + by, -1)
+
+
+def _join(parts: Sequence[np.ndarray], padding: int, fill: int, dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.full(padding, fill)]).astype(dtype))

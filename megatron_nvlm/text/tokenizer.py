@@ -1,0 +1,54 @@
+"""The few things we ask of a tokenizer, behind one class."""
+
+import hashlib
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from megatron_nvlm.errors import UserError
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizer.json`. Text is only ever text: specials come from `special_id`, never from a string."""
+
+    def __init__(self, fast: FastTokenizer) -> None:
+        self._fast = fast
+        # A user's text that spells "<|im_end|>" must not end a turn.
+        self._fast.encode_special_tokens = True
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer.json; UserError if it is missing or is none."""
+        if not Path(path).is_file():
+            raise UserError(f"there is no tokenizer at {path}; set data.tokenizer to a tokenizer.json")
+        try:
+            return cls(FastTokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is no tokenizer.json ({error})") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text; nothing is added."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, specials left out."""
+        text: str = self._fast.decode(ids, skip_special_tokens=True)
+        return text
+
+    def special_id(self, name: str) -> int:
+        """Id of a special token; UserError if the tokenizer lacks it."""
+        found = self._fast.token_to_id(name)
+        if found is None:
+            raise UserError(f"the tokenizer has no special token {name}; ChatML needs <|im_start|> and <|im_end|>")
+        return int(found)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use, specials included; the model's embedding must have at least as many rows."""
+        return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer's definition."""
+        return hashlib.sha256(self._fast.to_str().encode()).hexdigest()
