@@ -1,0 +1,1 @@
+"""From shards to micro-batches. torch on the CPU; never Megatron-core."""
