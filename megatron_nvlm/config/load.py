@@ -1,0 +1,95 @@
+"""A YAML file and `key=value` overrides to a RunConfig; an unknown key is an error that names the nearest right one."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.errors import UserError
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run.
+
+    Args:
+        overrides: `section.key=value`, in YAML's spelling of values.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, missing, or has a value of the wrong type.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no run file {path}; see configs/ for those that are")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_checked_overrides(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except UserError:
+        raise
+    except Exception as error:  # the YAML reader and OmegaConf each have their own
+        raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} is no run file: it holds no sections")
+    _check_keys(plain, RunConfig, "", str(path))
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        run = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or "a key"
+        raise UserError(f"{path}: {where} has a value of the wrong type ({str(error).splitlines()[0]})") from error
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def dump_run(run: RunConfig) -> str:
+    """The run as YAML, every key written out."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(run)))
+
+
+def _checked_overrides(overrides: Sequence[str]) -> list[str]:
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"the argument {override!r} is no override; write section.key=value")
+    return list(overrides)
+
+
+def _check_keys(values: Mapping[Any, Any], section: type, prefix: str, where: str) -> None:
+    """Compare keys with the fields of `section`, in depth."""
+    hints = typing.get_type_hints(section)
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(fields)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}; {advice}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in values:
+            if required:
+                raise UserError(f"{where}: the key {prefix}{name} is missing")
+            continue
+        inner = _dataclass_of(hints[name])
+        value = values[name]
+        if inner is not None and isinstance(value, Mapping):
+            _check_keys(value, inner, f"{prefix}{name}.", where)
+        elif inner is not None and isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    _check_keys(item, inner, f"{prefix}{name}.{number}.", where)
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    """The dataclass that a field holds, alone, in a list, or optional."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint
+    if typing.get_origin(hint) in (list, typing.Union, types.UnionType):
+        for argument in typing.get_args(hint):
+            found = _dataclass_of(argument)
+            if found is not None:
+                return found
+    return None

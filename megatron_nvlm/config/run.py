@@ -1,0 +1,30 @@
+"""A run: its sections, each defined beside what it configures."""
+
+from dataclasses import dataclass, field
+
+from megatron_nvlm.checkpoint.save_load import CheckpointConfig
+from megatron_nvlm.data.loader import DataConfig
+from megatron_nvlm.image.tiling import TilingConfig
+from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.training.loop import TrainingConfig
+from megatron_nvlm.training.metrics import LoggingConfig
+from megatron_nvlm.training.optimizer import OptimizerConfig
+from megatron_nvlm.training.stages import StageConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run file: complete and flat."""
+
+    run_dir: str
+    """Folder of everything that the run writes; a run whose folder exists goes on from its last checkpoint."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    parallelism: PartitionConfig = field(default_factory=PartitionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,79 @@
+"""AdamW with a warm-up and a cosine, through Megatron-core's optimizers and scheduler."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_nvlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Section `optimizer` of a run; names of the paper's Tables 10 and 11."""
+
+    max_lr: float
+    min_lr: float
+    warmup_steps: int
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Not applied to biases, norms and gates (Megatron's rule)."""
+    clip_grad: float = 1.0
+    decay_steps: int | None = None
+    """Steps of the cosine, warm-up included; null for all steps of the run."""
+
+
+def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
+    """Refuse rates and steps that make no schedule."""
+    if not 0 <= config.min_lr <= config.max_lr:
+        raise UserError(f"optimizer.min_lr {config.min_lr} must lie between 0 and optimizer.max_lr {config.max_lr}")
+    decay = config.decay_steps or train_steps
+    if not 0 <= config.warmup_steps < decay:
+        raise UserError(f"optimizer.warmup_steps {config.warmup_steps} must be fewer than the {decay} steps of the cosine")
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    model: DistributedDataParallel,
+    train_steps: int,
+    dtype: torch.dtype,
+    use_distributed_optimizer: bool,
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Optimizer and schedule; the schedule counts steps."""
+    optimizer = get_megatron_optimizer(
+        CoreOptimizerConfig(
+            optimizer="adam",
+            lr=config.max_lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=use_distributed_optimizer,
+        ),
+        [model],
+    )
+    decay_steps = config.decay_steps or train_steps
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.max_lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(increment=1)  # the first update has the rate of step 1, not 0
+    return optimizer, scheduler
