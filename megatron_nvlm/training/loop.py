@@ -1,0 +1,121 @@
+"""The loop, and nothing else: step, write down, save, stop."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_nvlm.checkpoint.save_load import Progress
+from megatron_nvlm.data.loader import MicroBatchLoader
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.training.faults import StopRequest
+from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, total_over_ranks
+from megatron_nvlm.training.step import run_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Section `training` of a run."""
+
+    micro_batch_size: int
+    """Samples of one ragged row."""
+    global_batch_size: int
+    """Samples of a step, over all replicas."""
+    train_steps: int
+    precision: str = "bf16"
+    """bf16 or fp32."""
+    seed: int = 1234
+    """Of new weights."""
+    timeout_seconds: float = 600
+    """How long a rank waits for the others before it gives up."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the loop works with, made by setup.py."""
+
+    config: TrainingConfig
+    device: torch.device
+    model: DistributedDataParallel
+    bare_model: NVLMModel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    loader: MicroBatchLoader
+    max_bad_fraction: float
+    save_every_steps: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended."""
+
+    progress: Progress
+    finished: bool
+
+
+def train(trainer: Trainer, start: Progress, writer: MetricsWriter, stop: StopRequest, save) -> Outcome:  # type: ignore[no-untyped-def]
+    """Train from `start` to the last step, or to a request to stop.
+
+    Args:
+        save: called with the progress to write a checkpoint.
+    """
+    progress = start
+    while progress.step < trainer.config.train_steps:
+        began = time.monotonic()
+        learning_rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer.param_groups else 0.0
+        result = run_step(
+            trainer.model,
+            trainer.loader.step(progress.consumed_samples),
+            trainer.loader.num_micro_batches,
+            trainer.device,
+            trainer.optimizer,
+        )
+        trainer.scheduler.step(increment=1)
+        totals = total_over_ranks(result, trainer.loader.bad, stop.asked, trainer.bare_model)
+        progress = Progress(progress.step + 1, progress.consumed_samples + trainer.config.global_batch_size)
+        writer.write(_record(progress, totals, learning_rate, time.monotonic() - began))
+        _check(totals, progress, start, trainer.max_bad_fraction)
+        done = progress.step == trainer.config.train_steps
+        if done or totals.stop or progress.step % trainer.save_every_steps == 0:
+            save(progress)
+        if totals.stop:
+            return Outcome(progress, done)
+    return Outcome(progress, True)
+
+
+def _record(progress: Progress, totals: StepTotals, learning_rate: float, seconds: float) -> dict[str, object]:
+    return {
+        "step": progress.step,
+        "consumed_samples": progress.consumed_samples,
+        "loss": totals.loss,
+        "learning_rate": learning_rate,
+        "grad_norm": totals.grad_norm,
+        "tokens": totals.rows,
+        "targets": totals.targets,
+        "tiles": totals.tiles,
+        "seconds": seconds,
+        "bad_samples": totals.bad_samples,
+        "gates": totals.gates,
+    }
+
+
+def _check(totals: StepTotals, progress: Progress, start: Progress, max_bad_fraction: float) -> None:
+    """Stop a run that has gone wrong; all ranks see the same totals."""
+    if totals.loss != totals.loss or totals.loss in (float("inf"), float("-inf")):
+        raise UserError(
+            f"the loss of step {progress.step} is {totals.loss}; lower optimizer.max_lr or optimizer.clip_grad and go on "
+            "from the last checkpoint"
+        )
+    seen = progress.consumed_samples - start.consumed_samples
+    if totals.bad_samples > max(max_bad_fraction * seen, 1):
+        raise UserError(
+            f"{totals.bad_samples} of {seen} samples were bad, over data.max_bad_fraction of {max_bad_fraction}; "
+            "see the warnings in the log, which name them"
+        )
