@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -118,6 +118,6 @@ class InternViTModel(MegatronModule):
         """Core's, with this rank named among the holders of the same encoder, so that one of them writes it."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for value in nested_values(state):
-            if isinstance(value, ShardedTensor):
+            if isinstance(value, ShardedBase):
                 value.replica_id = (0, *self.replica)
         return state
