@@ -143,8 +143,7 @@ def make_image_sample(rng: random.Random, sources: Sources) -> tuple[dict[str, o
         conversation.append({"from": "gpt", "value": answers[colour]})
     names = [f"tile_{number}" for number in range(1, grid.num_tiles + 1)] + ["thumbnail"]
     pictures = {
-        f"0.{name}.jpg": encode_jpeg(tile)
-        for name, tile in zip(names, cut_tiles(canvas, grid, TILE_SIZE), strict=True)
+        f"0.{name}.jpg": encode_jpeg(tile) for name, tile in zip(names, cut_tiles(canvas, grid, TILE_SIZE), strict=True)
     }
     images = [{"width": canvas.width, "height": canvas.height, "grid": list(grid)}]
     return {"conversation": conversation, "images": images, "source": kind}, pictures
@@ -208,7 +207,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     build(options.out, options.samples, options.text_samples, options.heldout, options.seed)
-    print(f"wrote {options.samples} images, {options.text_samples} texts, {options.heldout} held-out images to {options.out}")
+    print(
+        f"wrote {options.samples} images, {options.text_samples} texts, {options.heldout} held-out images to {options.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -51,9 +51,7 @@ def vision_rows(preset: VisionPreset, theirs: str = "") -> list[Row]:
     width = preset.hidden_size
     rows = [
         Row("vision_model.class_token", (f"{theirs}embeddings.class_embedding",), direct),
-        Row(
-            "vision_model.position_embeddings.weight", (f"{theirs}embeddings.position_embedding",), drop_first_axis
-        ),
+        Row("vision_model.position_embeddings.weight", (f"{theirs}embeddings.position_embedding",), drop_first_axis),
         *(
             Row(f"vision_model.conv1.{kind}", (f"{theirs}embeddings.patch_embedding.{kind}",), direct)
             for kind in ("weight", "bias")

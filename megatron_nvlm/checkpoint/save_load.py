@@ -186,9 +186,7 @@ def load_model(path: Path, model: NVLMModel) -> Progress:
     return Progress(**loaded["progress"])
 
 
-def load(
-    path: Path, model: NVLMModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-) -> Progress:
+def load(path: Path, model: NVLMModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Progress:
     """Model, optimizer, schedule and position, into any layout."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         # Core's distributed optimizer can only receive state that is there; it makes none by itself before a first step.

@@ -68,9 +68,7 @@ def get_decoder_layer_spec(backend: Backend, cross_attention: CrossAttentionConf
 def get_vision_layer_spec(backend: Backend, config: TransformerConfig, qk_norm: bool) -> ModuleSpec:
     """A pre-norm encoder layer with layer-scale; `qk_norm` is the 6B family's norm over the full width."""
     norm = backend.rms_norm if config.normalization == "RMSNorm" else backend.layer_norm
-    scale = ModuleSpec(
-        module=LayerScaleAdd, params={"hidden_size": config.hidden_size, "dtype": config.params_dtype}
-    )
+    scale = ModuleSpec(module=LayerScaleAdd, params={"hidden_size": config.hidden_size, "dtype": config.params_dtype})
     column = backend.column_parallel_linear
     submodules = SelfAttentionSubmodules(
         # add_bias_linear covers the whole layer; the 6B family has biases everywhere but in QKV.

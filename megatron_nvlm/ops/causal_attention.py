@@ -5,7 +5,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None
+) -> Tensor:
     """Causal attention inside each sample of a ragged row.
 
     Args:

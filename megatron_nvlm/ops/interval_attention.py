@@ -52,4 +52,6 @@ def interval_attention(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return torch.where(empty[:, None, None], torch.zeros((), dtype=output.dtype, device=output.device), output[0].transpose(0, 1))
+    return torch.where(
+        empty[:, None, None], torch.zeros((), dtype=output.dtype, device=output.device), output[0].transpose(0, 1)
+    )

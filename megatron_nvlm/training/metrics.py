@@ -113,7 +113,9 @@ class MetricsWriter:
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._bar = (
-            tqdm(total=train_steps, initial=first_step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+            tqdm(total=train_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
         )
         self._started = time.monotonic()
 

@@ -34,7 +34,9 @@ def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
         raise UserError(f"optimizer.min_lr {config.min_lr} must lie between 0 and optimizer.max_lr {config.max_lr}")
     decay = config.decay_steps or train_steps
     if not 0 <= config.warmup_steps < decay:
-        raise UserError(f"optimizer.warmup_steps {config.warmup_steps} must be fewer than the {decay} steps of the cosine")
+        raise UserError(
+            f"optimizer.warmup_steps {config.warmup_steps} must be fewer than the {decay} steps of the cosine"
+        )
 
 
 def build_optimizer(
