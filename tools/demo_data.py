@@ -2,8 +2,8 @@
 
 `python -m tools.demo_data --out DIR` writes DIR/train_images, DIR/train_text, DIR/heldout and DIR/tokenizer.json.
 
-The task needs the tiles: an image is a grid of coloured parts, each a tile with two small characters on it, and the
-question asks what stands on the part of one colour. Colours show in the thumbnail, characters do not: it squashes the
+The task needs the tiles: an image is a grid of coloured parts, each a tile with four small characters on it, and the
+question asks to read the part of one colour. Colours show in the thumbnail, characters do not: it squashes the
 image at least threefold along one side. Characters are handwritten digits (scikit-learn's 1797 scans), the same digits
 on crops of photographs (scikit-learn's two), and capital letters drawn with Pillow's font.
 Held-out images use digits, photograph regions and letter pairs that no training image shows.
@@ -29,20 +29,23 @@ from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 TILE_SIZE = 56
 MAX_TILES = 6
 GRIDS = tuple(Grid(*grid) for grid in ((3, 2), (2, 3), (4, 1), (1, 4), (5, 1), (1, 5), (6, 1), (1, 6)))
+SINGLE_TILE_SHARE = 0.5
+"""Share of training images that are one tile: there reading is learned before finding the right tile is."""
 COLOURS = {
-    "red": (225, 60, 50),
-    "green": (60, 170, 70),
-    "blue": (60, 90, 225),
-    "yellow": (240, 215, 60),
-    "purple": (150, 70, 180),
-    "orange": (245, 150, 50),
-    "pink": (250, 160, 200),
-    "white": (245, 245, 245),
+    "red": (255, 120, 110),
+    "green": (120, 220, 130),
+    "blue": (130, 160, 255),
+    "yellow": (250, 235, 110),
+    "purple": (200, 130, 235),
+    "orange": (255, 185, 90),
+    "pink": (255, 190, 225),
+    "white": (250, 250, 250),
 }
 LETTERS = "ABCDEFGHJKLMNPRSTUVXYZ"
 CHARACTER_SIZE = 16
-QUESTIONS_PER_IMAGE = 4
-VOCABULARY = 4096
+JITTER = 2
+QUESTIONS_PER_IMAGE = 2
+VOCABULARY = 1024
 SOURCES = [
     {
         "name": "handwritten digits",
@@ -101,16 +104,20 @@ def draw_part(rng: random.Random, sources: Sources, kind: str, colour: str) -> t
         top = rng.randrange(photograph.height - 2 * TILE_SIZE)
         crop = photograph.crop((left, top, left + 2 * TILE_SIZE, top + 2 * TILE_SIZE)).resize(base.size)
         base = Image.blend(base, crop, 0.3)
-    text = rng.choice(sources.letter_pairs) if kind == "text" else "".join(rng.choices("0123456789", k=2))
+    if kind == "text":
+        text = "".join(rng.choices(sources.letter_pairs, k=2))
+    else:
+        text = "".join(rng.choices("0123456789", k=4))
+    # One character in each quarter, a little off its middle: each becomes one vision token after pixel shuffle.
+    margin = (TILE_SIZE // 2 - CHARACTER_SIZE) // 2
     for place, character in enumerate(text):
         if kind == "text":
             ink = letter_mask(character)
         else:
             size = CHARACTER_SIZE + rng.randrange(-1, 2)
             ink = rng.choice(sources.digits[character]).resize((size, size), Image.Resampling.BICUBIC)
-        # The left character in the left half, the right one in the right half, each a little off its middle.
-        left = 6 + place * TILE_SIZE // 2 + rng.randrange(-3, 4)
-        top = (TILE_SIZE - CHARACTER_SIZE) // 2 + rng.randrange(-6, 7)
+        left = place % 2 * TILE_SIZE // 2 + margin + rng.randrange(-JITTER, JITTER + 1)
+        top = place // 2 * TILE_SIZE // 2 + margin + rng.randrange(-JITTER, JITTER + 1)
         base.paste((20, 20, 20), (left, top), ink)
     return base, text
 
@@ -123,9 +130,11 @@ def letter_mask(character: str) -> Image.Image:
     return mask
 
 
-def make_image_sample(rng: random.Random, sources: Sources) -> tuple[dict[str, object], dict[str, bytes]]:
+def make_image_sample(
+    rng: random.Random, sources: Sources, single_tile_share: float = 0.0, questions: int = 1
+) -> tuple[dict[str, object], dict[str, bytes]]:
     """A record and its tiles."""
-    grid = rng.choice(GRIDS)
+    grid = Grid(1, 1) if rng.random() < single_tile_share else rng.choice(GRIDS)
     kind = rng.choice(("digits", "photo", "text"))
     colours = rng.sample(sorted(COLOURS), grid.num_tiles)
     canvas = Image.new("RGB", (grid.cols * TILE_SIZE, grid.rows * TILE_SIZE))
@@ -135,13 +144,14 @@ def make_image_sample(rng: random.Random, sources: Sources) -> tuple[dict[str, o
         canvas.paste(part, (number % grid.cols * TILE_SIZE, number // grid.cols * TILE_SIZE))
         answers[colour] = " ".join(text) if kind == "text" else text
     assert choose_grid(*canvas.size, MAX_TILES, TILE_SIZE) == grid
-    asked = rng.sample(colours, min(QUESTIONS_PER_IMAGE, len(colours)))
+    asked = rng.sample(colours, min(questions, len(colours)))
     conversation = []
     for number, colour in enumerate(asked):
-        question = f"What is on the {colour} part?"
+        question = f"Read the {colour} part."
         conversation.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
         conversation.append({"from": "gpt", "value": answers[colour]})
-    names = [f"tile_{number}" for number in range(1, grid.num_tiles + 1)] + ["thumbnail"]
+    regular = range(1, grid.num_tiles + 1) if grid.num_tiles > 1 else ()
+    names = [*(f"tile_{number}" for number in regular), "thumbnail"]
     pictures = {
         f"0.{name}.jpg": encode_jpeg(tile) for name, tile in zip(names, cut_tiles(canvas, grid, TILE_SIZE), strict=True)
     }
@@ -184,11 +194,14 @@ def make_text_sample(rng: random.Random) -> dict[str, object]:
 def build(out: Path, train_samples: int, text_samples: int, heldout_samples: int, seed: int) -> None:
     """Write the three sets, the tokenizer and the list of sources."""
     settings = {"tile_size": TILE_SIZE, "max_tiles": MAX_TILES, "seed": seed}
-    for name, count, heldout in (("train_images", train_samples, False), ("heldout", heldout_samples, True)):
+    for name, count, heldout, form in (
+        ("train_images", train_samples, False, (SINGLE_TILE_SHARE, QUESTIONS_PER_IMAGE)),
+        ("heldout", heldout_samples, True, (0.0, 1)),
+    ):
         sources, rng = load_sources(heldout), random.Random(f"{seed} {name}")
         with ShardWriter(out / name, settings=settings) as writer:
             for number in range(count):
-                writer.write(f"{name}_{number:06d}", *make_image_sample(rng, sources))
+                writer.write(f"{name}_{number:06d}", *make_image_sample(rng, sources, *form))
     rng = random.Random(f"{seed} train_text")
     with ShardWriter(out / "train_text", settings=settings) as writer:
         for number in range(text_samples):
@@ -203,7 +216,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=8000, help="training images")
     parser.add_argument("--text-samples", type=int, default=1000)
-    parser.add_argument("--heldout", type=int, default=240, help="held-out images")
+    parser.add_argument("--heldout", type=int, default=300, help="held-out images")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     build(options.out, options.samples, options.text_samples, options.heldout, options.seed)

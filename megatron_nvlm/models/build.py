@@ -1,5 +1,6 @@
 """From a run's configuration to this rank's part of the model. The only place that writes TransformerConfigs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,15 +222,23 @@ def build_model(
         if first:
             vision_model = _build_vision(config, parts, backend, groups, single_rank_groups, dtype, on_cpu)
             projector = projector_config(config, parts.language, partition, dtype, on_cpu)
-            width = 4 * parts.vision.hidden_size
-            if parts.variant.name == "x":
-                vision_projection = LinearProjector(projector, width)
-            else:
-                linears = MLPSubmodules(
-                    linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear
-                )
-                vision_projection = MLPProjector(projector, linears, backend.layer_norm, width)
+            vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, 4 * parts.vision.hidden_size)
     return NVLMModel(language_model, vision_model, vision_projection, parts.variant.needs_cross_attention)
+
+
+def _mlp_projector(config: TransformerConfig, backend: Backend, input_size: int) -> torch.nn.Module:
+    linears = MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear)
+    return MLPProjector(config, linears, backend.layer_norm, input_size)
+
+
+def _linear_projector(config: TransformerConfig, backend: Backend, input_size: int) -> torch.nn.Module:
+    return LinearProjector(config, input_size)
+
+
+_PROJECTORS: dict[str, Callable[[TransformerConfig, Backend, int], torch.nn.Module]] = {
+    "mlp": _mlp_projector,
+    "linear": _linear_projector,
+}
 
 
 def _decoder_layers(

@@ -56,8 +56,8 @@ LANGUAGE_PRESETS: dict[str, LanguagePreset] = {
     "yi_34b": LanguagePreset(60, 7168, 20480, 56, 8, 64000, 5_000_000, qkv_bias=False, layernorm_epsilon=1e-5),
     # config.json of Qwen/Qwen2-7B-Instruct; not a model of the paper
     "qwen2_7b": LanguagePreset(28, 3584, 18944, 28, 4, 152064, 1_000_000, qkv_bias=True),
-    # ours, for the demo on a laptop: Qwen2's form with a vocabulary cut to 4096 tokens and 128 for special ones
-    "tiny": LanguagePreset(4, 128, 352, 4, 2, 4224, 10_000, qkv_bias=True),
+    # ours, for the demo on a laptop: Qwen2's form with a vocabulary cut to 1024 tokens and room for special ones
+    "tiny": LanguagePreset(4, 128, 352, 4, 2, 1152, 10_000, qkv_bias=True),
 }
 
 VISION_PRESETS: dict[str, VisionPreset] = {

@@ -45,6 +45,3 @@ class LinearProjector(MegatronModule):
         """[vision tokens, input size] -> [vision tokens, h], whole on every tensor-parallel rank."""
         output: Tensor = self.linear(features[:, None])[0]
         return output[:, 0]
-
-
-Projector = MLPProjector | LinearProjector | torch.nn.Module

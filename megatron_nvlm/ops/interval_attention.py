@@ -39,9 +39,41 @@ def interval_attention(
     Returns:
         [rows, heads, head_dim].
     """
-    empty = intervals[:, 1] <= intervals[:, 0]
     if key.shape[0] == 0:
         return query * 0
+    outputs = [
+        _attend(query[first:last], key[start:end], value[start:end], intervals[first:last] - start, scale)
+        for first, last, start, end in segments(intervals)
+    ]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
+    """Cut the rows where no later row sees a key that an earlier one saw: between samples of a packed row.
+
+    Each segment then needs scores for its own keys only, not for those of the whole row.
+
+    Returns:
+        (first row, row behind the last, first key, key behind the last) of each segment; at least one key each, and all
+        rows in order.
+    """
+    starts, ends = intervals.T.tolist()
+    found: list[tuple[int, int, int, int]] = []
+    first, low, high = 0, -1, 0  # low is -1 until a row of the segment sees something
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if end <= start:
+            continue
+        if low >= 0 and start >= high:
+            found.append((first, row, low, high))
+            first, low, high = row, start, end
+        else:
+            low, high = (start if low < 0 else min(low, start)), max(high, end)
+    found.append((first, len(starts), max(low, 0), max(high, 1)))
+    return found
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None) -> Tensor:
+    empty = intervals[:, 1] <= intervals[:, 0]
     # An empty row sees everything here and is set to zero below: a fully masked softmax would give NaN or a mean.
     mask = interval_mask(intervals, key.shape[0]) | empty[:, None]
     output = scaled_dot_product_attention(

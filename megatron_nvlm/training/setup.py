@@ -1,94 +1,23 @@
-"""From the sections of a run to what the loop works with. Users' mistakes end here, before work begins."""
+"""From the sections of a run to what the training loop works with."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_nvlm.checkpoint.save_load import Identity
 from megatron_nvlm.data.loader import DataConfig, MicroBatchLoader
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.shards import ShardSet
-from megatron_nvlm.data.stages import SamplePipeline
-from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.build import ModelConfig, build_model, find_parts
-from megatron_nvlm.models.initialise import initialise, mark_splits
+from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import DTYPES, Device
-from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
-from megatron_nvlm.text.tokenizer import Tokenizer
+from megatron_nvlm.run_parts import DataParts, make_model
 from megatron_nvlm.training.loop import Trainer, TrainingConfig
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.stages import StageConfig, describe, freeze
 from megatron_nvlm.training.step import wrap_model
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataParts:
-    """Opened data: everything that can be wrong with it has been looked for."""
-
-    sets: list[ShardSet]
-    order: BlendedOrder
-    pipeline: SamplePipeline
-
-
-def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> DataParts:
-    """Open shards and tokenizer; needs no process groups."""
-    parts = find_parts(model)
-    tokenizer = Tokenizer.load(data.tokenizer)
-    if tokenizer.vocab_size > parts.language.vocab_size:
-        raise UserError(
-            f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids and {model.language} embeds "
-            f"{parts.language.vocab_size}; use the tokenizer of that language model"
-        )
-    if not data.train:
-        raise UserError("data.train names no shards; add a path and a weight")
-    sets = [ShardSet(source.path) for source in data.train]
-    for shards in sets:
-        tile_size = shards.index["settings"].get("tile_size", tiling.tile_size)
-        if tile_size != tiling.tile_size:
-            raise UserError(
-                f"the shards in {shards.folder} hold tiles of {tile_size} pixels and tiling.tile_size is "
-                f"{tiling.tile_size}; build them with that size"
-            )
-    order = BlendedOrder([len(shards) for shards in sets], [source.weight for source in data.train], data.seed)
-    return DataParts(sets, order, make_pipeline(data, tiling, model, tokenizer))
-
-
-def make_pipeline(data: DataConfig, tiling: TilingConfig, model: ModelConfig, tokenizer: Tokenizer) -> SamplePipeline:
-    """The arrows from stored samples to rows, for this model."""
-    parts = find_parts(model)
-    return SamplePipeline(
-        tokenizer=tokenizer,
-        tiling=tiling,
-        variant=parts.variant,
-        tokens_per_tile=parts.vision.tokens_per_tile,
-        sequence_length=data.sequence_length,
-        template=data.template,
-        system=data.system,
-    )
-
-
-def make_identity(model: ModelConfig, tokenizer: Tokenizer) -> Identity:
-    """What a checkpoint of this run is of."""
-    return Identity(model.variant, model.language, model.vision, tokenizer.fingerprint)
-
-
-def make_model(
-    model: ModelConfig, partition: PartitionConfig, precision: str, device: torch.device, seed: int
-) -> NVLMModel:
-    """This rank's stage with new weights."""
-    built = build_model(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
-    mark_splits(built)
-    initialise(built, seed)
-    return built
 
 
 def make_trainer(

@@ -1,0 +1,45 @@
+"""What entry points share: one sentence for a user's mistake, and one rank that speaks."""
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+# Megatron-core says at import which GPU libraries it did not find, and PyTorch which of its calls are old; a run need not
+# hear it on every rank. Entry points import this file first.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
+warnings.filterwarnings("ignore", message="Apex is not installed.*")
+warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
+
+from megatron_nvlm.errors import UserError
+
+
+def global_rank() -> int:
+    """This process's rank as the launcher announced it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text: str) -> None:
+    """Print, on rank 0."""
+    if global_rank() == 0:
+        print(text, flush=True)
+
+
+def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]:
+    """A `main` that returns 0, or 2 with one sentence on stderr for a mistake that the user can mend.
+
+    Every rank reads the same files and meets the same mistake; all but rank 0 say their rank.
+    """
+
+    @functools.wraps(main)
+    def wrapped(arguments: list[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except UserError as error:
+            prefix = "" if global_rank() == 0 else f"rank {global_rank()}: "
+            print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
+            return 2
+        return 0
+
+    return wrapped

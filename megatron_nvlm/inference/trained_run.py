@@ -1,0 +1,72 @@
+"""A trained run opened for questions: its configuration, its pipeline and its weights, under any tensor-parallel layout."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nvlm.checkpoint import save_load
+from megatron_nvlm.config.load import load_run
+from megatron_nvlm.config.rules import check_files, check_run
+from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.inference.greedy import generate
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.parallel.device import use_device
+from megatron_nvlm.parallel.groups import start_groups, world_size_from_environment
+from megatron_nvlm.run_parts import make_identity, make_model, make_pipeline
+from megatron_nvlm.text.conversation import TEMPLATES
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What answers questions."""
+
+    run: RunConfig
+    pipeline: SamplePipeline
+    model: NVLMModel
+    progress: save_load.Progress
+
+    def answer(self, samples: Sequence[PreparedSample], max_new_tokens: int) -> list[str]:
+        """Texts for samples prepared with `open_answer`; every rank of the tensor-parallel group calls it alike."""
+        tokenizer = self.pipeline.tokenizer
+        stop_id = tokenizer.special_id(TEMPLATES[self.run.data.template].turn_end)
+        row_multiple = self.run.parallelism.row_multiple
+        ids = generate(self.model, samples, self.pipeline, stop_id, max_new_tokens, row_multiple)
+        return [tokenizer.decode(answer) for answer in ids]
+
+
+def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: Sequence[str] = ()) -> TrainedRun:
+    """Open the run of a folder at its newest checkpoint, or at a named one.
+
+    As many ranks as there are share the model by tensor parallelism in their replicas; pipeline stages of the training
+    are joined (a checkpoint loads under any layout).
+
+    Raises:
+        UserError: no run or checkpoint is there, or the layout does not fit.
+    """
+    config_file = run_dir / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{run_dir} is no run: it holds no config.yaml; name the run_dir of a training")
+    run = load_run(config_file, overrides)
+    whole_depth = dataclasses.replace(run.parallelism, pipeline_model_parallel_size=1)
+    # The batch is of no interest here, and ranks may be fewer than in training.
+    world_size = world_size_from_environment()
+    training = dataclasses.replace(run.training, micro_batch_size=1, global_batch_size=world_size)
+    run = dataclasses.replace(run, parallelism=whole_depth, training=training)
+    check_run(run, world_size)
+    check_files(run)
+    path = checkpoint or save_load.latest_checkpoint(run_dir)
+    if path is None:
+        raise UserError(f"{run_dir} has no checkpoint yet; train it first")
+    tokenizer = Tokenizer.load(run.data.tokenizer)
+    save_load.check_identity(path, make_identity(run.model, tokenizer))
+    device = use_device()
+    start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
+    model = make_model(
+        run.model, run.parallelism, run.training.precision, device.torch_device, run.training.seed
+    ).eval()
+    progress = save_load.load_model(path, model)
+    return TrainedRun(run, make_pipeline(run.data, run.tiling, run.model, tokenizer), model, progress)

@@ -1,0 +1,81 @@
+"""From sections of a run to its parts, for training and inference alike. Users' mistakes end here, before work begins."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_nvlm.checkpoint.save_load import Identity
+from megatron_nvlm.data.loader import DataConfig
+from megatron_nvlm.data.order import BlendedOrder
+from megatron_nvlm.data.shards import ShardSet
+from megatron_nvlm.data.stages import SamplePipeline
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.tiling import TilingConfig
+from megatron_nvlm.models.build import ModelConfig, build_model, find_parts
+from megatron_nvlm.models.initialise import initialise, mark_splits
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.parallel.device import DTYPES
+from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """Opened data: everything that can be wrong with it has been looked for."""
+
+    sets: list[ShardSet]
+    order: BlendedOrder
+    pipeline: SamplePipeline
+
+
+def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> DataParts:
+    """Open shards and tokenizer; needs no process groups."""
+    parts = find_parts(model)
+    tokenizer = Tokenizer.load(data.tokenizer)
+    if tokenizer.vocab_size > parts.language.vocab_size:
+        raise UserError(
+            f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids and {model.language} embeds "
+            f"{parts.language.vocab_size}; use the tokenizer of that language model"
+        )
+    if not data.train:
+        raise UserError("data.train names no shards; add a path and a weight")
+    sets = [ShardSet(source.path) for source in data.train]
+    for shards in sets:
+        tile_size = shards.index["settings"].get("tile_size", tiling.tile_size)
+        if tile_size != tiling.tile_size:
+            raise UserError(
+                f"the shards in {shards.folder} hold tiles of {tile_size} pixels and tiling.tile_size is "
+                f"{tiling.tile_size}; build them with that size"
+            )
+    order = BlendedOrder([len(shards) for shards in sets], [source.weight for source in data.train], data.seed)
+    return DataParts(sets, order, make_pipeline(data, tiling, model, tokenizer))
+
+
+def make_pipeline(data: DataConfig, tiling: TilingConfig, model: ModelConfig, tokenizer: Tokenizer) -> SamplePipeline:
+    """The arrows from stored samples to rows, for this model."""
+    parts = find_parts(model)
+    return SamplePipeline(
+        tokenizer=tokenizer,
+        tiling=tiling,
+        variant=parts.variant,
+        tokens_per_tile=parts.vision.tokens_per_tile,
+        sequence_length=data.sequence_length,
+        template=data.template,
+        system=data.system,
+    )
+
+
+def make_identity(model: ModelConfig, tokenizer: Tokenizer) -> Identity:
+    """What a checkpoint of this run is of."""
+    return Identity(model.variant, model.language, model.vision, tokenizer.fingerprint)
+
+
+def make_model(
+    model: ModelConfig, partition: PartitionConfig, precision: str, device: torch.device, seed: int
+) -> NVLMModel:
+    """This rank's stage with new weights."""
+    built = build_model(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
+    mark_splits(built)
+    initialise(built, seed)
+    return built
