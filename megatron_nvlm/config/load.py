@@ -27,8 +27,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not Path(path).is_file():
         raise UserError(f"there is no run file {path}; see configs/ for those that are")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(_checked_overrides(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
+        config = OmegaConf.load(path)
+        for override in overrides:
+            _apply(config, override)
+        plain = OmegaConf.to_container(config, resolve=True)
     except UserError:
         raise
     except Exception as error:  # the YAML reader and OmegaConf each have their own
@@ -51,11 +53,16 @@ def dump_run(run: RunConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.structured(run)))
 
 
-def _checked_overrides(overrides: Sequence[str]) -> list[str]:
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"the argument {override!r} is no override; write section.key=value")
-    return list(overrides)
+def _apply(config: Any, override: str) -> None:
+    """Set one `section.key=value`; a number in the key is a place in a list (data.train.0.weight)."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"the argument {override!r} is no override; write section.key=value")
+    try:
+        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"])["value"], force_add=True)
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the override {override!r} cannot be applied ({reason})") from error
 
 
 def _check_keys(values: Mapping[Any, Any], section: type, prefix: str, where: str) -> None:

@@ -63,6 +63,19 @@ def names_are_known(run: RunConfig, world_size: int) -> None:
         raise UserError(f"data.template is {run.data.template!r}; choose one of {', '.join(TEMPLATES)}")
 
 
+def counts_are_positive(run: RunConfig, world_size: int) -> None:
+    """Numbers that count steps or files are at least 1."""
+    for name, count in (
+        ("training.train_steps", run.training.train_steps),
+        ("checkpoint.save_every_steps", run.checkpoint.save_every_steps),
+        ("checkpoint.keep_last", run.checkpoint.keep_last),
+        ("logging.log_every_steps", run.logging.log_every_steps),
+        ("data.sequence_length", run.data.sequence_length),
+    ):
+        if count < 1:
+            raise UserError(f"{name} is {count}; it must be at least 1")
+
+
 def schedule_is_possible(run: RunConfig, world_size: int) -> None:
     """Learning rates and steps make a schedule."""
     check_optimizer(run.optimizer, run.training.train_steps)
@@ -74,6 +87,7 @@ RULES: tuple[Callable[[RunConfig, int], None], ...] = (
     batches_divide,
     samples_fit_the_decoder,
     names_are_known,
+    counts_are_positive,
     schedule_is_possible,
 )
 

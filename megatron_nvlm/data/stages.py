@@ -93,7 +93,7 @@ class SamplePipeline:
             picture = decode_image(raw.pictures[whole[0]])
             grid = choose_grid(*picture.size, limit, self.tiling.tile_size)
             return grid, cut_tiles(picture, grid, self.tiling.tile_size)
-        grid = Grid(*raw.record["images"][image]["grid"])
+        grid = stored_grid(raw, image)
         names = [f"tile_{number}" for number in range(1, grid.num_tiles + 1)] if grid.num_tiles > 1 else []
         tiles = []
         for name in [*names, "thumbnail"]:
@@ -134,3 +134,12 @@ def number_of_images(raw: RawSample) -> int:
     if stored != {str(number) for number in range(len(images))}:
         raise UserError(f"its record names {len(images)} images and its pictures belong to {len(stored)}")
     return len(images)
+
+
+def stored_grid(raw: RawSample, image: int) -> Grid:
+    """The grid of an image that was cut in advance; UserError unless its record gives one."""
+    description = raw.record["images"][image]
+    grid = description.get("grid") if isinstance(description, dict) else None
+    if not (isinstance(grid, list) and len(grid) == 2 and all(isinstance(side, int) and side > 0 for side in grid)):
+        raise UserError(f"its image {image} is cut in tiles and needs 'grid': [columns, rows] in its record")
+    return Grid(*grid)

@@ -1,0 +1,90 @@
+"""What is wrong with a run file is said in one sentence that names the key, before any process talks to another."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_nvlm.config.load import dump_run, load_run
+from megatron_nvlm.config.rules import check_run
+from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO = CONFIGS / "demo_h.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path) -> None:
+    run = load_run(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_run(run))
+    assert load_run(copy) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimizer.max_lrr=1", r"unknown key optimizer.max_lrr; did you mean optimizer.max_lr\?"),
+        ("modle.variant=h", r"unknown key modle; did you mean model\?"),
+        ("data.train.0.wight=1", r"unknown key data.train.0.wight; did you mean data.train.0.weight\?"),
+        ("training.train_steps=many", "training.train_steps has a value of the wrong type"),
+        ("training", "is no override; write section.key=value"),
+        ("model.variant=z", "model.variant is 'z'; choose one of d, x, h"),
+        ("model.language=qwen", "model.language is 'qwen', which is no preset; choose one of qwen2_72b"),
+        ("model.backend=cuda", "model.backend is 'cuda'; choose one of local, te"),
+        ("model.recompute=all", "model.recompute is 'all'; choose one of none, selective, full"),
+        ("model.cross_attention.interval=9", "gives no cross-attention layer among the 4 of tiny"),
+        ("parallelism.tensor_model_parallel_size=4", "which does not divide the 2 query groups of the language model"),
+        ("parallelism.pipeline_model_parallel_size=8", "more than the 4 layers of the language model"),
+        ("parallelism.pipeline_model_parallel_size=3", "which does not divide the 4 layers"),
+        ("parallelism.sequence_parallel=true", "needs parallelism.tensor_model_parallel_size of at least 2"),
+        ("tiling.tile_size=448", "tiny encodes tiles of 56"),
+        ("tiling.max_tiles=0", "tiling.max_tiles is 0; it must be at least 1"),
+        ("tiling.tag_format=3d", "tiling.tag_format is '3d'; choose one of none, 1d, 2d_grid, 2d_box"),
+        ("training.global_batch_size=33", "no multiple of training.micro_batch_size"),
+        ("training.precision=fp8", "training.precision is 'fp8'"),
+        ("data.sequence_length=9000", "data.sequence_length 9000 is over model.max_sequence_length"),
+        ("data.template=alpaca", "data.template is 'alpaca'"),
+        ("stage.name=warmup", "stage.name is 'warmup'; choose one of pretrain, sft"),
+        ("stage.trainable=[vision]", "name at least one of vision_model"),
+        ("optimizer.min_lr=1", "optimizer.min_lr 1.0 must lie between 0 and optimizer.max_lr"),
+        ("optimizer.warmup_steps=100000", "must be fewer than"),
+        ("checkpoint.save_every_steps=0", "checkpoint.save_every_steps is 0"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
+        ("logging.log_every_steps=0", "logging.log_every_steps is 0"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
+    single = "parallelism.tensor_model_parallel_size=1"
+    with pytest.raises(UserError, match=says):
+        check_run(load_run(DEMO, [single, override]), world_size=1)
+
+
+def test_ranks_must_be_whole_replicas() -> None:
+    with pytest.raises(UserError, match="3 ranks cannot be divided into model replicas of 2"):
+        check_run(load_run(DEMO), world_size=3)
+
+
+def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no run file"):
+        load_run(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\n")
+    with pytest.raises(UserError, match="cannot be read as YAML"):
+        load_run(broken)
+    values = yaml.safe_load(DEMO.read_text())
+    del values["optimizer"]["max_lr"]
+    broken.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="the key optimizer.max_lr is missing"):
+        load_run(broken)
+
+
+@given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=20))
+def test_no_unknown_section_passes(name: str) -> None:
+    if name in RunConfig.__dataclass_fields__:
+        return
+    with pytest.raises(UserError, match=f"unknown key {name};"):
+        load_run(DEMO, [f"{name}=1"])

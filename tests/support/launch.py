@@ -1,0 +1,36 @@
+"""The real commands: torchrun and the package's entry points as a user starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def command(module: str, ranks: int, *arguments: str) -> list[str]:
+    """`torchrun --nproc-per-node RANKS -m MODULE ...`."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*torchrun, "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the package importable and one thread a rank."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def launch(module: str, ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run to the end; a failure shows what was printed."""
+    done = subprocess.run(
+        command(module, ranks, *arguments), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def start(module: str, ranks: int, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    """Run in the background, in a process group of its own."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command(module, ranks, *arguments), env=environment(), stdout=file, stderr=file, start_new_session=True
+        )

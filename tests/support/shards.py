@@ -1,0 +1,94 @@
+"""Small real shards and a run file that trains on them."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from megatron_nvlm.data.shards import ShardWriter
+from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
+
+
+def picture(width: int, height: int, kind: str = "PNG", seed: int = 0) -> bytes:
+    """Bytes of a noisy image file."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def record(question: str, answer: str, images: int = 1) -> dict[str, Any]:
+    """A sample's JSON."""
+    return {
+        "conversation": [{"from": "human", "value": "<image>" * images + question}, {"from": "gpt", "value": answer}],
+        "images": [{}] * images,
+        "source": "test",
+    }
+
+
+def write_samples(folder: Path, samples: list[tuple[dict[str, Any], dict[str, bytes]]]) -> Path:
+    """Shards of (record, pictures)."""
+    with ShardWriter(folder, samples_per_shard=8) as writer:
+        for number, (content, pictures) in enumerate(samples):
+            writer.write(f"sample_{number:04d}", content, pictures)
+    return folder
+
+
+def good_samples(count: int) -> list[tuple[dict[str, Any], dict[str, bytes]]]:
+    """Whole images of several sizes, several images in a sample, text only."""
+    samples: list[tuple[dict[str, Any], dict[str, bytes]]] = []
+    for number in range(count):
+        if number % 4 == 3:
+            samples.append((record(f"Say {number}.", str(number), images=0), {}))
+        elif number % 4 == 2:
+            pictures = {"0.png": picture(60, 60, seed=number), "1.png": picture(120, 60, seed=number)}
+            samples.append((record("Which?", "both", images=2), pictures))
+        else:
+            size = (168, 112) if number % 4 else (50, 200)
+            samples.append((record("What?", f"it is {number}"), {"0.png": picture(*size, seed=number)}))
+    return samples
+
+
+def write_run(folder: Path, train: Path | None = None, **sections: Any) -> Path:
+    """A run file for the tiny model; `sections` replace or add keys of sections."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if train is None:
+        train = write_samples(folder / "shards", good_samples(24))
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        qwen2_tokenizer(1024).save(str(tokenizer))
+    run: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "variant": "h",
+            "language": "tiny",
+            "vision": "tiny",
+            "init_std": 0.06,
+            "cross_attention": {"interval": 2},
+        },
+        "tiling": {"tile_size": 56, "max_tiles": 6},
+        "stage": {"trainable": ["vision_model", "vision_projection", "cross_attention", "language_model"]},
+        "data": {
+            "train": [{"path": str(train), "weight": 1.0}],
+            "tokenizer": str(tokenizer),
+            "sequence_length": 256,
+        },
+        "optimizer": {"max_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2},
+        "training": {"micro_batch_size": 2, "global_batch_size": 4, "train_steps": 6, "precision": "fp32"},
+        "checkpoint": {"save_every_steps": 2},
+        "logging": {"log_every_steps": 1, "tensorboard": False},
+    }
+    for section, values in sections.items():
+        run[section] = {**run.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The steps of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
