@@ -3,14 +3,7 @@
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Callable
-
-# Megatron-core says at import which GPU libraries it did not find, and PyTorch which of its calls are old; a run need not
-# hear it on every rank. Entry points import this file first.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
-warnings.filterwarnings("ignore", message="Apex is not installed.*")
-warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
 
 from megatron_nvlm.errors import UserError
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
+from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.entry import say, user_errors_end_the_process
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.accuracy import VIEWS, Answer, accuracy_table
-from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.inference.trained_run import TrainedRun, open_trained_run
 from megatron_nvlm.parallel.groups import get_groups, stop_groups
 from megatron_nvlm.text.conversation import read_turns
@@ -43,13 +44,14 @@ def answer_all(trained: TrainedRun, shards: ShardSet, batch_size: int, max_new_t
     return [answer for part in gathered for answer in part]
 
 
-def evaluate(run_dir: Path, checkpoint: Path | None, overrides: list[str], batch_size: int, max_new_tokens: int) -> None:
+def evaluate(options: argparse.Namespace) -> None:
     """Open, answer, write, say."""
-    trained = open_trained_run(run_dir, checkpoint, overrides)
+    run_dir: Path = options.run_dir
+    trained = open_trained_run(run_dir, options.checkpoint, options.overrides)
     if trained.run.data.valid is None:
         raise UserError("the run names no held-out shards; set data.valid to their folder")
-    answers = answer_all(trained, ShardSet(trained.run.data.valid), batch_size, max_new_tokens)
-    table = accuracy_table(answers)
+    answers = answer_all(trained, ShardSet(trained.run.data.valid), options.batch_size, options.max_new_tokens)
+    table = accuracy_table(answers, options.count)
     if dist.get_rank() == 0:
         record = {
             "step": trained.progress.step,
@@ -71,9 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a folder below checkpoints/; the newest if not given")
     parser.add_argument("--batch-size", type=int, default=16, help="samples answered at once")
     parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--count", default=r"\S", help="pattern of the characters of an answer that count")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
-    evaluate(options.run_dir, options.checkpoint, options.overrides, options.batch_size, options.max_new_tokens)
+    evaluate(options)
 
 
 if __name__ == "__main__":

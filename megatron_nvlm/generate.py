@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.data.shards import RawSample
 from megatron_nvlm.entry import say, user_errors_end_the_process
 from megatron_nvlm.errors import UserError

@@ -4,11 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.checkpoint import save_load
-from megatron_nvlm.entry import global_rank, say, user_errors_end_the_process
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_files, check_run
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.entry import global_rank, say, user_errors_end_the_process
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups, world_size_from_environment
 from megatron_nvlm.run_parts import make_identity, open_data
@@ -26,8 +27,10 @@ def run_training(run: RunConfig) -> None:
     parts = open_data(run.data, run.tiling, run.model)
     identity = make_identity(run.model, parts.pipeline.tokenizer)
     checkpoint = save_load.latest_checkpoint(run_dir)
-    if checkpoint is not None:
-        save_load.check_identity(checkpoint, identity)
+    initial = _initial_weights(run) if checkpoint is None else None
+    for path in (checkpoint, initial):
+        if path is not None:
+            save_load.check_identity(path, identity)
 
     device = use_device()
     start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
@@ -49,6 +52,10 @@ def run_training(run: RunConfig) -> None:
     if checkpoint is not None:
         start = save_load.load(checkpoint, *state)
         say(f"going on from step {start.step} ({checkpoint})")
+    elif initial is not None:
+        save_load.load_model(initial, trainer.bare_model)
+        trainer.optimizer.reload_model_params()
+        say(f"starting with the weights of {initial}")
     writer = MetricsWriter(run_dir, run.logging, start.step, run.training.train_steps)
 
     def save(progress: save_load.Progress) -> None:
@@ -63,6 +70,11 @@ def run_training(run: RunConfig) -> None:
     else:
         say(f"stopped after step {outcome.progress.step}, saved; the same command goes on from there")
     stop_groups()
+
+
+def _initial_weights(run: RunConfig) -> Path | None:
+    path = run.checkpoint.initial_weights
+    return None if path is None else save_load.find_checkpoint(Path(path))
 
 
 @user_errors_end_the_process

@@ -3,9 +3,9 @@
 `python -m tools.demo_data --out DIR` writes DIR/train_images, DIR/train_text, DIR/heldout and DIR/tokenizer.json.
 
 The task needs the tiles: an image is a grid of coloured parts, each a tile with four small characters on it, and the
-question asks to read the part of one colour. Colours show in the thumbnail, characters do not: it squashes the
-image at least threefold along one side. Characters are handwritten digits (scikit-learn's 1797 scans), the same digits
-on crops of photographs (scikit-learn's two), and capital letters drawn with Pillow's font.
+question asks to read the part of one colour (in training: of each). Colours show in the thumbnail, characters do not:
+it squashes the image at least threefold along one side. Characters are handwritten digits (scikit-learn's 1797 scans),
+the same digits on crops of photographs (scikit-learn's two), and capital letters drawn with Pillow's font.
 Held-out images use digits, photograph regions and letter pairs that no training image shows.
 """
 
@@ -29,8 +29,10 @@ from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 TILE_SIZE = 56
 MAX_TILES = 6
 GRIDS = tuple(Grid(*grid) for grid in ((3, 2), (2, 3), (4, 1), (1, 4), (5, 1), (1, 5), (6, 1), (1, 6)))
-SINGLE_TILE_SHARE = 0.5
-"""Share of training images that are one tile: there reading is learned before finding the right tile is."""
+"""Grids of held-out images: here the thumbnail shrinks every tile at least threefold along one side."""
+SMALL_GRIDS = tuple(Grid(*grid) for grid in ((1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (3, 1)))
+SMALL_SHARE = 0.5
+"""Share of training images on small grids: reading is learned there before finding the right tile among many is."""
 COLOURS = {
     "red": (255, 120, 110),
     "green": (120, 220, 130),
@@ -44,7 +46,6 @@ COLOURS = {
 LETTERS = "ABCDEFGHJKLMNPRSTUVXYZ"
 CHARACTER_SIZE = 16
 JITTER = 2
-QUESTIONS_PER_IMAGE = 2
 VOCABULARY = 1024
 SOURCES = [
     {
@@ -131,25 +132,23 @@ def letter_mask(character: str) -> Image.Image:
 
 
 def make_image_sample(
-    rng: random.Random, sources: Sources, single_tile_share: float = 0.0, questions: int = 1
+    rng: random.Random, sources: Sources, small_share: float = 0.0, ask_all: bool = False
 ) -> tuple[dict[str, object], dict[str, bytes]]:
     """A record and its tiles."""
-    grid = Grid(1, 1) if rng.random() < single_tile_share else rng.choice(GRIDS)
+    grid = rng.choice(SMALL_GRIDS if rng.random() < small_share else GRIDS)
     kind = rng.choice(("digits", "photo", "text"))
     colours = rng.sample(sorted(COLOURS), grid.num_tiles)
     canvas = Image.new("RGB", (grid.cols * TILE_SIZE, grid.rows * TILE_SIZE))
-    answers = {}
+    texts = {}
     for number, colour in enumerate(colours):
         part, text = draw_part(rng, sources, kind, colour)
         canvas.paste(part, (number % grid.cols * TILE_SIZE, number // grid.cols * TILE_SIZE))
-        answers[colour] = " ".join(text) if kind == "text" else text
+        texts[colour] = " ".join(text) if kind == "text" else text
     assert choose_grid(*canvas.size, MAX_TILES, TILE_SIZE) == grid
-    asked = rng.sample(colours, min(questions, len(colours)))
-    conversation = []
-    for number, colour in enumerate(asked):
-        question = f"Read the {colour} part."
-        conversation.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
-        conversation.append({"from": "gpt", "value": answers[colour]})
+    asked = rng.sample(colours, len(colours) if ask_all else 1)
+    question = f"<image>\nRead {', '.join(asked)}."
+    answer = " ".join(f"{colour}={texts[colour]}" for colour in asked)
+    conversation = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     regular = range(1, grid.num_tiles + 1) if grid.num_tiles > 1 else ()
     names = [*(f"tile_{number}" for number in regular), "thumbnail"]
     pictures = {
@@ -191,12 +190,14 @@ def make_text_sample(rng: random.Random) -> dict[str, object]:
     return {"conversation": conversation, "images": [], "source": "text_only"}
 
 
-def build(out: Path, train_samples: int, text_samples: int, heldout_samples: int, seed: int) -> None:
+def build(
+    out: Path, train_samples: int = 8000, text_samples: int = 1000, heldout_samples: int = 300, seed: int = 1
+) -> None:
     """Write the three sets, the tokenizer and the list of sources."""
     settings = {"tile_size": TILE_SIZE, "max_tiles": MAX_TILES, "seed": seed}
     for name, count, heldout, form in (
-        ("train_images", train_samples, False, (SINGLE_TILE_SHARE, QUESTIONS_PER_IMAGE)),
-        ("heldout", heldout_samples, True, (0.0, 1)),
+        ("train_images", train_samples, False, (SMALL_SHARE, True)),
+        ("heldout", heldout_samples, True, (0.0, False)),
     ):
         sources, rng = load_sources(heldout), random.Random(f"{seed} {name}")
         with ShardWriter(out / name, settings=settings) as writer:

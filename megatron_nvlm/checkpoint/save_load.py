@@ -33,6 +33,8 @@ class CheckpointConfig:
     save_every_steps: int = 500
     keep_last: int = 2
     """Complete checkpoints that stay; older ones are removed."""
+    initial_weights: str | None = None
+    """Run folder or checkpoint whose weights a new run starts with (SFT after pretraining); null for random weights."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,16 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     if not path.is_dir():
         raise UserError(f"{name_file} names {path.name}, which is not there; write the name of a checkpoint beside it")
     return path
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint by its own folder or by its run's; UserError if there is none."""
+    if (path / IDENTITY_FILE).is_file():
+        return path
+    found = latest_checkpoint(path)
+    if found is None:
+        raise UserError(f"there is no checkpoint in {path}; name a run folder or a folder below its checkpoints/")
+    return found
 
 
 def read_identity(path: Path) -> Identity:

@@ -1,4 +1,4 @@
-"""Greedy answers. Tiles are encoded once; the decoder reads its whole row again for each token (there is no key/value cache)."""
+"""Greedy answers. Tiles are encoded once; the decoder reads its whole row again for each token (no key/value cache)."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -58,9 +58,7 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     run = dataclasses.replace(run, parallelism=whole_depth, training=training)
     check_run(run, world_size)
     check_files(run)
-    path = checkpoint or save_load.latest_checkpoint(run_dir)
-    if path is None:
-        raise UserError(f"{run_dir} has no checkpoint yet; train it first")
+    path = save_load.find_checkpoint(checkpoint or run_dir)
     tokenizer = Tokenizer.load(run.data.tokenizer)
     save_load.check_identity(path, make_identity(run.model, tokenizer))
     device = use_device()

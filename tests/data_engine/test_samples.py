@@ -37,8 +37,16 @@ def raw(content: dict[str, Any], pictures: dict[str, bytes]) -> RawSample:
     [
         (raw({"images": []}, {}), "conversation", "its JSON has no conversation"),
         (raw({"conversation": "hello"}, {}), "conversation", "its JSON has no conversation"),
-        (raw({"conversation": [{"from": "cat", "value": "x"}]}, {}), "conversation", "turn 0 of its conversation needs"),
-        (raw(record("Two?", "2", images=0) | {"images": [{}]}, {"0.png": picture(9, 9)}), "conversation", "0 <image> for"),
+        (
+            raw({"conversation": [{"from": "cat", "value": "x"}]}, {}),
+            "conversation",
+            "turn 0 of its conversation needs",
+        ),
+        (
+            raw(record("Two?", "2", images=0) | {"images": [{}]}, {"0.png": picture(9, 9)}),
+            "conversation",
+            "0 <image> for",
+        ),
         (raw(record("<image>?", "2"), {"0.png": picture(9, 9)}), "conversation", "has 2 <image> for 1 images"),
         (raw(record("?", "2"), {}), "record", "names 1 images and its pictures belong to 0"),
         (raw(record("?", "2"), {"0.jpg": picture(90, 90, "JPEG")[:600]}), "image", "the image cannot be decoded"),

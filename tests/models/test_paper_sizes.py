@@ -1,4 +1,4 @@
-"""The paper's 34B and 72B runs: each file is read and checked, and its model is built (without memory) with the right size."""
+"""The paper's 34B and 72B runs: each file is valid, and its model, built without memory, has the right size."""
 
 from pathlib import Path
 

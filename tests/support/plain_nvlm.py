@@ -54,9 +54,7 @@ def encode_tile(w: Weights, tile: Tensor, config: PlainConfig) -> Tensor:
     std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
     pixels = (tile.double() / 255 - mean) / std
     p, side = config.patch, tile.shape[-1] // config.patch
-    patches = [
-        pixels[:, i * p : (i + 1) * p, j * p : (j + 1) * p].flatten() for i in range(side) for j in range(side)
-    ]
+    patches = [pixels[:, i * p : (i + 1) * p, j * p : (j + 1) * p].flatten() for i in range(side) for j in range(side)]
     kernel = w["vision_model.conv1.weight"].flatten(1)
     x = torch.stack(patches) @ kernel.T + w["vision_model.conv1.bias"]
     x = torch.cat([w["vision_model.class_token"][0], x]) + w["vision_model.position_embeddings.weight"]
