@@ -1,4 +1,4 @@
-"""Greedy answers: the same as choosing the likeliest token of a fresh forward pass each time, under tensor parallelism too."""
+"""Greedy answers: those of a fresh forward pass of the plain form for each token, under tensor parallelism too."""
 
 import pytest
 import torch
