@@ -7,4 +7,6 @@ import warnings
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
 warnings.filterwarnings("ignore", message="Apex is not installed.*")
 warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
+# Core asks views of its gradient buffers for `.grad`, on purpose.
+warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
 logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.training.faults import FINISHED_FILE

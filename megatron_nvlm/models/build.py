@@ -266,7 +266,7 @@ def _build_vision(
 ) -> InternViTModel:
     preset = parts.vision
     vision = vision_config(config, preset, dtype, on_cpu)
-    layers = [get_vision_layer_spec(backend, vision, preset.qk_norm)] * preset.num_layers
+    layers = [get_vision_layer_spec(backend, vision, preset)] * preset.num_layers
     return InternViTModel(
         vision,
         TransformerBlockSubmodules(layer_specs=layers),

@@ -13,6 +13,9 @@ from megatron_nvlm.models.sharding import cut, find_split, full_shape
 
 _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 
+# Smaller positions would drown in the patches beside them: an encoder trained from scratch then cannot tell places apart.
+_UNIT_DEVIATION = ("vision_model.class_token", "vision_model.position_embeddings.weight")
+
 
 def named_parameters(model: NVLMModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters with the names of the whole model: decoder layers counted over all pipeline stages."""
@@ -37,7 +40,8 @@ def initialise(model: NVLMModel, seed: int) -> None:
     """Set every weight of this rank's stage; gates, norms and layer-scales keep what their modules start with.
 
     Weights are normal with the configuration's `init_std`, those that write to the residual stream divided by
-    sqrt(2 * layers) (Megatron's rule); biases are zero.
+    sqrt(2 * layers) (Megatron's rule); the encoder's positions and class token have a deviation of 1, as in InternViT's
+    own code; biases are zero.
     """
     group = model.language_model.pg_collection.tp
     ranks, rank = group.size(), group.rank()
@@ -55,7 +59,7 @@ def initialise(model: NVLMModel, seed: int) -> None:
         split = find_split(name)
         writes_residual = "linear_proj" in name or ("linear_fc2" in name and not name.startswith("vision_projection"))
         full = torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
-        full *= residual_std if writes_residual else std
+        full *= residual_std if writes_residual else 1.0 if name in _UNIT_DEVIATION else std
         parameter.copy_(cut(full, split, rank, ranks))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 class LayerScaleAdd(torch.nn.Module):
     """residual + scale * (x + bias), one factor per channel (`ls1` and `ls2` of the release)."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, init: float = 0.1) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype, init: float) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.full((hidden_size,), init, dtype=dtype))
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_nvlm.models.backends import Backend, without_bias
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig, GroupedQueryCrossAttention, TanhGatedAdd
 from megatron_nvlm.models.intern_vit import FullWidthNormSelfAttention, LayerScaleAdd
+from megatron_nvlm.models.presets import VisionPreset
 
 
 def get_mlp_spec(backend: Backend) -> ModuleSpec:
@@ -65,10 +66,17 @@ def get_decoder_layer_spec(backend: Backend, cross_attention: CrossAttentionConf
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**slots))
 
 
-def get_vision_layer_spec(backend: Backend, config: TransformerConfig, qk_norm: bool) -> ModuleSpec:
-    """A pre-norm encoder layer with layer-scale; `qk_norm` is the 6B family's norm over the full width."""
+def get_vision_layer_spec(backend: Backend, config: TransformerConfig, preset: VisionPreset) -> ModuleSpec:
+    """A pre-norm encoder layer with layer-scale; the 6B family also normalises queries and keys over the full width."""
     norm = backend.rms_norm if config.normalization == "RMSNorm" else backend.layer_norm
-    scale = ModuleSpec(module=LayerScaleAdd, params={"hidden_size": config.hidden_size, "dtype": config.params_dtype})
+    scale = ModuleSpec(
+        module=LayerScaleAdd,
+        params={
+            "hidden_size": config.hidden_size,
+            "dtype": config.params_dtype,
+            "init": preset.layer_scale_init,
+        },
+    )
     column = backend.column_parallel_linear
     submodules = SelfAttentionSubmodules(
         # add_bias_linear covers the whole layer; the 6B family has biases everywhere but in QKV.
@@ -77,7 +85,7 @@ def get_vision_layer_spec(backend: Backend, config: TransformerConfig, qk_norm: 
         linear_proj=backend.row_parallel_linear,
     )
     params: dict[str, Any] = {"attn_mask_type": AttnMaskType.no_mask}
-    if qk_norm:
+    if preset.qk_norm:
         attention = ModuleSpec(FullWidthNormSelfAttention, params={**params, "qk_norm": norm}, submodules=submodules)
     else:
         attention = ModuleSpec(SelfAttention, params=params, submodules=submodules)

@@ -37,6 +37,8 @@ class VisionPreset:
     tile_size: int = 448
     patch_size: int = 14
     layernorm_epsilon: float = 1e-6
+    layer_scale_init: float = 0.1
+    """Start of both layer-scales (`initializer_factor` of the public models)."""
 
     @property
     def patches_per_tile(self) -> int:
@@ -65,8 +67,8 @@ VISION_PRESETS: dict[str, VisionPreset] = {
     "internvit_6b": VisionPreset(45, 3200, 12800, 25, "RMSNorm", qk_norm=True, qkv_bias=False),
     # config.json of OpenGVLab/InternViT-300M-448px; not a model of the paper
     "internvit_300m": VisionPreset(24, 1024, 4096, 16, "LayerNorm", qk_norm=False, qkv_bias=True),
-    # ours, for the demo on a laptop: the 6B family's form, tiles of 56 pixels
-    "tiny": VisionPreset(3, 96, 256, 4, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56),
+    # ours, for the demo on a laptop: the 6B family's form, tiles of 56 pixels; layer-scales at 1 to train from scratch
+    "tiny": VisionPreset(3, 96, 256, 4, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56, layer_scale_init=1.0),
 }
 
 

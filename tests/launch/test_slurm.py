@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.launch import REPOSITORY, environment
-from tests.support.shards import read_metrics, write_run
+from tests.support.shards import read_metrics
+from tools import demo_data
 
 pytestmark = pytest.mark.slurm
 
 MINI_SLURM = Path(__file__).with_name("mini_slurm.sh")
 JOB = "launch/pretrain_nvlm_h.sh"
+RUN_FILE = "configs/demo_h.yaml"
+STEPS = 20
 
 
 def mini_slurm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +51,20 @@ def submit(slurm: dict[str, str], log: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A few samples of the demo's data, and the overrides that make a short run of the demo of them."""
+    folder = tmp_path_factory.mktemp("data") / "demo_data"
+    demo_data.build(folder, train_samples=64, text_samples=16, heldout_samples=4)
+    return [
+        f"data.train.0.path={folder}/train_images",
+        f"data.train.1.path={folder}/train_text",
+        f"data.tokenizer={folder}/tokenizer.json",
+        f"training.train_steps={STEPS}",
+        "optimizer.warmup_steps=2",
+    ]
+
+
 def job_field(slurm: dict[str, str], job: str, field: str) -> str:
     shown = subprocess.run(["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True, timeout=30)
     fields = dict(part.split("=", 1) for part in shown.stdout.split() if "=" in part)
@@ -70,10 +87,11 @@ def ended(slurm: dict[str, str], job: str) -> bool:
     return job_field(slurm, job, "JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
-def test_a_job_of_two_nodes_stops_requeues_itself_and_ends(slurm: dict[str, str], tmp_path: Path) -> None:
-    run_file = write_run(tmp_path, training={"train_steps": 20})
+def test_a_job_of_two_nodes_stops_requeues_itself_and_ends(
+    slurm: dict[str, str], data: list[str], tmp_path: Path
+) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "job.log"
-    job = submit(slurm, log, str(run_file), "parallelism.tensor_model_parallel_size=2")
+    job = submit(slurm, log, RUN_FILE, f"run_dir={run_dir}", *data)
     wait_until(lambda: steps_done(run_dir) >= 3, log)
     # What Slurm does before the time limit, now.
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=slurm, check=True, timeout=30)
@@ -83,12 +101,12 @@ def test_a_job_of_two_nodes_stops_requeues_itself_and_ends(slurm: dict[str, str]
     assert job_field(slurm, job, "JobState") == "COMPLETED", text
     assert "start 0: 2 nodes x 1 processes" in text and "start 1: 2 nodes x 1 processes" in text
     assert "back into the queue" in text and "going on from step" in text and "the run is finished" in text
-    assert [row["step"] for row in read_metrics(run_dir)] == list(range(1, 21))
+    assert [row["step"] for row in read_metrics(run_dir)] == list(range(1, STEPS + 1))
 
 
 def test_a_mistake_in_the_run_file_fails_the_job_before_it_starts(slurm: dict[str, str], tmp_path: Path) -> None:
-    run_file, log = write_run(tmp_path), tmp_path / "job.log"
-    job = submit(slurm, log, str(run_file), "optimizer.max_lrr=1")
+    log = tmp_path / "job.log"
+    job = submit(slurm, log, RUN_FILE, f"run_dir={tmp_path / 'run'}", "optimizer.max_lrr=1")
     wait_until(lambda: ended(slurm, job), log)
     assert job_field(slurm, job, "JobState") == "FAILED"
     assert "did you mean optimizer.max_lr?" in log.read_text()
