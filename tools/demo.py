@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from tools import demo_data
 from tools.demo_report import write_report
 
 DATA = Path("runs/demo_data")
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class MemoryWatch:
@@ -43,14 +45,18 @@ class MemoryWatch:
             time.sleep(2)
 
 
-def build_data(seed: int) -> None:
-    """Shards, unless they are there; complete or not at all."""
+def build_data(sizes: Sequence[int], seed: int = 1) -> None:
+    """Shards, unless they are there; complete or not at all.
+
+    Args:
+        sizes: training images, texts, held-out images.
+    """
     if (DATA / "sources.json").exists():
         return
     partial = DATA.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(DATA, ignore_errors=True)
-    demo_data.build(partial, seed=seed)
+    demo_data.build(partial, *sizes, seed=seed)
     partial.rename(DATA)
 
 
@@ -71,13 +77,13 @@ def torchrun(ranks: int, module: str, *arguments: str) -> None:
         sys.exit(status)
 
 
-def run_demo(variant: str, overrides: list[str]) -> Path:
+def run_demo(variant: str, sizes: Sequence[int], overrides: list[str]) -> Path:
     """Everything; returns the report's path."""
-    config = f"configs/demo_{variant}.yaml"
+    config = str(CONFIGS / f"demo_{variant}.yaml")
     run = load_run(config, overrides)
     ranks = run.parallelism.tensor_model_parallel_size * run.parallelism.pipeline_model_parallel_size
     run_dir = Path(run.run_dir)
-    build_data(seed=1)
+    build_data(sizes)
     print(f"shards are in {DATA}; training NVLM-{variant.upper()} on {ranks} processes", flush=True)
     if not (run_dir / FINISHED_FILE).exists():
         torchrun(ranks, "megatron_nvlm.train", "--config", config, *overrides)
@@ -93,11 +99,19 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train a tiny NVLM on real pictures, evaluate it, write report.html.")
     parser.add_argument("--variant", choices=("d", "x", "h"), default="h")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs=3,
+        default=demo_data.SIZES,
+        metavar=("IMAGES", "TEXTS", "HELDOUT"),
+        help="samples to build, if there are none yet",
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value of the run file")
     options = parser.parse_args()
     began, memory = time.monotonic(), MemoryWatch()
     try:
-        report = run_demo(options.variant, options.overrides)
+        report = run_demo(options.variant, options.sizes, options.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -30,9 +30,7 @@ TILE_SIZE = 56
 MAX_TILES = 6
 GRIDS = tuple(Grid(*grid) for grid in ((3, 2), (2, 3), (4, 1), (1, 4), (5, 1), (1, 5), (6, 1), (1, 6)))
 """Grids of held-out images: here the thumbnail shrinks every tile at least threefold along one side."""
-SMALL_GRIDS = tuple(Grid(*grid) for grid in ((1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (3, 1)))
-SMALL_SHARE = 0.5
-"""Share of training images on small grids: reading is learned there before finding the right tile among many is."""
+SMALL_GRIDS = tuple(Grid(*grid) for grid in ((1, 2), (1, 2), (2, 1), (2, 1), (1, 3), (3, 1)))
 COLOURS = {
     "red": (255, 120, 110),
     "green": (120, 220, 130),
@@ -47,6 +45,8 @@ LETTERS = "ABCDEFGHJKLMNPRSTUVXYZ"
 CHARACTER_SIZE = 16
 JITTER = 2
 VOCABULARY = 1024
+SIZES = (8000, 1000, 300)
+"""Training images, texts, held-out images."""
 SOURCES = [
     {
         "name": "handwritten digits",
@@ -68,6 +68,22 @@ SOURCES = [
 def is_heldout(item: str) -> bool:
     """Whether a source item (a digit's scan, a pair of letters) is kept for held-out images: one in seven."""
     return zlib.crc32(item.encode()) % 7 == 0
+
+
+@dataclass(frozen=True)
+class SampleForm:
+    """How hard the images of a set are, and what is asked about them."""
+
+    small_share: float = 0.0
+    """Share of images on small grids."""
+    same_share: float = 0.0
+    """Share of images with the same text on all parts, which any tile answers."""
+    ask_all: bool = False
+    """Ask for all parts instead of one."""
+
+
+TRAINING_FORM = SampleForm(small_share=0.6, same_share=0.4, ask_all=True)
+"""Reading is learned where it does not matter which tile is read; finding the right tile comes after."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +112,13 @@ def load_sources(heldout: bool) -> Sources:
     return Sources(digits, pairs, photographs)
 
 
-def draw_part(rng: random.Random, sources: Sources, kind: str, colour: str) -> tuple[Image.Image, str]:
-    """One part of an image, TILE_SIZE pixels square, and what stands on it."""
+def draw_text(rng: random.Random, sources: Sources, kind: str) -> str:
+    """Four characters to stand on a part."""
+    return "".join(rng.choices(sources.letter_pairs, k=2) if kind == "text" else rng.choices("0123456789", k=4))
+
+
+def draw_part(rng: random.Random, sources: Sources, kind: str, colour: str, text: str) -> Image.Image:
+    """One part of an image, TILE_SIZE pixels square, with the four characters on it."""
     base = Image.new("RGB", (TILE_SIZE, TILE_SIZE), COLOURS[colour])
     if kind == "photo":
         photograph = rng.choice(sources.photographs)
@@ -105,10 +126,6 @@ def draw_part(rng: random.Random, sources: Sources, kind: str, colour: str) -> t
         top = rng.randrange(photograph.height - 2 * TILE_SIZE)
         crop = photograph.crop((left, top, left + 2 * TILE_SIZE, top + 2 * TILE_SIZE)).resize(base.size)
         base = Image.blend(base, crop, 0.3)
-    if kind == "text":
-        text = "".join(rng.choices(sources.letter_pairs, k=2))
-    else:
-        text = "".join(rng.choices("0123456789", k=4))
     # One character in each quarter, a little off its middle: each becomes one vision token after pixel shuffle.
     margin = (TILE_SIZE // 2 - CHARACTER_SIZE) // 2
     for place, character in enumerate(text):
@@ -120,7 +137,7 @@ def draw_part(rng: random.Random, sources: Sources, kind: str, colour: str) -> t
         left = place % 2 * TILE_SIZE // 2 + margin + rng.randrange(-JITTER, JITTER + 1)
         top = place // 2 * TILE_SIZE // 2 + margin + rng.randrange(-JITTER, JITTER + 1)
         base.paste((20, 20, 20), (left, top), ink)
-    return base, text
+    return base
 
 
 def letter_mask(character: str) -> Image.Image:
@@ -132,20 +149,22 @@ def letter_mask(character: str) -> Image.Image:
 
 
 def make_image_sample(
-    rng: random.Random, sources: Sources, small_share: float = 0.0, ask_all: bool = False
+    rng: random.Random, sources: Sources, form: SampleForm
 ) -> tuple[dict[str, object], dict[str, bytes]]:
     """A record and its tiles."""
-    grid = rng.choice(SMALL_GRIDS if rng.random() < small_share else GRIDS)
+    grid = rng.choice(SMALL_GRIDS if rng.random() < form.small_share else GRIDS)
     kind = rng.choice(("digits", "photo", "text"))
     colours = rng.sample(sorted(COLOURS), grid.num_tiles)
+    same_text = draw_text(rng, sources, kind) if rng.random() < form.same_share else None
     canvas = Image.new("RGB", (grid.cols * TILE_SIZE, grid.rows * TILE_SIZE))
     texts = {}
     for number, colour in enumerate(colours):
-        part, text = draw_part(rng, sources, kind, colour)
+        text = same_text or draw_text(rng, sources, kind)
+        part = draw_part(rng, sources, kind, colour, text)
         canvas.paste(part, (number % grid.cols * TILE_SIZE, number // grid.cols * TILE_SIZE))
         texts[colour] = " ".join(text) if kind == "text" else text
     assert choose_grid(*canvas.size, MAX_TILES, TILE_SIZE) == grid
-    asked = rng.sample(colours, len(colours) if ask_all else 1)
+    asked = rng.sample(colours, len(colours) if form.ask_all else 1)
     question = f"<image>\nRead {', '.join(asked)}."
     answer = " ".join(f"{colour}={texts[colour]}" for colour in asked)
     conversation = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
@@ -191,18 +210,22 @@ def make_text_sample(rng: random.Random) -> dict[str, object]:
 
 
 def build(
-    out: Path, train_samples: int = 8000, text_samples: int = 1000, heldout_samples: int = 300, seed: int = 1
+    out: Path,
+    train_samples: int = SIZES[0],
+    text_samples: int = SIZES[1],
+    heldout_samples: int = SIZES[2],
+    seed: int = 1,
 ) -> None:
     """Write the three sets, the tokenizer and the list of sources."""
     settings = {"tile_size": TILE_SIZE, "max_tiles": MAX_TILES, "seed": seed}
     for name, count, heldout, form in (
-        ("train_images", train_samples, False, (SMALL_SHARE, True)),
-        ("heldout", heldout_samples, True, (0.0, False)),
+        ("train_images", train_samples, False, TRAINING_FORM),
+        ("heldout", heldout_samples, True, SampleForm()),
     ):
         sources, rng = load_sources(heldout), random.Random(f"{seed} {name}")
         with ShardWriter(out / name, settings=settings) as writer:
             for number in range(count):
-                writer.write(f"{name}_{number:06d}", *make_image_sample(rng, sources, *form))
+                writer.write(f"{name}_{number:06d}", *make_image_sample(rng, sources, form))
     rng = random.Random(f"{seed} train_text")
     with ShardWriter(out / "train_text", settings=settings) as writer:
         for number in range(text_samples):
@@ -215,9 +238,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=8000, help="training images")
-    parser.add_argument("--text-samples", type=int, default=1000)
-    parser.add_argument("--heldout", type=int, default=300, help="held-out images")
+    parser.add_argument("--samples", type=int, default=SIZES[0], help="training images")
+    parser.add_argument("--text-samples", type=int, default=SIZES[1])
+    parser.add_argument("--heldout", type=int, default=SIZES[2], help="held-out images")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     build(options.out, options.samples, options.text_samples, options.heldout, options.seed)

@@ -213,6 +213,7 @@ def load(path: Path, model: NVLMModel, optimizer: MegatronOptimizer, scheduler: 
     loaded = _load(state, path)
     model.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made
     scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])
 
