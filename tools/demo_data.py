@@ -3,7 +3,7 @@
 `python -m tools.demo_data --out DIR` writes DIR/train_images, DIR/train_text, DIR/heldout and DIR/tokenizer.json.
 
 The task needs the tiles: an image is a grid of coloured parts, each a tile with four small characters on it, and the
-question asks to read the part of one colour (in training: of each). Colours show in the thumbnail, characters do not:
+question asks to read the part of one colour (in training: of several). Colours show in the thumbnail, characters do not:
 it squashes the image at least threefold along one side. Characters are handwritten digits (scikit-learn's 1797 scans),
 the same digits on crops of photographs (scikit-learn's two), and capital letters drawn with Pillow's font.
 Held-out images use digits, photograph regions and letter pairs that no training image shows.
@@ -78,11 +78,12 @@ class SampleForm:
     """Share of images on small grids."""
     same_share: float = 0.0
     """Share of images with the same text on all parts, which any tile answers."""
-    ask_all: bool = False
-    """Ask for all parts instead of one."""
+    ask_all_share: float = 0.0
+    """Share of images about all of whose parts is asked; the others ask about `ask_at_most` parts or fewer."""
+    ask_at_most: int = 1
 
 
-TRAINING_FORM = SampleForm(small_share=0.6, same_share=0.4, ask_all=True)
+TRAINING_FORM = SampleForm(small_share=0.6, same_share=0.4, ask_all_share=0.6, ask_at_most=MAX_TILES)
 """Reading is learned where it does not matter which tile is read; finding the right tile comes after."""
 
 
@@ -164,7 +165,8 @@ def make_image_sample(
         canvas.paste(part, (number % grid.cols * TILE_SIZE, number // grid.cols * TILE_SIZE))
         texts[colour] = " ".join(text) if kind == "text" else text
     assert choose_grid(*canvas.size, MAX_TILES, TILE_SIZE) == grid
-    asked = rng.sample(colours, len(colours) if form.ask_all else 1)
+    most = min(form.ask_at_most, len(colours))
+    asked = rng.sample(colours, len(colours) if rng.random() < form.ask_all_share else rng.randint(1, most))
     question = f"<image>\nRead {', '.join(asked)}."
     answer = " ".join(f"{colour}={texts[colour]}" for colour in asked)
     conversation = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

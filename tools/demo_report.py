@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.data.shards import RawSample, ShardSet
 from megatron_nvlm.image.tile_tags import tile_tags
@@ -26,16 +27,17 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
 .curves { display: flex; flex-wrap: wrap; gap: 1em; }
-svg { background: #fafafa; border: 1px solid #ddd; }
+svg { background: #fafafa; border: 1px solid #ddd; width: 520px; height: auto; }
 table { border-collapse: collapse; } td, th { padding: .3em .9em; border: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1em; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 1em; }
 .example { border: 1px solid #ddd; padding: .7em; }
 .right { border-left: 5px solid #2f855a; } .wrong { border-left: 5px solid #d1495b; }
 .tiles { display: grid; gap: 4px; width: max-content; } .tiles figure { margin: 0; text-align: center; }
-.pictures { display: flex; gap: 16px; align-items: center; }
-figcaption { font: 10px monospace; color: #555; } img { display: block; width: 72px; height: 72px; }
-.small img { width: 56px; height: 56px; }
+.pictures { display: flex; gap: 24px; align-items: center; }
+figcaption { font: 9px monospace; color: #555; overflow-wrap: anywhere; }
+figure { width: 64px; } img { display: block; width: 64px; height: 64px; }
+.small figure { width: 50px; } .small img { width: 50px; height: 50px; }
 """
 
 
@@ -74,7 +76,7 @@ def draw_curves(title: str, steps: Sequence[int], curves: Sequence[Curve]) -> st
         colour = COLOURS[number % len(COLOURS)]
         points = " ".join("{:.1f},{:.1f}".format(*place(*pair)) for pair in zip(steps, curve.values, strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        x = WIDTH - MARGIN - 120 * (len(curves) - number)
+        x = WIDTH - MARGIN - 64 * (len(curves) - number)
         parts.append(f'<text x="{x}" y="22" fill="{colour}" font-size="12">{html.escape(curve.name)}</text>')
     return "".join(parts) + "</svg>"
 
