@@ -31,11 +31,22 @@ def start_groups(partition: PartitionConfig, device: Device, seed: int, timeout_
         if "WORLD_SIZE" not in os.environ:
             os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
         dist.init_process_group(device.communication, timeout=datetime.timedelta(seconds=timeout_seconds))
+    lay_out_groups(partition)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def lay_out_groups(partition: PartitionConfig, with_cpu_groups: bool = True) -> None:
+    """Divide the ranks of an initialised world into groups.
+
+    Args:
+        with_cpu_groups: also make the data-parallel groups over gloo that core's checkpoints use; a dry run, which has one
+            process only, cannot.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=partition.tensor_model_parallel_size,
         pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
+        create_gloo_process_groups=with_cpu_groups,
     )
-    model_parallel_cuda_manual_seed(seed)
 
 
 def stop_groups() -> None:
