@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.backends import Backend, get_backend
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.intern_vit import InternViTModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
@@ -28,6 +29,10 @@ from megatron_nvlm.models.presets import (
 )
 from megatron_nvlm.models.projector import LinearProjector, MLPProjector
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
+
+# Two settings of core that give wrong numbers without an error over gloo, which matches messages in order: batched
+# messages between two interleaved stages go both ways to one peer, and an overlapped send may read a freed output.
+SAFE_COMMUNICATION: dict[str, Any] = dict(batch_p2p_comm=False, overlap_p2p_comm=False)
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -119,7 +124,10 @@ def language_config(
         tensor_model_parallel_size=partition.tensor_model_parallel_size,
         pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
         sequence_parallel=partition.sequence_parallel,
-        variable_seq_lengths=partition.pipeline_model_parallel_size > 1,
+        virtual_pipeline_model_parallel_size=_virtual_size(partition),
+        pipeline_model_parallel_layout=partition.pipeline_layout,
+        # Messages as long as the micro-batch. Interleaved stages have one length (core cannot agree on others there).
+        variable_seq_lengths=partition.pipeline_model_parallel_size > 1 and _virtual_size(partition) is None,
         moe_token_dispatcher_type="alltoall",  # core asks for it beside variable_seq_lengths, also without experts
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
@@ -181,8 +189,14 @@ def _common(config: ModelConfig, dtype: torch.dtype, on_cpu: bool) -> dict[str, 
         apply_rope_fusion=config.backend == "te",
         attention_softmax_in_fp32=True,
         deallocate_pipeline_outputs=True,
-        batch_p2p_comm=False,  # gloo matches messages in order; batched ones mix directions (a silent trap)
+        **SAFE_COMMUNICATION,
     )
+
+
+def _virtual_size(partition: PartitionConfig) -> int | None:
+    """Core's spelling of the number of chunks: None without interleaving."""
+    chunks = partition.virtual_pipeline_model_parallel_size
+    return chunks if chunks > 1 else None
 
 
 def build_model(
@@ -192,22 +206,25 @@ def build_model(
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
     device: torch.device,
+    vp_stage: int | None = None,
 ) -> NVLMModel:
     """This rank's stage of the model, weights not yet set (see models/initialise.py and checkpoint/).
 
     Args:
         groups: this rank's process groups. single_rank_groups: groups that hold this rank alone.
         device: where parameters live; `meta` allocates nothing.
+        vp_stage: which of the stage's chunks, if it has several (`build_chunks` makes them all).
     """
     parts, backend = find_parts(config), get_backend(config.backend)
     on_cpu = device.type != "cuda"
     stages, stage = groups.pp.size(), groups.pp.rank()
-    first, last = stage == 0, stage == stages - 1
+    first = stage == 0 and not vp_stage
+    last = stage == stages - 1 and vp_stage in (None, partition.virtual_pipeline_model_parallel_size - 1)
     language = language_config(config, parts.language, partition, dtype, on_cpu)
     with torch.device(device):
         language_model = GPTModel(
             language,
-            _decoder_layers(config, parts, language, backend, stage),
+            _decoder_layers(config, parts, language, backend, stage, vp_stage),
             vocab_size=parts.language.vocab_size,
             max_sequence_length=config.max_sequence_length,
             pre_process=first,
@@ -217,6 +234,7 @@ def build_model(
             rotary_base=parts.language.rotary_base,
             scatter_embedding_sequence_parallel=False,  # vision tokens are put in before the rows are scattered
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
         vision_model = vision_projection = None
         if first:
@@ -224,6 +242,22 @@ def build_model(
             projector = projector_config(config, parts.language, partition, dtype, on_cpu)
             vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, 4 * parts.vision.hidden_size)
     return NVLMModel(language_model, vision_model, vision_projection, parts.variant.needs_cross_attention)
+
+
+def build_chunks(
+    config: ModelConfig,
+    partition: PartitionConfig,
+    groups: ProcessGroupCollection,
+    single_rank_groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModelChunks:
+    """All that this rank holds of the model: one chunk, or several under virtual pipeline stages."""
+    chunks = partition.virtual_pipeline_model_parallel_size
+    numbers = range(chunks) if chunks > 1 else [None]
+    return ModelChunks(
+        build_model(config, partition, groups, single_rank_groups, dtype, device, number) for number in numbers
+    )
 
 
 def _mlp_projector(config: TransformerConfig, backend: Backend, input_size: int) -> torch.nn.Module:
@@ -242,15 +276,20 @@ _PROJECTORS: dict[str, Callable[[TransformerConfig, Backend, int], torch.nn.Modu
 
 
 def _decoder_layers(
-    config: ModelConfig, parts: ModelParts, language: TransformerConfig, backend: Backend, stage: int
+    config: ModelConfig,
+    parts: ModelParts,
+    language: TransformerConfig,
+    backend: Backend,
+    stage: int,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    first_layer = get_transformer_layer_offset(language, None, stage)
+    first_layer = get_transformer_layer_offset(language, vp_stage, stage)
     with_cross_attention = (
         config.cross_attention.layers(language.num_layers) if parts.variant.needs_cross_attention else frozenset()
     )
     specs = [
         get_decoder_layer_spec(backend, config.cross_attention if layer in with_cross_attention else None)
-        for layer in range(first_layer, first_layer + get_num_layers_to_build(language, None, stage))
+        for layer in range(first_layer, first_layer + get_num_layers_to_build(language, vp_stage, stage))
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.rms_norm)
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD
 from megatron_nvlm.models.intern_vit import InternViTModel
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
@@ -50,6 +51,8 @@ class NVLMModel(MegatronModule):
         self.post_process = language_model.post_process
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self.payload_rows = 0
+        """Rows of the message between stages, padding included; 0 for as many as the micro-batch has."""
         self._payload: Tensor | None = None
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -87,9 +90,7 @@ class NVLMModel(MegatronModule):
         if self.post_process:
             logits: Tensor = output[0]
             return logits
-        if context is None:
-            return output
-        return torch.cat([output, context])
+        return self._join_payload(micro_batch, output, context)
 
     def encode(self, tiles: Tensor) -> Tensor:
         """uint8 tiles [t, 3, S, S] -> vision tokens [t * tokens per tile, h], the same on all tensor-parallel ranks.
@@ -140,12 +141,30 @@ class NVLMModel(MegatronModule):
 
     def _split_payload(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         assert self._payload is not None
+        shards = self._sequence_shards
+        rows = len(micro_batch.tokens) // shards
         if not self.has_context:
-            return self._payload, None
-        rows = len(micro_batch.tokens)
-        if self.config.sequence_parallel:
-            rows //= self.config.tensor_model_parallel_size
-        return self._payload[:rows], self._payload[rows:]
+            return self._payload[:rows], None
+        context_rows = len(micro_batch.context_tokens) // shards
+        return self._payload[:rows], self._payload[rows : rows + context_rows]
+
+    def _join_payload(self, micro_batch: MicroBatch, output: Tensor, context: Tensor | None) -> Tensor:
+        """The message to the next stage: decoder rows, context rows and, with a fixed length, zeros."""
+        parts = [output] if context is None else [output, context]
+        if self.payload_rows:
+            missing = self.payload_rows // self._sequence_shards - sum(len(part) for part in parts)
+            if missing < 0:
+                raise UserError(
+                    f"the micro-batch of {', '.join(micro_batch.keys)} has {-missing * self._sequence_shards} rows more "
+                    f"than the {self.payload_rows} that virtual pipeline stages send; raise "
+                    "parallelism.payload_vision_tokens by as many"
+                )
+            parts.append(output.new_zeros(missing, *output.shape[1:]))
+        return torch.cat(parts) if len(parts) > 1 else output
+
+    @property
+    def _sequence_shards(self) -> int:
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
 
 def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.pipeline_layout import chunk_layers
 from megatron_nvlm.models.presets import LanguagePreset
 
 
@@ -18,6 +19,13 @@ class PartitionConfig:
     """Shard the rows of norms and residuals over the tensor-parallel ranks as well."""
     use_distributed_optimizer: bool = True
     """Spread the optimizer's state over the data-parallel ranks."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Parts of each stage; more than 1 interleaves them, which makes the pipeline's bubble smaller."""
+    pipeline_layout: str | None = None
+    """Megatron-core's string of layers by part of the pipeline, such as Et*13|t*16|t*16|t*15L; null for equal parts."""
+    payload_vision_tokens: int = 0
+    """Context rows that a micro-batch may send from stage to stage. Virtual stages only: their messages have one length,
+    micro_batch_size * sequence_length + this; otherwise messages are as long as the micro-batch."""
 
     @property
     def row_multiple(self) -> int:
@@ -60,18 +68,29 @@ def check_partition(partition: PartitionConfig, language: LanguagePreset, heads:
             )
     if heads % groups:
         raise UserError(f"model.cross_attention: {heads} attention heads cannot share {groups} query groups evenly")
-    if pipeline > language.num_layers:
-        raise UserError(
-            f"parallelism.pipeline_model_parallel_size is {pipeline}, more than the {language.num_layers} layers "
-            "of the language model; each stage needs at least one layer"
-        )
-    if language.num_layers % pipeline:
-        raise UserError(
-            f"parallelism.pipeline_model_parallel_size is {pipeline}, which does not divide the {language.num_layers} "
-            f"layers of the language model; choose a divisor of {language.num_layers}"
-        )
+    _check_pipeline(partition, language.num_layers)
     if partition.sequence_parallel and tensor == 1:
         raise UserError(
             "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size of at least 2; "
             "set it to false or raise the size"
         )
+
+
+def _check_pipeline(partition: PartitionConfig, num_layers: int) -> None:
+    stages, chunks = partition.pipeline_model_parallel_size, partition.virtual_pipeline_model_parallel_size
+    if chunks < 1 or partition.payload_vision_tokens < 0:
+        raise UserError(
+            "parallelism.virtual_pipeline_model_parallel_size must be at least 1 and payload_vision_tokens at least 0"
+        )
+    if chunks > 1 and stages == 1:
+        raise UserError(
+            f"parallelism.virtual_pipeline_model_parallel_size is {chunks} without a pipeline; set it to 1 or "
+            "pipeline_model_parallel_size to at least 2"
+        )
+    if stages * chunks > num_layers:
+        virtual = f" x virtual_pipeline_model_parallel_size {chunks}" if chunks > 1 else ""
+        raise UserError(
+            f"parallelism.pipeline_model_parallel_size is {stages}{virtual}, more than the {num_layers} layers "
+            "of the language model; each stage needs at least one layer"
+        )
+    chunk_layers(partition.pipeline_layout, stages, chunks, num_layers)

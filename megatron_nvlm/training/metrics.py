@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_nvlm.data.loader import BadSampleCounts
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.training.step import StepResult
@@ -43,7 +44,9 @@ class StepTotals:
     gates: dict[str, float]
 
 
-def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model: NVLMModel) -> StepTotals:
+def total_over_ranks(
+    result: StepResult, bad: BadSampleCounts, stop: bool, model: NVLMModel | ModelChunks
+) -> StepTotals:
     """Sum what each replica did once, in one collective that every rank joins."""
     first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     counts_data = first_tensor_rank and model.pre_process

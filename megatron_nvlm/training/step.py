@@ -1,8 +1,9 @@
 """One step: forward and backward of all micro-batches, gradients over all ranks, one update."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.ops.vocab_cross_entropy import vocab_cross_entropy
 from megatron_nvlm.sequence.micro_batch import MicroBatch
@@ -30,15 +32,20 @@ class StepResult:
     samples: int
 
 
-def wrap_model(model: NVLMModel, use_distributed_optimizer: bool) -> DistributedDataParallel:
-    """The model with gradient buffers, summed over data-parallel ranks and divided by the targets of the global batch."""
+def wrap_model(model: NVLMModel | ModelChunks, use_distributed_optimizer: bool) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers, summed over data-parallel ranks and divided by the targets of the global batch."""
+    chunks = chunks_of(model)
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=use_distributed_optimizer,
-        grad_reduce_in_fp32=model.config.params_dtype == torch.bfloat16,
+        grad_reduce_in_fp32=chunks[0].config.params_dtype == torch.bfloat16,
         average_in_collective=False,
     )
-    model.config.finalize_model_grads_func = finalize_gradients
-    return DistributedDataParallel(model.config, config, model)
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_gradients
+    return [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
 
 
 def finalize_gradients(models: list[Any], num_targets: Tensor | None = None, **kwargs: Any) -> None:
@@ -78,32 +85,43 @@ def loss_function(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tens
 
 
 def run_step(
-    model: DistributedDataParallel,
+    models: list[DistributedDataParallel],
     micro_batches: Iterator[MicroBatch],
     num_micro_batches: int,
     device: torch.device,
     optimizer: MegatronOptimizer | None,
+    on_micro_batch: Callable[[tuple[str, ...]], None] = lambda keys: None,
 ) -> StepResult:
-    """Forward, backward and, with an optimizer, update; without one the gradients stay in `main_grad`."""
+    """Forward, backward and, with an optimizer, update; without one the gradients stay in `main_grad`.
+
+    Args:
+        models: the chunks of this rank's stage, as `wrap_model` returns them.
+        on_micro_batch: told the names of the samples as each micro-batch begins.
+    """
     rows = tiles = samples = 0
 
     def forward_step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
         nonlocal rows, tiles, samples
         micro_batch = next(iterator).to(device)
-        rows += len(micro_batch.tokens)
-        tiles += len(micro_batch.tiles)
-        samples += len(micro_batch.keys)
+        on_micro_batch(micro_batch.keys)
+        if module is models[0]:  # every chunk sees the micro-batch
+            rows += len(micro_batch.tokens)
+            tiles += len(micro_batch.tiles)
+            samples += len(micro_batch.keys)
         return module(micro_batch), partial(loss_function, micro_batch)
 
-    model.zero_grad_buffer()
+    for model in models:
+        model.zero_grad_buffer()
     if optimizer is not None:
         optimizer.zero_grad()
+    single = len(models) == 1
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=micro_batches,
-        model=model,
+        data_iterator=micro_batches if single else list(tee(micro_batches, len(models))),
+        model=models[0] if single else models,
         num_microbatches=num_micro_batches,
-        seq_length=1,  # of no effect: shapes travel with the tensors (variable_seq_lengths)
+        # Of effect between interleaved stages only; elsewhere shapes travel with the tensors (variable_seq_lengths).
+        seq_length=models[0].module.payload_rows or 1,
         micro_batch_size=1,
         forward_only=False,
     )
