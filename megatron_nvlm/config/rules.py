@@ -45,6 +45,26 @@ def batches_divide(run: RunConfig, world_size: int) -> None:
         )
 
 
+def virtual_stages_are_possible(run: RunConfig, world_size: int) -> None:
+    """Interleaved stages take micro-batches in groups of a pipeline, and send messages of one length."""
+    split = run.parallelism
+    if split.virtual_pipeline_model_parallel_size == 1:
+        return
+    replicas = split.data_parallel_size(world_size)
+    micro_batches = run.training.global_batch_size // (run.training.micro_batch_size * replicas)
+    if micro_batches % split.pipeline_model_parallel_size:
+        raise UserError(
+            f"parallelism.virtual_pipeline_model_parallel_size needs micro-batches in groups of the "
+            f"{split.pipeline_model_parallel_size} pipeline stages, and a step has {micro_batches} (global_batch_size / "
+            "micro_batch_size / data-parallel ranks); change training.global_batch_size"
+        )
+    if find_parts(run.model).variant.needs_cross_attention and not split.payload_vision_tokens:
+        raise UserError(
+            f"parallelism.payload_vision_tokens is 0 and NVLM-{run.model.variant.upper()} sends vision tokens between "
+            "virtual pipeline stages; set it to the most that a micro-batch has in its context"
+        )
+
+
 def samples_fit_the_decoder(run: RunConfig, world_size: int) -> None:
     """Samples are no longer than the decoder's rotary positions."""
     if run.data.sequence_length > run.model.max_sequence_length:
@@ -85,6 +105,7 @@ RULES: tuple[Callable[[RunConfig, int], None], ...] = (
     model_can_be_built,
     tiles_fit_the_encoder,
     batches_divide,
+    virtual_stages_are_possible,
     samples_fit_the_decoder,
     names_are_known,
     counts_are_positive,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_nvlm.errors import UserError
@@ -53,9 +54,10 @@ def _layer_counts(layout: str, parts: int, num_layers: int) -> list[int]:
             "virtual_pipeline_model_parallel_size); separate as many by |"
         )
     flat = [kind for row in rows for kind in row]
-    if flat.count("embedding") != 1 or flat[0] != "embedding" or flat.count("loss") != 1 or flat[-1] != "loss":
+    embedding, loss = LayerType.embedding, LayerType.loss
+    if flat.count(embedding) != 1 or flat[0] != embedding or flat.count(loss) != 1 or flat[-1] != loss:
         raise UserError(f"{where} must begin with E and end with L, each once")
-    counts = [row.count("decoder") for row in rows]
+    counts = [row.count(LayerType.decoder) for row in rows]
     if sum(counts) != num_layers:
         raise UserError(f"{where} has {sum(counts)} layers and the language model has {num_layers}; make them equal")
     if 0 in counts:

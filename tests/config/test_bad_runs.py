@@ -68,6 +68,36 @@ def test_ranks_must_be_whole_replicas() -> None:
         check_run(load_run(DEMO), world_size=3)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["pipeline_layout=Ett|ttx"], r"may hold E, t, L, \| and repeats such as t\*8 only"),
+        (["pipeline_layout=Et|t|ttL"], "has 3 parts and the pipeline has 2"),
+        (["pipeline_layout=Et|t*4L"], "has 5 layers and the language model has 4"),
+        (["pipeline_layout=tt|ttL"], "must begin with E and end with L, each once"),
+        (["pipeline_layout=E|t*4L"], "leaves part 1 without a layer"),
+        (
+            ["virtual_pipeline_model_parallel_size=4"],
+            "x virtual_pipeline_model_parallel_size 4, more than the 4 layers",
+        ),
+        (["virtual_pipeline_model_parallel_size=0"], "virtual_pipeline_model_parallel_size must be at least 1"),
+        (["virtual_pipeline_model_parallel_size=2", "pipeline_model_parallel_size=1"], "is 2 without a pipeline"),
+        (["virtual_pipeline_model_parallel_size=2"], "payload_vision_tokens is 0 and NVLM-H sends vision tokens"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_named(overrides: list[str], says: str) -> None:
+    keys = ["tensor_model_parallel_size=1", "pipeline_model_parallel_size=2", *overrides]
+    with pytest.raises(UserError, match=says):
+        check_run(load_run(DEMO, [f"parallelism.{key}" for key in keys]), world_size=2)
+
+
+def test_virtual_stages_need_micro_batches_in_groups() -> None:
+    keys = ["tensor_model_parallel_size=1", "pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"]
+    overrides = [f"parallelism.{key}" for key in keys]
+    with pytest.raises(UserError, match="in groups of the 2 pipeline stages, and a step has 3"):
+        check_run(load_run(DEMO, [*overrides, "training.global_batch_size=48"]), world_size=2)
+
+
 def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no run file"):
         load_run(tmp_path / "none.yaml")

@@ -244,7 +244,7 @@ def compare(rows: dict[str, tuple[list[Case], Layout]], folder: Path) -> dict[st
     device = use_device()
     found = {}
     for name, (cases, own) in rows.items():
-        start_groups(own.partition, device, seed=1)
+        start_groups(own.partition, device, seed=1, timeout_seconds=120)
         found[name] = [compare_case(case, own, device.torch_device, folder) for case in cases]
         parallel_state.destroy_model_parallel()
     return found
