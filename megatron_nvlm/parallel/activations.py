@@ -152,7 +152,9 @@ class ActivationModel:
         tiles = min(self._tiles_of_a_rank(work), self.tiles_at_once)
         rows = tiles * (vision.patches_per_tile + 1)
         features = 2 * work.tiles * vision.patches_per_tile * vision.hidden_size
-        return size * (rows * (2 * vision.hidden_size + max(4 * vision.hidden_size, 2 * vision.ffn_hidden_size)) + features)
+        return size * (
+            rows * (2 * vision.hidden_size + max(4 * vision.hidden_size, 2 * vision.ffn_hidden_size)) + features
+        )
 
 
 def micro_batches_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> float:
