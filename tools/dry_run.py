@@ -60,6 +60,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample-rows", type=int, help="decoder rows of a sample (data.sequence_length)")
     parser.add_argument("--tiles", type=int, help="tiles of its image, thumbnail not counted (tiling.max_tiles)")
     parser.add_argument("--tag-tokens", type=int, default=TAG_TOKENS, help="tokens of a tile's tag (%(default)s)")
+    parser.add_argument("--measured", type=float, help="samples/s of a real run: print what utilisation they amount to")
     for field in fields(Hardware):
         parser.add_argument(
             HARDWARE_OPTIONS[field.name],
@@ -97,7 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     check_run(run, options.world_size)
     result = dry_run(make_plan(run, options.world_size, sample), hardware, run.model.backend)
-    print(json.dumps(to_plain(result, hardware)) if options.json else render(result, hardware))
+    if options.json:
+        print(json.dumps(to_plain(result, hardware, options.measured)))
+    else:
+        print(render(result, hardware, options.measured))
     if result.problems or result.free_gib(hardware) < 0:
         sys.exit(1)
 

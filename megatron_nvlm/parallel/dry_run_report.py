@@ -9,9 +9,11 @@ from megatron_nvlm.parallel.dry_run import GIB, DryRun, StageReport
 from megatron_nvlm.parallel.throughput import Hardware
 
 
-def render(run: DryRun, hardware: Hardware) -> str:
-    """The whole report."""
-    sections = (_layout(run), _ownership(run), _stages(run), _memory(run, hardware), _flops(run), _time(run, hardware))
+def render(run: DryRun, hardware: Hardware, measured: float | None = None) -> str:
+    """The whole report. `measured` is in samples per second, of a real run of the same plan."""
+    sections = [_layout(run), _ownership(run), _stages(run), _memory(run, hardware), _flops(run), _time(run, hardware)]
+    if measured is not None:
+        sections.append(_measured(run, hardware, measured))
     return "\n\n".join("\n".join(section) for section in sections)
 
 
@@ -135,8 +137,18 @@ def _time(run: DryRun, hardware: Hardware) -> Iterator[str]:
     )
 
 
-def to_plain(run: DryRun, hardware: Hardware) -> dict[str, Any]:
+def _measured(run: DryRun, hardware: Hardware, measured: float) -> Iterator[str]:
+    utilisation = run.model_flops_utilisation(measured, hardware)
+    again = run.step_flops.executed / run.step_flops.model
+    yield (
+        f"measured {measured:g} samples/s: {utilisation * hardware.peak_tflops:.0f} TFLOP/s a GPU, MFU {utilisation:.1%} "
+        f"({utilisation * again:.1%} with recompute {run.plan.model.recompute})"
+    )
+
+
+def to_plain(run: DryRun, hardware: Hardware, measured: float | None = None) -> dict[str, Any]:
     """The numbers of the report, for JSON."""
+    utilisation = None if measured is None else run.model_flops_utilisation(measured, hardware)
     return {
         "world_size": run.plan.world_size,
         "parallelism": asdict(run.plan.partition),
@@ -158,6 +170,7 @@ def to_plain(run: DryRun, hardware: Hardware) -> dict[str, Any]:
         "bubble": run.bubble,
         "seconds_per_step": asdict(run.time) | {"total": run.time.total},
         "samples_per_second": run.samples_per_second,
+        "measured_mfu": utilisation,
         "fits": run.free_gib(hardware) >= 0,
         "free_gib": run.free_gib(hardware),
     }

@@ -101,7 +101,8 @@ def predict_step(
         times.append((compute, messages / hardware.bytes_per_second(tensor), between))
     compute, tensor_parallel, between = max(times, key=sum)
     waiting = (len(stages) - 1) / partition.virtual_pipeline_model_parallel_size
-    # Core orders ranks tensor first, then data, then pipeline parallel. Ring: each rank sends (replicas - 1) / replicas of the whole, once to reduce and once to gather.
+    # Core orders ranks tensor first, then data, then pipeline parallel. In a ring each rank sends (replicas - 1) / replicas
+    # of the whole, once to reduce and once to gather.
     data_parallel = (replicas - 1) / replicas * (gradient_bytes + weight_bytes)
     if not partition.use_distributed_optimizer:
         data_parallel = (replicas - 1) / replicas * 2 * gradient_bytes
