@@ -101,7 +101,46 @@ def schedule_is_possible(run: RunConfig, world_size: int) -> None:
     check_optimizer(run.optimizer, run.training.train_steps)
 
 
+def _splits_the_model(run: RunConfig) -> bool:
+    return run.parallelism.tensor_model_parallel_size * run.parallelism.pipeline_model_parallel_size > 1
+
+
+# What no test proves (docs/parallelism.md): (what is asked for, whether a run asks for it, why it is refused).
+NOT_PROVEN: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+    (
+        "parallelism.context_parallel_size over 1",
+        lambda run: run.parallelism.context_parallel_size != 1,
+        "the interval masks of a ragged row are not spread over ranks; set it to 1 and raise tensor_model_parallel_size",
+    ),
+    (
+        "parallelism.expert_model_parallel_size over 1",
+        lambda run: run.parallelism.expert_model_parallel_size != 1,
+        "no language model among the presets has experts; set it to 1",
+    ),
+    (
+        "dropout with tensor or pipeline parallelism",
+        lambda run: _splits_the_model(run) and max(run.model.hidden_dropout, run.model.attention_dropout) > 0,
+        "each layout would drop other elements, so it cannot be compared with one process; set model.hidden_dropout and "
+        "model.attention_dropout to 0",
+    ),
+    (
+        "a language model with tied embeddings in a pipeline",
+        lambda run: run.parallelism.pipeline_model_parallel_size > 1 and find_parts(run.model).language.tied_embeddings,
+        "no preset has them, so their gradient over first and last stage is compared with nothing; "
+        "set parallelism.pipeline_model_parallel_size=1",
+    ),
+)
+
+
+def layout_is_proven(run: RunConfig, world_size: int) -> None:
+    """Nothing is asked for that the tests of layouts do not cover."""
+    for what, is_asked, reason in NOT_PROVEN:
+        if is_asked(run):
+            raise UserError(f"{what} is refused: {reason}")
+
+
 RULES: tuple[Callable[[RunConfig, int], None], ...] = (
+    layout_is_proven,
     model_can_be_built,
     tiles_fit_the_encoder,
     batches_divide,

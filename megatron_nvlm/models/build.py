@@ -16,7 +16,8 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.backends import Backend, get_backend
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.models.head_padding import HeadPadding, pad_heads
+from megatron_nvlm.models.intern_vit import Holder, InternViTModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.partition import PartitionConfig, check_partition
@@ -98,6 +99,7 @@ def check_model(config: ModelConfig, partition: PartitionConfig) -> None:
     check_partition(
         partition,
         parts.language,
+        parts.vision,
         cross.num_attention_heads or parts.language.num_attention_heads,
         cross.num_query_groups or parts.language.num_query_groups,
     )
@@ -136,13 +138,21 @@ def language_config(
     )
 
 
-def vision_config(config: ModelConfig, preset: VisionPreset, dtype: torch.dtype, on_cpu: bool) -> TransformerConfig:
-    """The encoder's configuration: whole on every rank, without dropout (paper: InternViT as released)."""
+def vision_config(
+    config: ModelConfig, preset: VisionPreset, dtype: torch.dtype, on_cpu: bool, tensor_parallel: int = 1
+) -> TransformerConfig:
+    """The encoder's configuration, without dropout (paper: InternViT as released).
+
+    Args:
+        tensor_parallel: ranks that share each layer; 1 where each rank holds the encoder whole.
+    """
     return TransformerConfig(
         num_layers=preset.num_layers,
         hidden_size=preset.hidden_size,
         ffn_hidden_size=preset.ffn_hidden_size,
-        num_attention_heads=preset.num_attention_heads,
+        num_attention_heads=pad_heads(preset.num_attention_heads, tensor_parallel).padded,
+        kv_channels=preset.hidden_size // preset.num_attention_heads,
+        tensor_model_parallel_size=tensor_parallel,
         normalization=preset.normalization,
         layernorm_epsilon=preset.layernorm_epsilon,
         add_bias_linear=True,
@@ -237,11 +247,27 @@ def build_model(
             vp_stage=vp_stage,
         )
         vision_model = vision_projection = None
+        if first or (partition.vision_placement == "replicated" and not vp_stage):
+            vision_model = build_vision(config, parts.vision, partition, groups, single_rank_groups, dtype, on_cpu)
         if first:
-            vision_model = _build_vision(config, parts, backend, groups, single_rank_groups, dtype, on_cpu)
             projector = projector_config(config, parts.language, partition, dtype, on_cpu)
             vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, 4 * parts.vision.hidden_size)
-    return NVLMModel(language_model, vision_model, vision_projection, parts.variant.needs_cross_attention)
+    return NVLMModel(
+        language_model,
+        vision_model,
+        vision_projection,
+        parts.variant.needs_cross_attention,
+        vision_heads(parts.vision, partition),
+        partition.vision_tiles_at_once,
+        partition.vision_placement == "replicated",
+    )
+
+
+def vision_heads(preset: VisionPreset, partition: PartitionConfig) -> HeadPadding | None:
+    """How the encoder's heads are shared by tensor-parallel ranks; None where each rank holds the encoder whole."""
+    if partition.vision_placement != "tensor_parallel" or partition.tensor_model_parallel_size == 1:
+        return None
+    return pad_heads(preset.num_attention_heads, partition.tensor_model_parallel_size)
 
 
 def build_chunks(
@@ -294,23 +320,43 @@ def _decoder_layers(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.rms_norm)
 
 
-def _build_vision(
+# Placement -> the ranks that encode different tiles with copies of the same encoder.
+_ENCODE_DIFFERENT_TILES: dict[str, str | None] = {
+    "first_stage": "tensor",
+    "replicated": "model",
+    "tensor_parallel": None,
+}
+
+
+def build_vision(
     config: ModelConfig,
-    parts: ModelParts,
-    backend: Backend,
+    preset: VisionPreset,
+    partition: PartitionConfig,
     groups: ProcessGroupCollection,
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
     on_cpu: bool,
 ) -> InternViTModel:
-    preset = parts.vision
-    vision = vision_config(config, preset, dtype, on_cpu)
+    """This rank's encoder, or its part of one."""
+    heads, backend = vision_heads(preset, partition), get_backend(config.backend)
+    own_groups = single_rank_groups
+    if heads is not None:
+        alone = single_rank_groups
+        own_groups = ProcessGroupCollection(tp=groups.tp, cp=alone.cp, pp=alone.pp, dp=alone.dp, dp_cp=alone.dp_cp)
+    vision = vision_config(config, preset, dtype, on_cpu, 1 if heads is None else groups.tp.size())
     layers = [get_vision_layer_spec(backend, vision, preset.qk_norm)] * preset.num_layers
     return InternViTModel(
         vision,
         TransformerBlockSubmodules(layer_specs=layers),
         preset.tile_size,
         preset.patch_size,
-        single_rank_groups,
-        replica=(groups.tp.rank(), groups.dp_cp.rank()),
+        own_groups,
+        Holder(
+            heads,
+            groups.pp.rank(),
+            groups.tp.rank(),
+            groups.tp.size(),
+            groups.dp_cp.rank(),
+            _ENCODE_DIFFERENT_TILES[partition.vision_placement],
+        ),
     )

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.sharding import cut, find_split, full_shape
+from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape
 
 _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 
@@ -25,6 +25,11 @@ def named_parameters(model: NVLMModel | ModelChunks) -> Iterator[tuple[str, torc
             yield (f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name), parameter
 
 
+def split_of(name: str, model: NVLMModel | ModelChunks) -> Split | None:
+    """How this model splits the parameter of that name over its tensor-parallel ranks."""
+    return find_split(name, chunks_of(model)[0].vision_heads)
+
+
 def _tensor_group(model: NVLMModel | ModelChunks) -> torch.distributed.ProcessGroup:
     return chunks_of(model)[0].language_model.pg_collection.tp
 
@@ -32,7 +37,7 @@ def _tensor_group(model: NVLMModel | ModelChunks) -> torch.distributed.ProcessGr
 def mark_splits(model: NVLMModel | ModelChunks) -> None:
     """Tell core which parameters are split: its gradient norm counts whole ones once and split ones on every rank."""
     for name, parameter in named_parameters(model):
-        split = find_split(name)
+        split = split_of(name, model)
         parameter.tensor_model_parallel = split is not None  # type: ignore[attr-defined]
         parameter.partition_dim = -1 if split is None else split.dim  # type: ignore[attr-defined]
         parameter.partition_stride = 1 if split is None else split.blocks  # type: ignore[attr-defined]
@@ -58,7 +63,7 @@ def initialise(model: NVLMModel | ModelChunks, seed: int) -> None:
             continue
         # A generator per parameter: what one stage or layout draws does not shift what another one gets.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        split = find_split(name)
+        split = split_of(name, model)
         writes_residual = "linear_proj" in name or ("linear_fc2" in name and not name.startswith("vision_projection"))
         full = torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
         full *= residual_std if writes_residual else std
@@ -71,7 +76,7 @@ def count_parameters(model: NVLMModel | ModelChunks) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in named_parameters(model):
         part = part_of(name)
-        counts[part] = counts.get(part, 0) + math.prod(full_shape(parameter.shape, find_split(name), ranks))
+        counts[part] = counts.get(part, 0) + math.prod(full_shape(parameter.shape, split_of(name, model), ranks))
     return counts
 
 

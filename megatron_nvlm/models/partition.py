@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.pipeline_layout import chunk_layers
-from megatron_nvlm.models.presets import LanguagePreset
+from megatron_nvlm.models.presets import LanguagePreset, VisionPreset
+
+VISION_PLACEMENTS = ("first_stage", "replicated", "tensor_parallel")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,16 @@ class PartitionConfig:
     payload_vision_tokens: int = 0
     """Context rows that a micro-batch may send from stage to stage. Virtual stages only: their messages have one length,
     micro_batch_size * sequence_length + this; otherwise messages are as long as the micro-batch."""
+    context_parallel_size: int = 1
+    """Ranks that share a sample's rows: 1 only, see config/rules.py."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share experts: 1 only, see config/rules.py."""
+    vision_placement: str = "first_stage"
+    """Where tiles are encoded. first_stage: its tensor-parallel ranks share the tiles of each micro-batch. replicated: all
+    ranks of a model replica share the tiles of the step, before the pipeline starts. tensor_parallel: each layer of the
+    encoder is split over the tensor-parallel ranks of the first stage."""
+    vision_tiles_at_once: int = 8
+    """Most tiles that a rank encodes at a time, which bounds the encoder's memory."""
 
     @property
     def row_multiple(self) -> int:
@@ -44,7 +56,9 @@ class PartitionConfig:
         return world_size // replica
 
 
-def check_partition(partition: PartitionConfig, language: LanguagePreset, heads: int, groups: int) -> None:
+def check_partition(
+    partition: PartitionConfig, language: LanguagePreset, vision: VisionPreset, heads: int, groups: int
+) -> None:
     """Refuse a split that the model's sizes do not allow, naming the two numbers that disagree.
 
     Args:
@@ -69,6 +83,7 @@ def check_partition(partition: PartitionConfig, language: LanguagePreset, heads:
     if heads % groups:
         raise UserError(f"model.cross_attention: {heads} attention heads cannot share {groups} query groups evenly")
     _check_pipeline(partition, language.num_layers)
+    _check_vision(partition, vision)
     if partition.sequence_parallel and tensor == 1:
         raise UserError(
             "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size of at least 2; "
@@ -94,3 +109,16 @@ def _check_pipeline(partition: PartitionConfig, num_layers: int) -> None:
             "of the language model; each stage needs at least one layer"
         )
     chunk_layers(partition.pipeline_layout, stages, chunks, num_layers)
+
+
+def _check_vision(partition: PartitionConfig, vision: VisionPreset) -> None:
+    tensor, placement = partition.tensor_model_parallel_size, partition.vision_placement
+    if placement not in VISION_PLACEMENTS:
+        raise UserError(f"parallelism.vision_placement is {placement!r}; choose one of {', '.join(VISION_PLACEMENTS)}")
+    if partition.vision_tiles_at_once < 1:
+        raise UserError(f"parallelism.vision_tiles_at_once is {partition.vision_tiles_at_once}; it must be at least 1")
+    if placement == "tensor_parallel" and vision.ffn_hidden_size % tensor:
+        raise UserError(
+            f"parallelism.vision_placement is tensor_parallel and tensor_model_parallel_size {tensor} does not divide the "
+            f"{vision.ffn_hidden_size} feed-forward columns of the vision model; choose replicated"
+        )

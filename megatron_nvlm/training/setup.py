@@ -51,7 +51,7 @@ def make_trainer(
         training.global_batch_size,
         (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()),
         partition.row_multiple,
-        with_pixels=bare.pre_process,
+        with_pixels=bare.pre_process or partition.vision_placement == "replicated",
         num_workers=data.num_workers,
     )
     return Trainer(

@@ -82,7 +82,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         tell_every = min(5.0, self.timeout_seconds / 4)
-        told = 0.0
+        self._tell()
+        told = time.monotonic()
         while not self._ended.wait(min(1.0, self.timeout_seconds / 10)):
             now = time.monotonic()
             if now - told >= tell_every:
@@ -119,8 +120,9 @@ class Watchdog:
             if self._store.check([str(rank)]):
                 content = json.loads(self._store.get(str(rank)))
                 beats[rank] = Beat(**{**content, "keys": tuple(content["keys"])})
-        if not beats:
-            return "no rank was heard of"
+        unheard = [rank for rank in range(self.ranks) if rank not in beats]
+        if unheard:
+            return f"rank {unheard[0]} was never heard of"
         now = time.time()
         silent = max(beats, key=lambda rank: now - beats[rank].time)
         silence = now - beats[silent].time

@@ -1,5 +1,6 @@
 """What is wrong with a run file is said in one sentence that names the key, before any process talks to another."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.presets import LANGUAGE_PRESETS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo_h.yaml"
@@ -89,6 +91,31 @@ def test_a_pipeline_that_cannot_be_is_named(overrides: list[str], says: str) -> 
     keys = ["tensor_model_parallel_size=1", "pipeline_model_parallel_size=2", *overrides]
     with pytest.raises(UserError, match=says):
         check_run(load_run(DEMO, [f"parallelism.{key}" for key in keys]), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "parallelism.context_parallel_size=2",
+            "parallelism.context_parallel_size over 1 is refused: the interval masks",
+        ),
+        ("parallelism.expert_model_parallel_size=2", "is refused: no language model among the presets has experts"),
+        ("model.hidden_dropout=0.1", "dropout with tensor or pipeline parallelism is refused"),
+        ("model.attention_dropout=0.1", "dropout with tensor or pipeline parallelism is refused"),
+        ("parallelism.vision_placement=everywhere", "choose one of first_stage, replicated, tensor_parallel"),
+        ("parallelism.vision_tiles_at_once=0", "parallelism.vision_tiles_at_once is 0; it must be at least 1"),
+    ],
+)
+def test_what_no_test_proves_is_refused(override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_run(load_run(DEMO, [override]), world_size=2)
+
+
+def test_tied_embeddings_are_refused_in_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LANGUAGE_PRESETS, "tiny", dataclasses.replace(LANGUAGE_PRESETS["tiny"], tied_embeddings=True))
+    with pytest.raises(UserError, match="tied embeddings in a pipeline is refused"):
+        check_run(load_run(DEMO, ["parallelism.pipeline_model_parallel_size=2"]), world_size=4)
 
 
 def test_virtual_stages_need_micro_batches_in_groups() -> None:

@@ -33,7 +33,10 @@ CORE_LAYOUTS = {
     "PP2": layout(2, pp=2),
     "PP2 with two virtual stages": layout(2, pp=2, vpp=2),
     "DP2, distributed optimizer": layout(2, dist_opt=True),
+    "PP2, tiles of the step shared": layout(2, pp=2, vision="replicated", tiles=2),
+    "TP2, encoder tensor parallel": layout(2, tp=2, vision="tensor_parallel"),
     "TP2 with SP, PP2, full recompute": layout(4, tp=2, sp=True, pp=2, recompute="full"),
+    "TP2 with SP, PP2, tiles of the step shared": layout(4, tp=2, sp=True, pp=2, vision="replicated", tiles=1),
 }
 MORE_LAYOUTS = {
     "TP4 with SP": layout(4, tp=4, sp=True),
@@ -45,6 +48,13 @@ MORE_LAYOUTS = {
     "PP2 with two virtual stages, full recompute": layout(2, pp=2, vpp=2, recompute="full"),
     "PP2, first stage lighter": layout(2, pp=2, pipeline_layout="Et|t*3L"),
     "PP2 with two virtual stages in DP2": layout(4, pp=2, vpp=2, dist_opt=True),
+    "TP4 with SP, encoder tensor parallel": layout(4, tp=4, sp=True, vision="tensor_parallel"),
+    "TP4, tiles of the step shared": layout(4, tp=4, vision="replicated", tiles=3),
+    "PP2 with two virtual stages, tiles of the step shared": layout(2, pp=2, vpp=2, vision="replicated"),
+    "DP2 of PP2, tiles of the step shared, distributed optimizer": layout(4, pp=2, dist_opt=True, vision="replicated"),
+    "DP2 of TP2, encoder tensor parallel, distributed optimizer": layout(
+        4, tp=2, dist_opt=True, vision="tensor_parallel"
+    ),
     "DP2": layout(2),
     "DP2 of TP2": layout(4, tp=2),
     "DP2 of TP2 with SP, distributed optimizer": layout(4, tp=2, sp=True, dist_opt=True),

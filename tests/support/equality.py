@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from megatron_nvlm.models.build import ModelConfig, build_chunks
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters
+from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
-from megatron_nvlm.models.sharding import cut, find_split, full_shape, join
+from megatron_nvlm.models.sharding import Split, cut, full_shape, join
 from megatron_nvlm.parallel.device import DTYPES, use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
@@ -87,6 +87,8 @@ def layout(ranks: int, recompute: str = "none", **partition: Any) -> Layout:
         "vpp": "virtual_pipeline_model_parallel_size",
         "sp": "sequence_parallel",
         "dist_opt": "use_distributed_optimizer",
+        "vision": "vision_placement",
+        "tiles": "vision_tiles_at_once",
     }
     settings = {short.get(key, key): value for key, value in partition.items()}
     return Layout(ranks, PartitionConfig(**{"use_distributed_optimizer": False, **settings}), recompute)
@@ -109,7 +111,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
     ranks, rank = groups.tp.size(), groups.tp.rank()
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            split = find_split(name)
+            split = split_of(name, chunks)
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = 0.1 * torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
             if name.endswith((".gate", "scale", "bias")) or "norm" in name:
@@ -140,7 +142,7 @@ class Recorder:
     def step(self) -> Any:
         """Note, then pass on."""
         gradients = {
-            name: whole(name, self._gradient(parameter))
+            name: whole(split_of(name, self.chunks), name, self._gradient(parameter))
             for name, parameter in named_parameters(self.chunks)
             if parameter.requires_grad
         }
@@ -163,14 +165,13 @@ class Recorder:
         return gradient
 
 
-def whole(name: str, part: torch.Tensor) -> torch.Tensor:
+def whole(split: Split | None, name: str, part: torch.Tensor) -> torch.Tensor:
     """The whole tensor from the parts of the tensor-parallel ranks; what is not split must be the same on all."""
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
-        return part.detach().clone()
+        return join([part.detach().clone()], split)
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.detach().contiguous(), group=group)
-    split = find_split(name)
     if split is None:
         for other in parts[1:]:
             torch.testing.assert_close(other, parts[0], rtol=1e-9, atol=1e-12, msg=f"{name} differs by rank")
@@ -205,7 +206,9 @@ def train(case: Case, own: Layout, device: torch.device, steps: int = STEPS, kee
         note(record, result)
     if keep:
         record.gradients = recorder.gradients  # type: ignore[union-attr]
-        record.weights = {name: whole(name, parameter) for name, parameter in named_parameters(chunks)}
+        record.weights = {
+            name: whole(split_of(name, chunks), name, parameter) for name, parameter in named_parameters(chunks)
+        }
     return record
 
 
