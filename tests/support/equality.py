@@ -33,6 +33,7 @@ from tests.support.tiny import micro_batch_of
 
 # Four groups, so that four tensor-parallel ranks have one each; three vision heads, which no even number of ranks divides.
 LANGUAGE_PRESETS["parity"] = LanguagePreset(4, 64, 96, 8, 4, 1024, 10_000, qkv_bias=True)
+LANGUAGE_PRESETS["parity_6_layers"] = LanguagePreset(6, 64, 96, 8, 4, 1024, 10_000, qkv_bias=True)
 VISION_PRESETS["parity"] = VisionPreset(2, 48, 96, 3, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56)
 
 STEPS = 3
@@ -52,6 +53,7 @@ class Case:
     interval: int = 2
     offset: int | None = None
     precision: str = "fp64"
+    language: str = "parity"
 
     @property
     def file_name(self) -> str:
@@ -98,7 +100,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
     """The case's model with every weight, gates, norms and biases too, away from its starting value."""
     config = ModelConfig(
         case.variant,
-        "parity",
+        case.language,
         "parity",
         cross_attention=CrossAttentionConfig(interval=case.interval, offset=case.offset, qk_norm=case.qk_norm),
         init_std=0.06,
