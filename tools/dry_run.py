@@ -6,7 +6,6 @@ Exit status: 0; 1 if the run does not fit, or its parameters are not each owned 
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from dataclasses import fields, replace
@@ -17,12 +16,15 @@ from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.entry import user_errors_end_the_process
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import DTYPES
 from megatron_nvlm.parallel.dry_run import Plan, dry_run
 from megatron_nvlm.parallel.dry_run_report import render, to_plain
 from megatron_nvlm.parallel.dry_run_sample import SampleShape
 from megatron_nvlm.parallel.dry_run_suggest import render_suggestions, suggest
 from megatron_nvlm.parallel.throughput import Hardware
+from megatron_nvlm.training.setup import payload_rows
 
 HARDWARE_OPTIONS = {
     "memory_gib": "--gpu-memory-gib",
@@ -48,6 +50,7 @@ def make_plan(run: RunConfig, world_size: int, sample: SampleShape) -> Plan:
         micro_batch_size=run.training.micro_batch_size,
         global_batch_size=run.training.global_batch_size,
         sample=sample,
+        payload_rows=payload_rows(run.parallelism, run.training.micro_batch_size, run.data.sequence_length),
     )
 
 
@@ -107,11 +110,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _suggest(run: RunConfig, options: argparse.Namespace, sample: SampleShape, hardware: Hardware) -> None:
-    def check(plan: Plan) -> None:
-        model = dataclasses.replace(run.model, recompute=plan.model.recompute)
-        check_run(replace(run, model=model, parallelism=plan.partition), options.world_size)
+    def plan_of(model: ModelConfig, partition: PartitionConfig) -> Plan:
+        other = replace(run, model=model, parallelism=partition)
+        check_run(other, options.world_size)
+        return make_plan(other, options.world_size, sample)
 
-    runs, allowed = suggest(make_plan(run, options.world_size, sample), hardware, run.model.backend, check)
+    as_it_is = make_plan(run, options.world_size, sample)
+    runs, allowed = suggest(as_it_is, hardware, run.model.backend, plan_of)
     if options.json:
         print(json.dumps([to_plain(one, hardware) for one in runs]))
     else:

@@ -124,6 +124,8 @@ class ModelSizes:
     cross_attention: CrossAttentionConfig
     recompute: str
     """none, selective or full, as in section `model`."""
+    encodes_twice: bool = False
+    """Whether an encoder that trains encodes its tiles again in the backward pass (vision_placement replicated)."""
 
     @property
     def cross_attention_layers(self) -> frozenset[int]:
@@ -166,7 +168,7 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
     )
     cross_attention = attention(work.context_pairs, query_width)
     return ModelFlops(
-        vision=_vision(sizes.vision, work.tiles, "vision_model" in trains),
+        vision=_vision(sizes, work.tiles, "vision_model" in trains),
         projector=_projector(sizes, work.tiles * sizes.vision.tokens_per_tile, trains),
         decoder_layer=_with_recompute(layer, self_attention, sizes.recompute),
         cross_attention=_with_recompute(cross_linears, cross_attention, sizes.recompute),
@@ -198,7 +200,8 @@ def _with_recompute(linears: Flops, core_attention: Flops, recompute: str) -> Fl
     return linears + core_attention + Flops(recompute=again)
 
 
-def _vision(preset: VisionPreset, tiles: int, trains: bool) -> Flops:
+def _vision(sizes: ModelSizes, tiles: int, trains: bool) -> Flops:
+    preset = sizes.vision
     width, patches = preset.hidden_size, preset.patches_per_tile
     rows = tiles * (patches + 1)  # with the class token
     layer = _sum(
@@ -209,7 +212,8 @@ def _vision(preset: VisionPreset, tiles: int, trains: bool) -> Flops:
         attention(tiles * (patches + 1) ** 2, width, trains),
     )
     convolution = linear(tiles * patches, 3 * preset.patch_size**2, width, trains, input_has_gradient=False)
-    return convolution + layer.times(preset.num_layers)
+    once = convolution + layer.times(preset.num_layers)
+    return once + Flops(recompute=once.forward if trains and sizes.encodes_twice else 0)
 
 
 def _projector(sizes: ModelSizes, vision_tokens: int, trains: frozenset[str]) -> Flops:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_nvlm.models.flops import ModelSizes, Work
+from megatron_nvlm.models.head_padding import pad_heads
 from megatron_nvlm.models.partition import PartitionConfig
 
 
@@ -22,7 +23,8 @@ class ChunkSizes:
 
     layers: int
     cross_attention_layers: int
-    has_vision: bool
+    has_encoder: bool
+    has_projector: bool
     has_output: bool
 
 
@@ -34,6 +36,8 @@ class ActivationBytes:
     """From its forward to its backward pass."""
     working: int
     """For a moment, at most: a recomputed layer, the logits, or tiles in the encoder."""
+    of_step: int = 0
+    """Kept once for all micro-batches of a step: features of tiles that were encoded ahead."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class ActivationModel:
     Args:
         trainable: the parts that train.
         backend: `local` keeps its norms' inputs and results in float32; `te` has fused norms.
-        tiles_at_once: tiles that a rank encodes in one go.
+        micro_batches: of a step, on a replica.
     """
 
     sizes: ModelSizes
@@ -51,7 +55,7 @@ class ActivationModel:
     dtype: torch.dtype
     trainable: Collection[str]
     backend: str
-    tiles_at_once: int
+    micro_batches: int = 1
 
     @property
     def _tensor(self) -> int:
@@ -75,15 +79,27 @@ class ActivationModel:
             kept = chunk.layers * layer + chunk.cross_attention_layers * cross
         if self.sizes.variant.needs_cross_attention:
             kept += work.context_rows * language.hidden_size * self.dtype.itemsize // self._shard
-        if chunk.has_vision:
-            kept += self._projector(work) + self._vision(work)
-            working = max(working, self._vision_working(work))
+        of_step = 0
+        if chunk.has_encoder:
+            kept += 0 if self._ahead else self._encoder(self._tiles_of_a_rank(work))
+            working = max(working, self._encoder_working(work))
+        if chunk.has_projector:
+            kept += self._projector(work)
+            if self._ahead:  # with their gradient, if they have one; twice for a moment, as they come together
+                features = self._features(work) * self.micro_batches
+                of_step = features * (1 + self._trains("vision_model"))
+                working = max(working, features)
         if chunk.has_output:
             kept += self._norm(work.rows * language.hidden_size, self._shard, self._trains("language_model"))
             columns = work.rows * (language.vocab_size // self._tensor)
             kept += 4 * columns  # softmax in float32
             working = max(working, (self.dtype.itemsize + 8) * columns)
-        return ActivationBytes(kept, working)
+        return ActivationBytes(kept, working, of_step)
+
+    @property
+    def _ahead(self) -> bool:
+        """Whether tiles are encoded before the pipeline starts."""
+        return self.partition.vision_placement == "replicated"
 
     def _trains(self, part: str) -> bool:
         return part in self.trainable
@@ -128,33 +144,46 @@ class ActivationModel:
         if self.sizes.variant.projector == "linear":
             return tokens * size * (inputs * trains + language.hidden_size)
         inner = (1 + trains) * language.ffn_hidden_size // self._tensor
-        # LayerNorm keeps its input as it is, in both backends.
+        # LayerNorm keeps its input as it is, in both backends; what was encoded ahead is counted with the step.
+        inputs -= inputs // (1 + trains) if self._ahead else 0
         return tokens * size * (inputs * (1 + trains) + inner + language.hidden_size)
 
     def _tiles_of_a_rank(self, work: Work) -> int:
-        return -(-work.tiles // self._tensor)
+        """Of a micro-batch; of a step, where they are encoded ahead."""
+        if self._ahead:
+            return -(-work.tiles * self.micro_batches // (self._tensor * self.partition.pipeline_model_parallel_size))
+        return work.tiles if self._split_encoder else -(-work.tiles // self._tensor)
 
-    def _vision(self, work: Work) -> int:
-        """Nothing for a frozen encoder."""
+    @property
+    def _split_encoder(self) -> bool:
+        return self.partition.vision_placement == "tensor_parallel"
+
+    def _encoder(self, tiles: int) -> int:
+        """Of so many tiles; nothing for a frozen encoder."""
         if not self._trains("vision_model"):
             return 0
         vision, size = self.sizes.vision, self.dtype.itemsize
-        rows = self._tiles_of_a_rank(work) * (vision.patches_per_tile + 1)
+        ranks = self._tensor if self._split_encoder else 1
+        rows = tiles * (vision.patches_per_tile + 1)
         width = rows * vision.hidden_size
-        norms = (2 + 2 * vision.qk_norm) * self._norm(width, 1, True)
-        # Queries, keys, values, output of attention, both scaled branches; before and behind the activation.
-        others = size * (width * 6 + rows * 2 * vision.ffn_hidden_size)
+        heads = pad_heads(vision.num_attention_heads, ranks).padded * width // vision.num_attention_heads // ranks
+        norms = 2 * self._norm(width, 1, True) + 2 * vision.qk_norm * self._norm(heads, 1, True)
+        # Both scaled branches; queries, keys, values, output of attention; before and behind the activation.
+        others = size * (2 * width + 4 * heads + rows * 2 * vision.ffn_hidden_size // ranks)
         return vision.num_layers * (norms + others)
 
-    def _vision_working(self, work: Work) -> int:
-        """Tiles that pass the encoder at once, and the features of all tiles before and after pixel shuffle."""
+    def _features(self, work: Work) -> int:
+        """Of the tiles of a micro-batch, as they leave the encoder."""
+        vision = self.sizes.vision
+        return self.dtype.itemsize * work.tiles * vision.patches_per_tile * vision.hidden_size
+
+    def _encoder_working(self, work: Work) -> int:
+        """Tiles that pass the encoder at once, and the features of a micro-batch before and behind pixel shuffle."""
         vision, size = self.sizes.vision, self.dtype.itemsize
-        tiles = min(self._tiles_of_a_rank(work), self.tiles_at_once)
+        tiles = min(self._tiles_of_a_rank(work), self.partition.vision_tiles_at_once)
         rows = tiles * (vision.patches_per_tile + 1)
-        features = 2 * work.tiles * vision.patches_per_tile * vision.hidden_size
-        return size * (
-            rows * (2 * vision.hidden_size + max(4 * vision.hidden_size, 2 * vision.ffn_hidden_size)) + features
-        )
+        layer = size * rows * (2 * vision.hidden_size + max(4 * vision.hidden_size, 2 * vision.ffn_hidden_size))
+        return layer + (self._encoder(tiles) if self._ahead else 2 * self._features(work))
 
 
 def micro_batches_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> float:

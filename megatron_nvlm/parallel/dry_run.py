@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.build import ModelConfig, find_parts
 from megatron_nvlm.models.flops import Flops, ModelFlops, ModelSizes, Work, count_flops, count_work
 from megatron_nvlm.models.partition import PartitionConfig
@@ -31,6 +32,8 @@ class Plan:
     micro_batch_size: int
     global_batch_size: int
     sample: SampleShape
+    payload_rows: int = 0
+    """Rows of each message between virtual stages; 0 where a message is as long as its micro-batch."""
 
     @property
     def replicas(self) -> int:
@@ -46,7 +49,14 @@ class Plan:
     def sizes(self) -> ModelSizes:
         """For counting."""
         parts = find_parts(self.model)
-        return ModelSizes(parts.variant, parts.language, parts.vision, self.model.cross_attention, self.model.recompute)
+        return ModelSizes(
+            parts.variant,
+            parts.language,
+            parts.vision,
+            self.model.cross_attention,
+            self.model.recompute,
+            encodes_twice=self.partition.vision_placement == "replicated",
+        )
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class StageReport:
     layers: tuple[int, ...]
     """Their numbers, from 0."""
     cross_attention_layers: tuple[int, ...]
-    has_vision: bool
+    has_encoder: bool
     parameters: int
     trainable_parameters: int
     state: StateBytes
@@ -144,7 +154,11 @@ def dry_run(plan: Plan, hardware: Hardware, backend: str, whole: BuiltRank | Non
     """
     ranks = build_ranks(plan.model, plan.partition, plan.world_size, plan.dtype, plan.trainable)
     whole = whole or build_whole(plan.model, plan.dtype, plan.trainable)
-    return _count(plan, hardware, backend, ranks, check_ownership(whole, ranks), whole)
+    return _count(plan, hardware, backend, ranks, check_ownership(whole, ranks, _on_every_stage(plan)), whole)
+
+
+def _on_every_stage(plan: Plan) -> tuple[str, ...]:
+    return ("vision_model",) if plan.partition.vision_placement == "replicated" else ()
 
 
 def quick_dry_run(plan: Plan, hardware: Hardware, backend: str, whole: BuiltRank) -> DryRun:
@@ -203,7 +217,8 @@ def _chunk_sizes(names: Sequence[str]) -> ChunkSizes:
     return ChunkSizes(
         layers=len(_layer_numbers(names)),
         cross_attention_layers=len(_layer_numbers(names, ".cross_attention.")),
-        has_vision=any(name.startswith("vision_projection.") for name in names),
+        has_encoder=any(name.startswith("vision_model.") for name in names),
+        has_projector=any(name.startswith("vision_projection.") for name in names),
         has_output=any(name.startswith("language_model.output_layer.") for name in names),
     )
 
@@ -212,7 +227,7 @@ def _stage_report(plan: Plan, backend: str, work: Work, ranks: Sequence[BuiltRan
     partition = plan.partition
     fullest = max(ranks, key=lambda rank: sum(parameter.numel for parameter in rank.parameters))
     stage, stages = fullest.stage, partition.pipeline_model_parallel_size
-    model = ActivationModel(plan.sizes, partition, plan.dtype, plan.trainable, backend, max(work.tiles, 1))
+    model = ActivationModel(plan.sizes, partition, plan.dtype, plan.trainable, backend, plan.micro_batches)
     names = _names_by_chunk(fullest)
     counted = [model.chunk(_chunk_sizes(chunk), work) for chunk in names]
     in_flight = micro_batches_in_flight(stage, stages, len(names), plan.micro_batches)
@@ -221,11 +236,11 @@ def _stage_report(plan: Plan, backend: str, work: Work, ranks: Sequence[BuiltRan
         stage=stage,
         layers=_layer_numbers(whole),
         cross_attention_layers=_layer_numbers(whole, ".cross_attention."),
-        has_vision=any(name.startswith("vision_model.") for name in whole),
+        has_encoder=any(name.startswith("vision_model.") for name in whole),
         parameters=sum(parameter.numel for parameter in fullest.parameters),
         trainable_parameters=sum(parameter.numel for parameter in fullest.parameters if parameter.trains),
         state=largest_state_bytes(fullest, plan.dtype, plan.replicas, partition.use_distributed_optimizer),
-        activations=round(in_flight * sum(chunk.kept for chunk in counted)),
+        activations=round(in_flight * sum(chunk.kept for chunk in counted)) + sum(chunk.of_step for chunk in counted),
         working=max(chunk.working for chunk in counted),
         payload_bytes=_payload_bytes(plan, work) if stage < stages - 1 or len(names) > 1 else 0,
     )
@@ -237,6 +252,11 @@ def _payload_bytes(plan: Plan, work: Work) -> int:
     multiple = partition.row_multiple
     context = max(work.context_rows, 1) if plan.sizes.variant.needs_cross_attention else 0
     rows = -(-work.rows // multiple) * multiple + -(-context // multiple) * multiple
-    if partition.virtual_pipeline_model_parallel_size > 1:  # one length for all messages
-        rows = max(rows, plan.micro_batch_size * plan.sample.rows + partition.payload_vision_tokens)
+    if plan.payload_rows:
+        if rows > plan.payload_rows:
+            raise UserError(
+                f"a micro-batch sends {rows} rows between stages and virtual pipeline stages send {plan.payload_rows}; "
+                f"raise parallelism.payload_vision_tokens to {partition.payload_vision_tokens + rows - plan.payload_rows}"
+            )
+        rows = plan.payload_rows
     return rows // multiple * plan.sizes.language.hidden_size * plan.dtype.itemsize

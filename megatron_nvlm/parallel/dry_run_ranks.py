@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # torch regis
 
 from megatron_nvlm.core_compat import run_core_on_cpu
 from megatron_nvlm.models.build import ModelConfig, build_chunks
-from megatron_nvlm.models.initialise import named_parameters, part_of
+from megatron_nvlm.models.initialise import named_parameters, part_of, split_of
 from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.sharding import Split
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, lay_out_groups, stop_groups
 
 
@@ -28,6 +29,8 @@ class LocalParameter:
     """Its name in the whole model."""
     shape: tuple[int, ...]
     trains: bool
+    split: Split | None = None
+    """How it is cut; None if it is whole on each tensor-parallel rank."""
 
     @property
     def numel(self) -> int:
@@ -93,7 +96,7 @@ def build_rank(
             tensor_rank,
             tuple(
                 tuple(
-                    LocalParameter(name, tuple(parameter.shape), part_of(name) in trainable)
+                    LocalParameter(name, tuple(parameter.shape), part_of(name) in trainable, split_of(name, chunk))
                     for name, parameter in named_parameters(chunk)
                 )
                 for chunk in chunks

@@ -72,7 +72,7 @@ def _row(stage: StageReport) -> list[str]:
     state = stage.state
     amounts = (state.weights, state.gradients, state.optimizer, stage.activations, stage.working, stage.total_bytes)
     return [
-        f"{stage.stage}{' + vision' if stage.has_vision else ''}",
+        f"{stage.stage}{' + encoder' if stage.has_encoder else ''}",
         f"{len(stage.layers)} ({ranges(stage.layers)})",
         f"{len(stage.cross_attention_layers)} ({ranges(stage.cross_attention_layers)})",
         f"{stage.parameters:,}",
@@ -131,10 +131,7 @@ def _time(run: DryRun, hardware: Hardware) -> Iterator[str]:
         f"{time.total:.2f} s a step, {run.samples_per_second:.1f} samples/s, "
         f"MFU {run.model_flops_utilisation(run.samples_per_second, hardware):.1%}"
     )
-    yield (
-        f"  compute {time.compute:.2f} s, tensor-parallel messages {time.tensor_parallel:.2f} s, pipeline messages "
-        f"{time.pipeline:.2f} s, bubble {time.bubble:.2f} s, data-parallel messages {time.data_parallel:.2f} s"
-    )
+    yield "  " + ", ".join(f"{name.replace('_', ' ')} {seconds:.2f} s" for name, seconds in asdict(time).items())
 
 
 def _measured(run: DryRun, hardware: Hardware, measured: float) -> Iterator[str]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.dry_run import DryRun, Plan, quick_dry_run
 from megatron_nvlm.parallel.dry_run_ranks import build_whole
@@ -14,7 +15,7 @@ MOST_CHUNKS = 2
 """Virtual stages that are tried."""
 
 
-def candidates(plan: Plan, hardware: Hardware) -> Iterator[Plan]:
+def candidates(plan: Plan, hardware: Hardware) -> Iterator[tuple[ModelConfig, PartitionConfig]]:
     """Tensor parallel within a node, any pipeline, one or two chunks a stage, each kind of recomputation.
 
     Sequence parallelism goes with tensor parallelism (it costs nothing and saves memory). Chunks and pipelines that the
@@ -24,11 +25,8 @@ def candidates(plan: Plan, hardware: Hardware) -> Iterator[Plan]:
         for pipeline in _divisors(plan.world_size // tensor):
             for chunks in range(1, MOST_CHUNKS + 1 if pipeline > 1 else 2):
                 for recompute in RECOMPUTE_KINDS:
-                    yield dataclasses.replace(
-                        plan,
-                        model=dataclasses.replace(plan.model, recompute=recompute),
-                        partition=_partition(plan, tensor, pipeline, chunks),
-                    )
+                    model = dataclasses.replace(plan.model, recompute=recompute)
+                    yield model, _partition(plan, tensor, pipeline, chunks)
 
 
 def _divisors(number: int) -> list[int]:
@@ -47,21 +45,24 @@ def _partition(plan: Plan, tensor: int, pipeline: int, chunks: int) -> Partition
         sequence_parallel=tensor > 1,
         virtual_pipeline_model_parallel_size=chunks,
         pipeline_layout=None,
-        payload_vision_tokens=-(-context // tensor) * tensor,
+        payload_vision_tokens=context,
     )
 
 
-def suggest(plan: Plan, hardware: Hardware, backend: str, check: Callable[[Plan], None]) -> tuple[list[DryRun], int]:
+def suggest(
+    plan: Plan, hardware: Hardware, backend: str, plan_of: Callable[[ModelConfig, PartitionConfig], Plan]
+) -> tuple[list[DryRun], int]:
     """Layouts that fit, fastest first; and how many the rules allow.
 
     Args:
-        check: raises UserError for a layout that the rules refuse.
+        plan: of the run as it is; sizes, batch and what trains stay.
+        plan_of: the plan of a layout; raises UserError for one that the rules refuse.
     """
     whole = build_whole(plan.model, plan.dtype, plan.trainable)
     allowed = []
-    for candidate in candidates(plan, hardware):
+    for model, partition in candidates(plan, hardware):
         try:
-            check(candidate)
+            candidate = plan_of(model, partition)
         except UserError:
             continue
         allowed.append(quick_dry_run(candidate, hardware, backend, whole))

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_nvlm.models.sharding import find_split, join
-from megatron_nvlm.parallel.dry_run_ranks import BuiltRank
+from megatron_nvlm.models.sharding import join
+from megatron_nvlm.parallel.dry_run_ranks import BuiltRank, LocalParameter
 
 
 def check_ownership(whole: BuiltRank, ranks: Sequence[BuiltRank], on_every_stage: Sequence[str] = ()) -> list[str]:
@@ -21,11 +21,11 @@ def check_ownership(whole: BuiltRank, ranks: Sequence[BuiltRank], on_every_stage
     """
     stages = 1 + max(rank.stage for rank in ranks)
     tensor_ranks = 1 + max(rank.tensor_rank for rank in ranks)
-    holders: dict[str, dict[tuple[int, int], list[tuple[int, ...]]]] = {}
+    holders: dict[str, dict[tuple[int, int], list[LocalParameter]]] = {}
     for rank in ranks:
         for parameter in rank.parameters:
             of_name = holders.setdefault(parameter.name, {})
-            of_name.setdefault((rank.stage, rank.tensor_rank), []).append(parameter.shape)
+            of_name.setdefault((rank.stage, rank.tensor_rank), []).append(parameter)
     problems = [f"{name} is no parameter of the whole model" for name in holders.keys() - _names(whole)]
     for parameter in whole.parameters:
         held = holders.get(parameter.name, {})
@@ -36,14 +36,14 @@ def check_ownership(whole: BuiltRank, ranks: Sequence[BuiltRank], on_every_stage
             continue
         for stage in held_stages:
             copies = [held.get((stage, tensor_rank), []) for tensor_rank in range(tensor_ranks)]
-            if any(len(shapes) != 1 for shapes in copies):
+            if any(len(copy) != 1 for copy in copies):
                 problems.append(
-                    f"{parameter.name} is held {[len(shapes) for shapes in copies]} times by the tensor-parallel "
+                    f"{parameter.name} is held {[len(copy) for copy in copies]} times by the tensor-parallel "
                     f"ranks of stage {stage}, not once by each"
                 )
-            elif not _makes_whole([shapes[0] for shapes in copies], parameter.name, parameter.shape):
+            elif not _makes_whole([copy[0] for copy in copies], parameter.shape):
                 problems.append(
-                    f"{parameter.name} has parts {[shapes[0] for shapes in copies]} on stage {stage} that do not join "
+                    f"{parameter.name} has parts {[copy[0].shape for copy in copies]} on stage {stage} that do not join "
                     f"to {parameter.shape}"
                 )
     return problems
@@ -53,12 +53,14 @@ def _names(rank: BuiltRank) -> set[str]:
     return {parameter.name for parameter in rank.parameters}
 
 
-def _makes_whole(shapes: Sequence[tuple[int, ...]], name: str, whole: tuple[int, ...]) -> bool:
-    split = find_split(name)
+def _makes_whole(parts: Sequence[LocalParameter], whole: tuple[int, ...]) -> bool:
+    split = parts[0].split
+    if any(part.split != split for part in parts):
+        return False
     if split is None:
-        return all(shape == whole for shape in shapes)
+        return all(part.shape == whole for part in parts)
     try:
-        joined = join([torch.empty(shape, device="meta") for shape in shapes], split)
+        joined = join([torch.empty(part.shape, device="meta") for part in parts], split)
     except RuntimeError:  # parts that cannot stand side by side
         return False
     return tuple(joined.shape) == whole

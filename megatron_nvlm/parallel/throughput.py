@@ -1,13 +1,13 @@
 """Predicted time of a step: a few sums from stated rates, to rank layouts by. Nothing in it is fitted to a measurement.
 
 A stage's time for a micro-batch is its operations (recomputation included) over its ranks' peak times one stated
-utilisation, plus its tensor-parallel messages, plus what it sends to the next stage and back. The pipeline costs
+utilisation, plus its tensor-parallel messages (and the tiles of the rank that encodes most), plus what it sends to the next stage and back. The pipeline costs
 (micro-batches + (stages - 1) / chunks) times the slowest stage's. At the end gradients are reduced and weights gathered
 over the data-parallel ranks. Nothing is assumed to overlap; loading, optimizer and kernel launches are left out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_nvlm.models.flops import ModelFlops, ModelSizes, Work
 from megatron_nvlm.models.partition import PartitionConfig
@@ -45,21 +45,23 @@ class Hardware:
 class StepTime:
     """Seconds of a step, by what they go to on the slowest stage."""
 
-    compute: float
+    encoding_ahead: float
+    """Tiles before the pipeline starts; 0 where the first stage encodes them in the pipeline."""
+    computing: float
     """Operations of all micro-batches, recomputation included."""
-    tensor_parallel: float
-    """Messages inside layers."""
-    pipeline: float
-    """Messages between stages."""
+    tensor_parallel_messages: float
+    """Inside layers."""
+    pipeline_messages: float
+    """Between stages."""
     bubble: float
     """Waiting for the pipeline to fill and drain."""
-    data_parallel: float
+    data_parallel_messages: float
     """Gradients and weights over the replicas."""
 
     @property
     def total(self) -> float:
         """Seconds."""
-        return self.compute + self.tensor_parallel + self.pipeline + self.bubble + self.data_parallel
+        return sum(asdict(self).values())
 
 
 def bubble_fraction(stages: int, chunks: int, micro_batches: int) -> float:
@@ -91,10 +93,14 @@ def predict_step(
         payload_bytes: of one micro-batch between stages, on one rank.
     """
     tensor = partition.tensor_model_parallel_size
+    ahead = partition.vision_placement == "replicated"
+    encoding = _encoding_operations(flops, work, partition, micro_batches)
     times = []
     for number, chunks in enumerate(stages):
-        operations = sum(_chunk_operations(flops, chunk) for chunk in chunks)
-        compute = operations / tensor / hardware.flops_per_second()
+        operations = sum(_chunk_operations(flops, chunk) for chunk in chunks) / tensor
+        if number == 0 and not ahead:
+            operations += encoding
+        compute = operations / hardware.flops_per_second()
         messages = sum(_chunk_messages(work, sizes, chunk, partition) for chunk in chunks)
         neighbours = (number > 0) + (number < len(stages) - 1)
         between = neighbours * len(chunks) * payload_bytes / hardware.bytes_per_second(tensor * len(stages) * replicas)
@@ -107,18 +113,33 @@ def predict_step(
     if not partition.use_distributed_optimizer:
         data_parallel = (replicas - 1) / replicas * 2 * gradient_bytes
     return StepTime(
-        compute=micro_batches * compute,
-        tensor_parallel=micro_batches * tensor_parallel,
-        pipeline=micro_batches * between,
+        encoding_ahead=encoding / hardware.flops_per_second() if ahead else 0.0,
+        computing=micro_batches * compute,
+        tensor_parallel_messages=micro_batches * tensor_parallel,
+        pipeline_messages=micro_batches * between,
         bubble=waiting * (compute + tensor_parallel + between),
-        data_parallel=data_parallel / hardware.bytes_per_second(tensor * replicas),
+        data_parallel_messages=data_parallel / hardware.bytes_per_second(tensor * replicas),
     )
 
 
+def _encoding_operations(flops: ModelFlops, work: Work, partition: PartitionConfig, micro_batches: int) -> float:
+    """Of the rank with most tiles: for a micro-batch, or for the whole step if tiles are encoded ahead."""
+    if not work.tiles:
+        return 0.0
+    tensor = partition.tensor_model_parallel_size
+    if partition.vision_placement == "tensor_parallel":
+        return flops.vision.executed / tensor
+    tiles, ranks = work.tiles, tensor
+    if partition.vision_placement == "replicated":
+        tiles, ranks = work.tiles * micro_batches, tensor * partition.pipeline_model_parallel_size
+    return -(-tiles // ranks) * flops.vision.executed / work.tiles
+
+
 def _chunk_operations(flops: ModelFlops, chunk: ChunkSizes) -> int:
+    """Of a chunk, the encoder left out, over all its ranks."""
     operations = flops.decoder(chunk.layers, chunk.cross_attention_layers).executed
-    if chunk.has_vision:
-        operations += flops.vision.executed + flops.projector.executed
+    if chunk.has_projector:
+        operations += flops.projector.executed
     if chunk.has_output:
         operations += flops.output_layer.executed
     return operations
@@ -138,7 +159,8 @@ def _chunk_messages(work: Work, sizes: ModelSizes, chunk: ChunkSizes, partition:
     if chunk.has_output:
         rows += work.rows
     sent = passes * rows * width
-    if chunk.has_vision:
-        patches = work.tiles * sizes.vision.patches_per_tile
-        sent += 2 * patches * sizes.vision.hidden_size * (ranks - 1) / ranks
+    if chunk.has_projector:
+        features = 2 * work.tiles * sizes.vision.patches_per_tile * sizes.vision.hidden_size * (ranks - 1) / ranks
+        # Gathered once; a tensor-parallel encoder reduces its rows twice a layer instead, an all-reduce each.
+        sent += features * (4 * sizes.vision.num_layers if partition.vision_placement == "tensor_parallel" else 1)
     return sent

@@ -50,6 +50,20 @@ CASES = {
     ),
     "DP=2": Case(2, PartitionConfig(), "x", STAGES["pretrain"], torch.bfloat16),
     "DP=2 x TP=2": Case(4, PartitionConfig(tensor_model_parallel_size=2), "h", STAGES["sft"], torch.bfloat16),
+    "PP=2, replicated encoder that trains": Case(
+        2,
+        PartitionConfig(pipeline_model_parallel_size=2, vision_placement="replicated"),
+        "h",
+        ALL_PARTS,
+        torch.float32,
+    ),
+    "TP=2, tensor-parallel encoder": Case(
+        2,
+        PartitionConfig(tensor_model_parallel_size=2, vision_placement="tensor_parallel"),
+        "x",
+        ALL_PARTS,
+        torch.bfloat16,
+    ),
     "PP=2 with two chunks": Case(
         2,
         PartitionConfig(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from megatron_nvlm.models.sharding import Split, find_split
 from megatron_nvlm.parallel.dry_run_ranks import BuiltRank, LocalParameter
 from megatron_nvlm.parallel.ownership import check_ownership
 
@@ -23,8 +24,8 @@ WHOLE = BuiltRank(
 
 def layout() -> list[BuiltRank]:
     """Two stages of two tensor-parallel ranks."""
-    first = (LocalParameter(EMBEDDING, (4, 4), True), LocalParameter(NORM, (4,), True))
-    second = (LocalParameter(GATED, (6, 4), True),)
+    first = (LocalParameter(EMBEDDING, (4, 4), True, Split(0)), LocalParameter(NORM, (4,), True))
+    second = (LocalParameter(GATED, (6, 4), True, find_split(GATED)),)
     return [BuiltRank(stage, rank, (held,)) for stage, held in enumerate((first, second)) for rank in range(2)]
 
 
@@ -59,7 +60,7 @@ def test_two_stages_with_the_same_parameter() -> None:
 
 def test_parts_that_do_not_join() -> None:
     ranks = layout()
-    ranks[3] = BuiltRank(1, 1, ((LocalParameter(GATED, (4, 4), True),),))
+    ranks[3] = BuiltRank(1, 1, ((LocalParameter(GATED, (4, 4), True, find_split(GATED)),),))
     (problem,) = check_ownership(WHOLE, ranks)
     assert "do not join to (12, 4)" in problem
 

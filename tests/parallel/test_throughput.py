@@ -42,7 +42,7 @@ def step_seconds(hardware: Hardware) -> float:
     sizes = paper_sizes("h")
     work = count_work(make_micro_batch(SampleShape(1280, 6, 5), sizes.variant, 256, 1), 256)
     partition = PartitionConfig(tensor_model_parallel_size=8, sequence_parallel=True)
-    chunk = ChunkSizes(60, 10, has_vision=True, has_output=True)
+    chunk = ChunkSizes(60, 10, has_encoder=True, has_projector=True, has_output=True)
     flops = count_flops(sizes, work, STAGES["sft"])
     return predict_step(flops, work, sizes, [[chunk]], partition, 16, 16, 10**10, 5 * 10**9, 0, hardware).total
 
@@ -58,7 +58,7 @@ def test_one_gpu_at_full_use_takes_its_operations_over_its_peak() -> None:
     sizes = paper_sizes("d")
     work = count_work(make_micro_batch(SampleShape(2816, 6, 5), sizes.variant, 256, 1), 256)
     flops = count_flops(sizes, work, STAGES["sft"])
-    chunk = ChunkSizes(60, 0, has_vision=True, has_output=True)
+    chunk = ChunkSizes(60, 0, has_encoder=True, has_projector=True, has_output=True)
     time = predict_step(flops, work, sizes, [[chunk]], PartitionConfig(), 3, 1, 1, 1, 0, Hardware(utilisation=1))
     assert time.total == pytest.approx(3 * whole_model(sizes, flops).executed / 989e12)
 
@@ -68,6 +68,6 @@ def test_recomputing_keeps_less() -> None:
     for recompute in ("full", "none"):
         sizes = paper_sizes("h", recompute)
         work = count_work(make_micro_batch(SampleShape(1280, 6, 5), sizes.variant, 256, 1), 256)
-        model = ActivationModel(sizes, PartitionConfig(), torch.bfloat16, STAGES["sft"], "te", 8)
-        kept.append(model.chunk(ChunkSizes(60, 10, False, False), work).kept)
+        model = ActivationModel(sizes, PartitionConfig(), torch.bfloat16, STAGES["sft"], "te")
+        kept.append(model.chunk(ChunkSizes(60, 10, False, False, False), work).kept)
     assert kept[0] < kept[1] / 10
