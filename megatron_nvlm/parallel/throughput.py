@@ -1,9 +1,10 @@
 """Predicted time of a step: a few sums from stated rates, to rank layouts by. Nothing in it is fitted to a measurement.
 
 A stage's time for a micro-batch is its operations (recomputation included) over its ranks' peak times one stated
-utilisation, plus its tensor-parallel messages (and the tiles of the rank that encodes most), plus what it sends to the next stage and back. The pipeline costs
-(micro-batches + (stages - 1) / chunks) times the slowest stage's. At the end gradients are reduced and weights gathered
-over the data-parallel ranks. Nothing is assumed to overlap; loading, optimizer and kernel launches are left out.
+utilisation, with the tiles of the rank that encodes most, plus its tensor-parallel messages, plus what it sends to the
+next stage and back. The pipeline costs (micro-batches + (stages - 1) / chunks) times the slowest stage's. At the end
+gradients are reduced and weights gathered over the data-parallel ranks. Nothing is assumed to overlap; loading, optimizer
+and kernel launches are left out.
 """
 
 from collections.abc import Sequence
