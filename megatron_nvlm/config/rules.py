@@ -84,13 +84,14 @@ def names_are_known(run: RunConfig, world_size: int) -> None:
 
 
 def counts_are_positive(run: RunConfig, world_size: int) -> None:
-    """Numbers that count steps or files are at least 1."""
+    """Numbers that count steps, files or seconds are at least 1."""
     for name, count in (
         ("training.train_steps", run.training.train_steps),
         ("checkpoint.save_every_steps", run.checkpoint.save_every_steps),
         ("checkpoint.keep_last", run.checkpoint.keep_last),
         ("logging.log_every_steps", run.logging.log_every_steps),
         ("data.sequence_length", run.data.sequence_length),
+        ("training.timeout_seconds", run.training.timeout_seconds),
     ):
         if count < 1:
             raise UserError(f"{name} is {count}; it must be at least 1")

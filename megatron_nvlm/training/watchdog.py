@@ -74,17 +74,18 @@ class Watchdog:
         """Say that this rank goes on. Cheap: it talks to nobody.
 
         Args:
-            keys: samples that it now works on.
+            keys: samples that it now works on; by default those of before.
         """
         self._count += 1
-        self._beat = Beat(step, self._stage, action, keys, self._count, time.time())
+        self._beat = Beat(step, self._stage, action, keys or self._beat.keys, self._count, time.time())
         self._beaten = time.monotonic()
 
     def _watch(self) -> None:
-        tell_every = min(5.0, self.timeout_seconds / 4)
+        # Once a second, or less often where the store serves very many.
+        tell_every = min(max(1.0, self.ranks / 256), self.timeout_seconds / 4)
         self._tell()
         told = time.monotonic()
-        while not self._ended.wait(min(1.0, self.timeout_seconds / 10)):
+        while not self._ended.wait(min(0.5, self.timeout_seconds / 10)):
             now = time.monotonic()
             if now - told >= tell_every:
                 self._tell()

@@ -57,6 +57,7 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("checkpoint.save_every_steps=0", "checkpoint.save_every_steps is 0"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
         ("logging.log_every_steps=0", "logging.log_every_steps is 0"),
+        ("training.timeout_seconds=0", "training.timeout_seconds is 0"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:

@@ -1,4 +1,4 @@
-"""A run that hangs says where and ends, whole."""
+"""A run that hangs says where and ends: every rank, the stopped one too, within a minute of the timeout."""
 
 import os
 import signal
@@ -48,11 +48,13 @@ def test_a_rank_that_stops_is_named_and_all_ranks_end(tmp_path: Path, stopped: i
     while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
+    time.sleep(3)  # so that each rank has told the others about a step
     pids = ranks_of(process.pid)
     assert pids.keys() == {0, 1}
     os.kill(pids[stopped], signal.SIGSTOP)
     try:
         status = process.wait(timeout=TIMEOUT + 60)
+        assert not [pid for pid in pids.values() if is_alive(pid)]
     finally:
         for pid in pids.values():
             if is_alive(pid):
@@ -65,21 +67,4 @@ def test_a_rank_that_stops_is_named_and_all_ranks_end(tmp_path: Path, stopped: i
     assert f"pipeline stage {2 - stopped}" in sentences[0]
     assert f"has waited for {TIMEOUT} s, training.timeout_seconds; rank {stopped} was last heard of" in sentences[0]
     assert f"pipeline stage {1 + stopped}" in sentences[0].split("last heard of")[1]
-    assert "samples sample_0" in sentences[0]
-
-
-def test_no_process_of_a_hung_run_stays(tmp_path: Path) -> None:
-    """As above with one replica more than a stage: ranks that wait for different collectives all end."""
-    path = write_run(tmp_path, training={"train_steps": 100_000, "timeout_seconds": TIMEOUT})
-    log = tmp_path / "log"
-    process = start("megatron_nvlm.train", 3, "--config", str(path), "training.global_batch_size=6", log=log)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    pids = ranks_of(process.pid)
-    os.kill(pids[2], signal.SIGSTOP)
-    assert process.wait(timeout=TIMEOUT + 60) != 0
-    assert not [pid for pid in pids.values() if is_alive(pid)]
-    assert "rank 2 was last heard of" in log.read_text()
+    assert all("samples sample_0" in half for half in sentences[0].split("last heard of"))
