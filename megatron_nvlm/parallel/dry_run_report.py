@@ -52,6 +52,8 @@ def _ownership(run: DryRun) -> Iterator[str]:
         yield from (f"  {problem}" for problem in run.problems[:10])
     else:
         yield f"each is owned exactly once per replica ({run.ranks_built} distinct ranks built)"
+        if run.plan.partition.vision_placement == "replicated":
+            yield "but for the encoder, of which every rank has a copy, as parallelism.vision_placement says"
 
 
 _COLUMNS = ("stage", "layers", "cross-attention layers", "parameters", "weights", "gradients", "optimizer")
