@@ -24,7 +24,8 @@ class CudaNamesToCpu(TorchFunctionMode):
     """Leads `device="cuda"`, `.cuda()` and `.type()` to the CPU, as core's schedules, clipping and optimizer use them.
 
     Sites in 0.16.1: schedules.py (token counts, shapes), clip_grads.py, optimizer.py, utils.py create tensors on "cuda";
-    clip_grads.py and distrib_optimizer.py compare `.type()` with "torch.cuda.FloatTensor".
+    clip_grads.py and distrib_optimizer.py compare `.type()` with "torch.cuda.FloatTensor", and refuse float64, which
+    core's optimizers compute as they do float32; a float64 tensor (tests compare layouts so) is named like a float32 one.
     """
 
     def __torch_function__(
@@ -39,7 +40,7 @@ class CudaNamesToCpu(TorchFunctionMode):
             args = (args[0], _CPU, *args[2:])
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str) and not result.startswith("torch.cuda"):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.", "torch.cuda.", 1).replace("DoubleTensor", "FloatTensor")
         return result
 
 

@@ -11,7 +11,8 @@ from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.stages import SamplePipeline
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.build import ModelConfig, build_model, find_parts
+from megatron_nvlm.models.build import ModelConfig, build_chunks, build_model, find_parts
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.initialise import initialise, mark_splits
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.partition import PartitionConfig
@@ -76,6 +77,16 @@ def make_model(
 ) -> NVLMModel:
     """This rank's stage with new weights."""
     built = build_model(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
+    mark_splits(built)
+    initialise(built, seed)
+    return built
+
+
+def make_chunks(
+    model: ModelConfig, partition: PartitionConfig, precision: str, device: torch.device, seed: int
+) -> ModelChunks:
+    """All that this rank holds, with new weights: for training, where a stage may be several chunks."""
+    built = build_chunks(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
     mark_splits(built)
     initialise(built, seed)
     return built

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.initialise import named_parameters
+from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.sharding import cut, find_split
+from megatron_nvlm.models.sharding import cut
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def load_weights(model: NVLMModel, weights: Mapping[str, Tensor], keep: tuple[st
             if any(prefix in name for prefix in keep):
                 continue
             raise UserError(f"the weights have nothing for {name}; is this another model or variant?")
-        part = cut(weights[name], find_split(name), group.rank(), group.size())
+        part = cut(weights[name], split_of(name, model), group.rank(), group.size())
         if part.shape != parameter.shape:
             raise UserError(
                 f"{name} is {list(parameter.shape)} here and {list(part.shape)} in the weights; is this another model?"

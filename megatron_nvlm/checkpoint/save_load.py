@@ -18,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.nvlm_model import NVLMModel
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def save(
     config: CheckpointConfig,
     progress: Progress,
     identity: Identity,
-    model: NVLMModel,
+    model: NVLMModel | ModelChunks,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> None:
@@ -190,7 +191,7 @@ def _remove_old(folder: Path, keep_last: int, newest: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load_model(path: Path, model: NVLMModel) -> Progress:
+def load_model(path: Path, model: NVLMModel | ModelChunks) -> Progress:
     """Weights alone, into any layout."""
     state = {"model": model.sharded_state_dict(metadata=_metadata())}
     loaded = _load(state, path)
@@ -198,7 +199,9 @@ def load_model(path: Path, model: NVLMModel) -> Progress:
     return Progress(**loaded["progress"])
 
 
-def load(path: Path, model: NVLMModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Progress:
+def load(
+    path: Path, model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> Progress:
     """Model, optimizer, schedule and position, into any layout."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         # Core's distributed optimizer can only receive state that is there; it makes none by itself before a first step.

@@ -45,6 +45,26 @@ def batches_divide(run: RunConfig, world_size: int) -> None:
         )
 
 
+def virtual_stages_are_possible(run: RunConfig, world_size: int) -> None:
+    """Interleaved stages take micro-batches in groups of a pipeline, and send messages of one length."""
+    split = run.parallelism
+    if split.virtual_pipeline_model_parallel_size == 1:
+        return
+    replicas = split.data_parallel_size(world_size)
+    micro_batches = run.training.global_batch_size // (run.training.micro_batch_size * replicas)
+    if micro_batches % split.pipeline_model_parallel_size:
+        raise UserError(
+            f"parallelism.virtual_pipeline_model_parallel_size needs micro-batches in groups of the "
+            f"{split.pipeline_model_parallel_size} pipeline stages, and a step has {micro_batches} (global_batch_size / "
+            "micro_batch_size / data-parallel ranks); change training.global_batch_size"
+        )
+    if find_parts(run.model).variant.needs_cross_attention and not split.payload_vision_tokens:
+        raise UserError(
+            f"parallelism.payload_vision_tokens is 0 and NVLM-{run.model.variant.upper()} sends vision tokens between "
+            "virtual pipeline stages; set it to the most that a micro-batch has in its context"
+        )
+
+
 def samples_fit_the_decoder(run: RunConfig, world_size: int) -> None:
     """Samples are no longer than the decoder's rotary positions."""
     if run.data.sequence_length > run.model.max_sequence_length:
@@ -64,13 +84,14 @@ def names_are_known(run: RunConfig, world_size: int) -> None:
 
 
 def counts_are_positive(run: RunConfig, world_size: int) -> None:
-    """Numbers that count steps or files are at least 1."""
+    """Numbers that count steps, files or seconds are at least 1."""
     for name, count in (
         ("training.train_steps", run.training.train_steps),
         ("checkpoint.save_every_steps", run.checkpoint.save_every_steps),
         ("checkpoint.keep_last", run.checkpoint.keep_last),
         ("logging.log_every_steps", run.logging.log_every_steps),
         ("data.sequence_length", run.data.sequence_length),
+        ("training.timeout_seconds", run.training.timeout_seconds),
     ):
         if count < 1:
             raise UserError(f"{name} is {count}; it must be at least 1")
@@ -81,10 +102,50 @@ def schedule_is_possible(run: RunConfig, world_size: int) -> None:
     check_optimizer(run.optimizer, run.training.train_steps)
 
 
+def _splits_the_model(run: RunConfig) -> bool:
+    return run.parallelism.tensor_model_parallel_size * run.parallelism.pipeline_model_parallel_size > 1
+
+
+# What no test proves (docs/parallelism.md): (what is asked for, whether a run asks for it, why it is refused).
+NOT_PROVEN: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+    (
+        "parallelism.context_parallel_size over 1",
+        lambda run: run.parallelism.context_parallel_size != 1,
+        "the interval masks of a ragged row are not spread over ranks; set it to 1 and raise tensor_model_parallel_size",
+    ),
+    (
+        "parallelism.expert_model_parallel_size over 1",
+        lambda run: run.parallelism.expert_model_parallel_size != 1,
+        "no language model among the presets has experts; set it to 1",
+    ),
+    (
+        "dropout with tensor or pipeline parallelism",
+        lambda run: _splits_the_model(run) and max(run.model.hidden_dropout, run.model.attention_dropout) > 0,
+        "each layout would drop other elements, so it cannot be compared with one process; set model.hidden_dropout and "
+        "model.attention_dropout to 0",
+    ),
+    (
+        "a language model with tied embeddings in a pipeline",
+        lambda run: run.parallelism.pipeline_model_parallel_size > 1 and find_parts(run.model).language.tied_embeddings,
+        "no preset has them, so their gradient over first and last stage is compared with nothing; "
+        "set parallelism.pipeline_model_parallel_size=1",
+    ),
+)
+
+
+def layout_is_proven(run: RunConfig, world_size: int) -> None:
+    """Nothing is asked for that the tests of layouts do not cover."""
+    for what, is_asked, reason in NOT_PROVEN:
+        if is_asked(run):
+            raise UserError(f"{what} is refused: {reason}")
+
+
 RULES: tuple[Callable[[RunConfig, int], None], ...] = (
+    layout_is_proven,
     model_can_be_built,
     tiles_fit_the_encoder,
     batches_divide,
+    virtual_stages_are_possible,
     samples_fit_the_decoder,
     names_are_known,
     counts_are_positive,

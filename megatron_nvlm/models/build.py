@@ -14,8 +14,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.backends import Backend, get_backend
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.models.head_padding import HeadPadding, pad_heads
+from megatron_nvlm.models.intern_vit import Holder, InternViTModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.partition import PartitionConfig, check_partition
@@ -28,6 +30,10 @@ from megatron_nvlm.models.presets import (
 )
 from megatron_nvlm.models.projector import LinearProjector, MLPProjector
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
+
+# Two settings of core that give wrong numbers without an error over gloo, which matches messages in order: batched
+# messages between two interleaved stages go both ways to one peer, and an overlapped send may read a freed output.
+SAFE_COMMUNICATION: dict[str, Any] = dict(batch_p2p_comm=False, overlap_p2p_comm=False)
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -93,6 +99,7 @@ def check_model(config: ModelConfig, partition: PartitionConfig) -> None:
     check_partition(
         partition,
         parts.language,
+        parts.vision,
         cross.num_attention_heads or parts.language.num_attention_heads,
         cross.num_query_groups or parts.language.num_query_groups,
     )
@@ -119,7 +126,10 @@ def language_config(
         tensor_model_parallel_size=partition.tensor_model_parallel_size,
         pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
         sequence_parallel=partition.sequence_parallel,
-        variable_seq_lengths=partition.pipeline_model_parallel_size > 1,
+        virtual_pipeline_model_parallel_size=_virtual_size(partition),
+        pipeline_model_parallel_layout=partition.pipeline_layout,
+        # Messages as long as the micro-batch. Interleaved stages have one length (core cannot agree on others there).
+        variable_seq_lengths=partition.pipeline_model_parallel_size > 1 and _virtual_size(partition) is None,
         moe_token_dispatcher_type="alltoall",  # core asks for it beside variable_seq_lengths, also without experts
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
@@ -128,13 +138,21 @@ def language_config(
     )
 
 
-def vision_config(config: ModelConfig, preset: VisionPreset, dtype: torch.dtype, on_cpu: bool) -> TransformerConfig:
-    """The encoder's configuration: whole on every rank, without dropout (paper: InternViT as released)."""
+def vision_config(
+    config: ModelConfig, preset: VisionPreset, dtype: torch.dtype, on_cpu: bool, tensor_parallel: int = 1
+) -> TransformerConfig:
+    """The encoder's configuration, without dropout (paper: InternViT as released).
+
+    Args:
+        tensor_parallel: ranks that share each layer; 1 where each rank holds the encoder whole.
+    """
     return TransformerConfig(
         num_layers=preset.num_layers,
         hidden_size=preset.hidden_size,
         ffn_hidden_size=preset.ffn_hidden_size,
-        num_attention_heads=preset.num_attention_heads,
+        num_attention_heads=pad_heads(preset.num_attention_heads, tensor_parallel).padded,
+        kv_channels=preset.hidden_size // preset.num_attention_heads,
+        tensor_model_parallel_size=tensor_parallel,
         normalization=preset.normalization,
         layernorm_epsilon=preset.layernorm_epsilon,
         add_bias_linear=True,
@@ -181,8 +199,14 @@ def _common(config: ModelConfig, dtype: torch.dtype, on_cpu: bool) -> dict[str, 
         apply_rope_fusion=config.backend == "te",
         attention_softmax_in_fp32=True,
         deallocate_pipeline_outputs=True,
-        batch_p2p_comm=False,  # gloo matches messages in order; batched ones mix directions (a silent trap)
+        **SAFE_COMMUNICATION,
     )
+
+
+def _virtual_size(partition: PartitionConfig) -> int | None:
+    """Core's spelling of the number of chunks: None without interleaving."""
+    chunks = partition.virtual_pipeline_model_parallel_size
+    return chunks if chunks > 1 else None
 
 
 def build_model(
@@ -192,22 +216,25 @@ def build_model(
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
     device: torch.device,
+    vp_stage: int | None = None,
 ) -> NVLMModel:
     """This rank's stage of the model, weights not yet set (see models/initialise.py and checkpoint/).
 
     Args:
         groups: this rank's process groups. single_rank_groups: groups that hold this rank alone.
         device: where parameters live; `meta` allocates nothing.
+        vp_stage: which of the stage's chunks, if it has several (`build_chunks` makes them all).
     """
     parts, backend = find_parts(config), get_backend(config.backend)
     on_cpu = device.type != "cuda"
     stages, stage = groups.pp.size(), groups.pp.rank()
-    first, last = stage == 0, stage == stages - 1
+    first = stage == 0 and not vp_stage
+    last = stage == stages - 1 and vp_stage in (None, partition.virtual_pipeline_model_parallel_size - 1)
     language = language_config(config, parts.language, partition, dtype, on_cpu)
     with torch.device(device):
         language_model = GPTModel(
             language,
-            _decoder_layers(config, parts, language, backend, stage),
+            _decoder_layers(config, parts, language, backend, stage, vp_stage),
             vocab_size=parts.language.vocab_size,
             max_sequence_length=config.max_sequence_length,
             pre_process=first,
@@ -217,13 +244,46 @@ def build_model(
             rotary_base=parts.language.rotary_base,
             scatter_embedding_sequence_parallel=False,  # vision tokens are put in before the rows are scattered
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
         vision_model = vision_projection = None
+        if first or (partition.vision_placement == "replicated" and not vp_stage):
+            vision_model = build_vision(config, parts.vision, partition, groups, single_rank_groups, dtype, on_cpu)
         if first:
-            vision_model = _build_vision(config, parts, backend, groups, single_rank_groups, dtype, on_cpu)
             projector = projector_config(config, parts.language, partition, dtype, on_cpu)
             vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, 4 * parts.vision.hidden_size)
-    return NVLMModel(language_model, vision_model, vision_projection, parts.variant.needs_cross_attention)
+    return NVLMModel(
+        language_model,
+        vision_model,
+        vision_projection,
+        parts.variant.needs_cross_attention,
+        vision_heads(parts.vision, partition),
+        partition.vision_tiles_at_once,
+        partition.vision_placement == "replicated",
+    )
+
+
+def vision_heads(preset: VisionPreset, partition: PartitionConfig) -> HeadPadding | None:
+    """How the encoder's heads are shared by tensor-parallel ranks; None where each rank holds the encoder whole."""
+    if partition.vision_placement != "tensor_parallel" or partition.tensor_model_parallel_size == 1:
+        return None
+    return pad_heads(preset.num_attention_heads, partition.tensor_model_parallel_size)
+
+
+def build_chunks(
+    config: ModelConfig,
+    partition: PartitionConfig,
+    groups: ProcessGroupCollection,
+    single_rank_groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModelChunks:
+    """All that this rank holds of the model: one chunk, or several under virtual pipeline stages."""
+    chunks = partition.virtual_pipeline_model_parallel_size
+    numbers = range(chunks) if chunks > 1 else [None]
+    return ModelChunks(
+        build_model(config, partition, groups, single_rank_groups, dtype, device, number) for number in numbers
+    )
 
 
 def _mlp_projector(config: TransformerConfig, backend: Backend, input_size: int) -> torch.nn.Module:
@@ -242,36 +302,61 @@ _PROJECTORS: dict[str, Callable[[TransformerConfig, Backend, int], torch.nn.Modu
 
 
 def _decoder_layers(
-    config: ModelConfig, parts: ModelParts, language: TransformerConfig, backend: Backend, stage: int
+    config: ModelConfig,
+    parts: ModelParts,
+    language: TransformerConfig,
+    backend: Backend,
+    stage: int,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    first_layer = get_transformer_layer_offset(language, None, stage)
+    first_layer = get_transformer_layer_offset(language, vp_stage, stage)
     with_cross_attention = (
         config.cross_attention.layers(language.num_layers) if parts.variant.needs_cross_attention else frozenset()
     )
     specs = [
         get_decoder_layer_spec(backend, config.cross_attention if layer in with_cross_attention else None)
-        for layer in range(first_layer, first_layer + get_num_layers_to_build(language, None, stage))
+        for layer in range(first_layer, first_layer + get_num_layers_to_build(language, vp_stage, stage))
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.rms_norm)
 
 
-def _build_vision(
+# Placement -> the ranks that encode different tiles with copies of the same encoder.
+_ENCODE_DIFFERENT_TILES: dict[str, str | None] = {
+    "first_stage": "tensor",
+    "replicated": "model",
+    "tensor_parallel": None,
+}
+
+
+def build_vision(
     config: ModelConfig,
-    parts: ModelParts,
-    backend: Backend,
+    preset: VisionPreset,
+    partition: PartitionConfig,
     groups: ProcessGroupCollection,
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
     on_cpu: bool,
 ) -> InternViTModel:
-    preset = parts.vision
-    vision = vision_config(config, preset, dtype, on_cpu)
+    """This rank's encoder, or its part of one."""
+    heads, backend = vision_heads(preset, partition), get_backend(config.backend)
+    own_groups = single_rank_groups
+    if heads is not None:
+        alone = single_rank_groups
+        own_groups = ProcessGroupCollection(tp=groups.tp, cp=alone.cp, pp=alone.pp, dp=alone.dp, dp_cp=alone.dp_cp)
+    vision = vision_config(config, preset, dtype, on_cpu, 1 if heads is None else groups.tp.size())
     layers = [get_vision_layer_spec(backend, vision, preset)] * preset.num_layers
     return InternViTModel(
         vision,
         TransformerBlockSubmodules(layer_specs=layers),
         preset.tile_size,
         preset.patch_size,
-        single_rank_groups,
-        replica=(groups.tp.rank(), groups.dp_cp.rank()),
+        own_groups,
+        Holder(
+            heads,
+            groups.pp.rank(),
+            groups.tp.rank(),
+            groups.tp.size(),
+            groups.dp_cp.rank(),
+            _ENCODE_DIFFERENT_TILES[partition.vision_placement],
+        ),
     )

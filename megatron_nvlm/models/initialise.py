@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.sharding import cut, find_split, full_shape
+from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape
 
 _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 
@@ -17,33 +18,43 @@ _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 _UNIT_DEVIATION = ("vision_model.class_token", "vision_model.position_embeddings.weight")
 
 
-def named_parameters(model: NVLMModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_parameters(model: NVLMModel | ModelChunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters with the names of the whole model: decoder layers counted over all pipeline stages."""
-    stage = model.language_model.pg_collection.pp.rank()
-    offset = get_transformer_layer_offset(model.config, None, stage)
-    for name, parameter in model.named_parameters():
-        match = _LAYER.match(name)
-        yield (f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name), parameter
+    for chunk in chunks_of(model):
+        stage = chunk.language_model.pg_collection.pp.rank()
+        offset = get_transformer_layer_offset(chunk.config, chunk.language_model.vp_stage, stage)
+        for name, parameter in chunk.named_parameters():
+            match = _LAYER.match(name)
+            yield (f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name), parameter
 
 
-def mark_splits(model: NVLMModel) -> None:
+def split_of(name: str, model: NVLMModel | ModelChunks) -> Split | None:
+    """How this model splits the parameter of that name over its tensor-parallel ranks."""
+    return find_split(name, chunks_of(model)[0].vision_heads)
+
+
+def _tensor_group(model: NVLMModel | ModelChunks) -> torch.distributed.ProcessGroup:
+    return chunks_of(model)[0].language_model.pg_collection.tp
+
+
+def mark_splits(model: NVLMModel | ModelChunks) -> None:
     """Tell core which parameters are split: its gradient norm counts whole ones once and split ones on every rank."""
     for name, parameter in named_parameters(model):
-        split = find_split(name)
+        split = split_of(name, model)
         parameter.tensor_model_parallel = split is not None  # type: ignore[attr-defined]
         parameter.partition_dim = -1 if split is None else split.dim  # type: ignore[attr-defined]
         parameter.partition_stride = 1 if split is None else split.blocks  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def initialise(model: NVLMModel, seed: int) -> None:
+def initialise(model: NVLMModel | ModelChunks, seed: int) -> None:
     """Set every weight of this rank's stage; gates, norms and layer-scales keep what their modules start with.
 
     Weights are normal with the configuration's `init_std`, those that write to the residual stream divided by
     sqrt(2 * layers) (Megatron's rule); the encoder's positions and class token have a deviation of 1, as in InternViT's
     own code; biases are zero.
     """
-    group = model.language_model.pg_collection.tp
+    group = _tensor_group(model)
     ranks, rank = group.size(), group.rank()
     std = model.config.init_method_std
     residual_std = std / math.sqrt(2 * model.config.num_layers)
@@ -56,20 +67,20 @@ def initialise(model: NVLMModel, seed: int) -> None:
             continue
         # A generator per parameter: what one stage or layout draws does not shift what another one gets.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        split = find_split(name)
+        split = split_of(name, model)
         writes_residual = "linear_proj" in name or ("linear_fc2" in name and not name.startswith("vision_projection"))
         full = torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
         full *= residual_std if writes_residual else 1.0 if name in _UNIT_DEVIATION else std
         parameter.copy_(cut(full, split, rank, ranks))
 
 
-def count_parameters(model: NVLMModel) -> dict[str, int]:
+def count_parameters(model: NVLMModel | ModelChunks) -> dict[str, int]:
     """Parameters of the whole model by part, from this rank's stage (tensor-parallel parts counted together)."""
-    ranks = model.language_model.pg_collection.tp.size()
+    ranks = _tensor_group(model).size()
     counts: dict[str, int] = {}
     for name, parameter in named_parameters(model):
         part = part_of(name)
-        counts[part] = counts.get(part, 0) + math.prod(full_shape(parameter.shape, find_split(name), ranks))
+        counts[part] = counts.get(part, 0) + math.prod(full_shape(parameter.shape, split_of(name, model), ranks))
     return counts
 
 

@@ -6,11 +6,11 @@ Shapes: t tiles, p patches of a tile, v vision hidden, n heads, d head size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -18,6 +18,9 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_nvlm.models.head_padding import HeadPadding, SplitRMSNorm, shard_evenly, shard_heads
+from megatron_nvlm.models.sharding import find_split
 
 
 class LayerScaleAdd(torch.nn.Module):
@@ -51,9 +54,15 @@ class FullWidthNormSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
-        width = dict(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        self.full_q_layernorm = build_module(qk_norm, **width)
-        self.full_k_layernorm = build_module(qk_norm, **width)
+        self.full_q_layernorm = self._full_width_norm(qk_norm)
+        self.full_k_layernorm = self._full_width_norm(qk_norm)
+
+    def _full_width_norm(self, qk_norm: Any) -> torch.nn.Module:
+        config, group = self.config, self.pg_collection.tp
+        if group.size() > 1:
+            local_width = self.num_attention_heads_per_partition * self.hidden_size_per_attention_head
+            return SplitRMSNorm(config, config.hidden_size, local_width, config.layernorm_epsilon, group)
+        return build_module(qk_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """[p, t, v] -> query, key, value, each [p, t, n, d]."""
@@ -63,15 +72,34 @@ class FullWidthNormSelfAttention(SelfAttention):
         return query, key, value
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Which part of which copy of the encoder a rank holds.
+
+    Args:
+        heads: None where the rank holds the encoder whole.
+        stage, tensor_rank, tensor_ranks, data_rank: place of the rank in its groups.
+        sum_gradients_over: `tensor` or `model`, the ranks that encode different tiles with their copies of the encoder
+            (tensor parallel, or the whole replica); None where all encode the same.
+    """
+
+    heads: HeadPadding | None
+    stage: int
+    tensor_rank: int
+    tensor_ranks: int
+    data_rank: int
+    sum_gradients_over: str | None
+
+
 class InternViTModel(MegatronModule):
     """Patch embedding, class token, learned positions and a tower of layers; no norm before or after the tower.
 
     Args:
-        config: of the tower; its parallel sizes are 1 (each rank holds the whole encoder and encodes a share of tiles).
+        config: of the tower.
         layer_submodules: the tower's layers.
         tile_size: pixels along an edge of a tile. patch_size: pixels along an edge of a patch.
-        groups: process groups of size one, so that core's linear layers are whole.
-        replica: this rank among the ranks that hold the same encoder: (tensor-parallel rank, data-parallel rank).
+        groups: process groups of the tower; of size one where each rank holds it whole.
+        holder: what this rank holds.
     """
 
     def __init__(
@@ -81,11 +109,11 @@ class InternViTModel(MegatronModule):
         tile_size: int,
         patch_size: int,
         groups: ProcessGroupCollection,
-        replica: tuple[int, int],
+        holder: Holder,
     ) -> None:
         super().__init__(config=config)
         self.patches_per_side = tile_size // patch_size
-        self.replica = replica
+        self.holder = holder
         positions = self.patches_per_side**2 + 1
         dtype = config.params_dtype
         self.conv1 = torch.nn.Conv2d(3, config.hidden_size, patch_size, stride=patch_size, dtype=dtype)
@@ -95,10 +123,13 @@ class InternViTModel(MegatronModule):
             config, layer_submodules, post_layer_norm=False, pg_collection=groups, pre_process=True, post_process=False
         )
         for parameter in self.parameters():
-            # Core marks the weights of its linear layers as split; here each rank holds them whole. The mark would count
-            # them once per rank in the gradient norm. Each rank's gradient covers its own tiles: the sum is what counts.
+            # Core marks the weights of its linear layers as split; here they may be whole (initialise.mark_splits says).
+            # A copy on a later pipeline stage must not count again in the gradient norm.
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-            parameter.sum_over_tensor_parallel = True  # type: ignore[attr-defined]
+            parameter.shared = holder.stage > 0  # type: ignore[attr-defined]
+            # Each rank's gradient covers its own tiles: the sum is what counts (training/step.py).
+            parameter.sum_over_tensor_parallel = holder.sum_gradients_over == "tensor"  # type: ignore[attr-defined]
+            parameter.sum_over_model_parallel = holder.sum_gradients_over == "model"  # type: ignore[attr-defined]
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> embeddings [t, 1 + p, v], the class token first."""
@@ -115,9 +146,21 @@ class InternViTModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Core's, with this rank named among the holders of the same encoder, so that one of them writes it."""
+        """Core's, with this rank named among the holders of the same part, so that one of them writes it."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        for value in nested_values(state):
-            if isinstance(value, ShardedBase):
-                value.replica_id = (0, *self.replica)
+        for key, value in state.items():
+            if isinstance(value, ShardedTensor):
+                state[key] = self._sharded(value)
+            elif isinstance(value, ShardedBase):
+                value.replica_id = (self.holder.stage, self.holder.tensor_rank, self.holder.data_rank)
         return state
+
+    def _sharded(self, value: ShardedTensor) -> ShardedBase:
+        holder = self.holder
+        if holder.heads is None:
+            return replace(value, replica_id=(holder.stage, holder.tensor_rank, holder.data_rank))
+        split = find_split(value.key, holder.heads)
+        place = (holder.tensor_rank, holder.tensor_ranks, holder.data_rank)
+        if split is not None and split.padding is not None:
+            return shard_heads(value, split.dim, split.padding, *place)
+        return shard_evenly(value, None if split is None else split.dim, *place)

@@ -15,8 +15,11 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD
+from megatron_nvlm.models.head_padding import HeadPadding
 from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.models.vision_clock import VisionClock
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
 from megatron_nvlm.sequence.micro_batch import MicroBatch
@@ -30,8 +33,11 @@ class NVLMModel(MegatronModule):
 
     Args:
         language_model: this stage's part of the decoder.
-        vision_model, vision_projection: on the first stage only.
+        vision_model: on the first stage, and on all where each encodes a share. vision_projection: on the first only.
         has_context: whether the variant has cross-attention (X, H).
+        vision_heads: of a tensor-parallel encoder; None where each rank holds it whole.
+        tiles_at_once: most tiles that pass through the encoder together.
+        encodes_ahead: whether all stages encode the tiles of a step before its pipeline starts (parallel/spread_vision.py).
     """
 
     def __init__(
@@ -40,16 +46,25 @@ class NVLMModel(MegatronModule):
         vision_model: InternViTModel | None,
         vision_projection: torch.nn.Module | None,
         has_context: bool,
+        vision_heads: HeadPadding | None = None,
+        tiles_at_once: int = 8,
+        encodes_ahead: bool = False,
     ) -> None:
         super().__init__(config=language_model.config)
         self.language_model = language_model
         self.vision_model = vision_model
         self.vision_projection = vision_projection
         self.has_context = has_context
+        self.vision_heads = vision_heads
+        self.tiles_at_once = tiles_at_once
+        self.encodes_ahead = encodes_ahead
+        self.vision_clock = VisionClock()
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self.payload_rows = 0
+        """Rows of the message between stages, padding included; 0 for as many as the micro-batch has."""
         self._payload: Tensor | None = None
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -60,15 +75,18 @@ class NVLMModel(MegatronModule):
         """Take what the previous stage sent (core's schedules call it before `forward`)."""
         self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, micro_batch: MicroBatch, vision_tokens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, micro_batch: MicroBatch, vision_tokens: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
         """This stage's output: logits [s, vocabulary / TP] on the last stage, the payload for the next one before.
 
         Args:
             vision_tokens: what `encode` returned for this micro-batch, if it is known already.
+            features: what `encode_tiles` gave for all of its tiles, if that is known already.
         """
         if self.pre_process:
             if vision_tokens is None:
-                vision_tokens = self.encode(micro_batch.tiles)
+                vision_tokens = self.encode(micro_batch.tiles) if features is None else self.project(features)
             hidden, context = self._embed(micro_batch, vision_tokens)
         else:
             hidden, context = self._split_payload(micro_batch)
@@ -87,37 +105,51 @@ class NVLMModel(MegatronModule):
         if self.post_process:
             logits: Tensor = output[0]
             return logits
-        if context is None:
-            return output
-        return torch.cat([output, context])
+        return self._join_payload(micro_batch, output, context)
 
     def encode(self, tiles: Tensor) -> Tensor:
-        """uint8 tiles [t, 3, S, S] -> vision tokens [t * tokens per tile, h], the same on all tensor-parallel ranks.
-
-        Each tensor-parallel rank encodes its share of the tiles.
-        """
-        assert self.vision_model is not None and self.vision_projection is not None
+        """uint8 tiles [t, 3, S, S] -> vision tokens [t * tokens per tile, h], the same on all tensor-parallel ranks."""
         if tiles.shape[0] == 0:
-            dtype, device = self.config.params_dtype, tiles.device
+            return self.project(tiles[:0])
+        with self.vision_clock:
+            features = pixel_shuffle(self.encode_patches(normalise(tiles, self.config.params_dtype)))
+        return self.project(features)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Pixel-shuffled features [t, tokens per tile, 4 v] -> vision tokens [t * tokens per tile, h]."""
+        assert self.vision_projection is not None
+        if features.shape[0] == 0:
+            dtype, device = self.config.params_dtype, features.device
             return torch.zeros(0, self.config.hidden_size, dtype=dtype, device=device)
-        features = pixel_shuffle(self.encode_patches(normalise(tiles, self.config.params_dtype)))
         projected: Tensor = self.vision_projection(features.flatten(0, 1))
         return projected
 
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """uint8 tiles [t, 3, S, S] of this rank alone -> pixel-shuffled features [t, tokens per tile, 4 v]."""
+        return pixel_shuffle(self._encode_own(normalise(tiles, self.config.params_dtype)))
+
     def encode_patches(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [t, 3, S, S] -> patch features [t, patches, vision hidden] of all tiles on every rank."""
+        """Normalised pixels [t, 3, S, S] -> patch features [t, patches, vision hidden] of all tiles on every rank.
+
+        Each tensor-parallel rank encodes its share of the tiles, or all of them with its share of the heads.
+        """
         assert self.vision_model is not None
         group = self.language_model.pg_collection.tp
         ranks = group.size()
-        if ranks == 1:
-            features: Tensor = self.vision_model(pixels)
-            return features
+        if ranks == 1 or self.vision_heads is not None:
+            return self._encode_own(pixels)
         start, end = share_of(len(pixels), ranks, group.rank())
         if end > start:
-            own = self.vision_model(pixels[start:end])
+            own = self._encode_own(pixels[start:end])
         else:  # fewer tiles than ranks; the encoder stays in the graph, so that every rank runs the same backward
             own = self.vision_model(pixels[:1])[:0]
         return gather_tiles(own, len(pixels), group)
+
+    def _encode_own(self, pixels: Tensor) -> Tensor:
+        assert self.vision_model is not None
+        self.vision_clock.tiles += len(pixels)
+        parts = [self.vision_model(part) for part in pixels.split(self.tiles_at_once)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _embed(self, micro_batch: MicroBatch, vision_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decoder input [s, 1, h] and context [c, 1, h] (shards of both under sequence parallelism)."""
@@ -140,12 +172,30 @@ class NVLMModel(MegatronModule):
 
     def _split_payload(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         assert self._payload is not None
+        shards = self._sequence_shards
+        rows = len(micro_batch.tokens) // shards
         if not self.has_context:
-            return self._payload, None
-        rows = len(micro_batch.tokens)
-        if self.config.sequence_parallel:
-            rows //= self.config.tensor_model_parallel_size
-        return self._payload[:rows], self._payload[rows:]
+            return self._payload[:rows], None
+        context_rows = len(micro_batch.context_tokens) // shards
+        return self._payload[:rows], self._payload[rows : rows + context_rows]
+
+    def _join_payload(self, micro_batch: MicroBatch, output: Tensor, context: Tensor | None) -> Tensor:
+        """The message to the next stage: decoder rows, context rows and, with a fixed length, zeros."""
+        parts = [output] if context is None else [output, context]
+        if self.payload_rows:
+            missing = self.payload_rows // self._sequence_shards - sum(len(part) for part in parts)
+            if missing < 0:
+                raise UserError(
+                    f"the micro-batch of {', '.join(micro_batch.keys)} has {-missing * self._sequence_shards} rows more "
+                    f"than the {self.payload_rows} that virtual pipeline stages send; raise "
+                    "parallelism.payload_vision_tokens by as many"
+                )
+            parts.append(output.new_zeros(missing, *output.shape[1:]))
+        return torch.cat(parts) if len(parts) > 1 else output
+
+    @property
+    def _sequence_shards(self) -> int:
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
 
 def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.presets import LanguagePreset
+from megatron_nvlm.models.pipeline_layout import chunk_layers
+from megatron_nvlm.models.presets import LanguagePreset, VisionPreset
+
+VISION_PLACEMENTS = ("first_stage", "replicated", "tensor_parallel")
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,23 @@ class PartitionConfig:
     """Shard the rows of norms and residuals over the tensor-parallel ranks as well."""
     use_distributed_optimizer: bool = True
     """Spread the optimizer's state over the data-parallel ranks."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Parts of each stage; more than 1 interleaves them, which makes the pipeline's bubble smaller."""
+    pipeline_layout: str | None = None
+    """Megatron-core's string of layers by part of the pipeline, such as Et*13|t*16|t*16|t*15L; null for equal parts."""
+    payload_vision_tokens: int = 0
+    """Context rows that a micro-batch may send from stage to stage. Virtual stages only: their messages have one length,
+    micro_batch_size * sequence_length + this; otherwise messages are as long as the micro-batch."""
+    context_parallel_size: int = 1
+    """Ranks that share a sample's rows: 1 only, see config/rules.py."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share experts: 1 only, see config/rules.py."""
+    vision_placement: str = "first_stage"
+    """Where tiles are encoded. first_stage: its tensor-parallel ranks share the tiles of each micro-batch. replicated: all
+    ranks of a model replica share the tiles of the step, before the pipeline starts. tensor_parallel: each layer of the
+    encoder is split over the tensor-parallel ranks of the first stage."""
+    vision_tiles_at_once: int = 8
+    """Most tiles that a rank encodes at a time, which bounds the encoder's memory."""
 
     @property
     def row_multiple(self) -> int:
@@ -36,7 +56,9 @@ class PartitionConfig:
         return world_size // replica
 
 
-def check_partition(partition: PartitionConfig, language: LanguagePreset, heads: int, groups: int) -> None:
+def check_partition(
+    partition: PartitionConfig, language: LanguagePreset, vision: VisionPreset, heads: int, groups: int
+) -> None:
     """Refuse a split that the model's sizes do not allow, naming the two numbers that disagree.
 
     Args:
@@ -60,18 +82,43 @@ def check_partition(partition: PartitionConfig, language: LanguagePreset, heads:
             )
     if heads % groups:
         raise UserError(f"model.cross_attention: {heads} attention heads cannot share {groups} query groups evenly")
-    if pipeline > language.num_layers:
-        raise UserError(
-            f"parallelism.pipeline_model_parallel_size is {pipeline}, more than the {language.num_layers} layers "
-            "of the language model; each stage needs at least one layer"
-        )
-    if language.num_layers % pipeline:
-        raise UserError(
-            f"parallelism.pipeline_model_parallel_size is {pipeline}, which does not divide the {language.num_layers} "
-            f"layers of the language model; choose a divisor of {language.num_layers}"
-        )
+    _check_pipeline(partition, language.num_layers)
+    _check_vision(partition, vision)
     if partition.sequence_parallel and tensor == 1:
         raise UserError(
             "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size of at least 2; "
             "set it to false or raise the size"
+        )
+
+
+def _check_pipeline(partition: PartitionConfig, num_layers: int) -> None:
+    stages, chunks = partition.pipeline_model_parallel_size, partition.virtual_pipeline_model_parallel_size
+    if chunks < 1 or partition.payload_vision_tokens < 0:
+        raise UserError(
+            "parallelism.virtual_pipeline_model_parallel_size must be at least 1 and payload_vision_tokens at least 0"
+        )
+    if chunks > 1 and stages == 1:
+        raise UserError(
+            f"parallelism.virtual_pipeline_model_parallel_size is {chunks} without a pipeline; set it to 1 or "
+            "pipeline_model_parallel_size to at least 2"
+        )
+    if stages * chunks > num_layers:
+        virtual = f" x virtual_pipeline_model_parallel_size {chunks}" if chunks > 1 else ""
+        raise UserError(
+            f"parallelism.pipeline_model_parallel_size is {stages}{virtual}, more than the {num_layers} layers "
+            "of the language model; each stage needs at least one layer"
+        )
+    chunk_layers(partition.pipeline_layout, stages, chunks, num_layers)
+
+
+def _check_vision(partition: PartitionConfig, vision: VisionPreset) -> None:
+    tensor, placement = partition.tensor_model_parallel_size, partition.vision_placement
+    if placement not in VISION_PLACEMENTS:
+        raise UserError(f"parallelism.vision_placement is {placement!r}; choose one of {', '.join(VISION_PLACEMENTS)}")
+    if partition.vision_tiles_at_once < 1:
+        raise UserError(f"parallelism.vision_tiles_at_once is {partition.vision_tiles_at_once}; it must be at least 1")
+    if placement == "tensor_parallel" and vision.ffn_hidden_size % tensor:
+        raise UserError(
+            f"parallelism.vision_placement is tensor_parallel and tensor_model_parallel_size {tensor} does not divide the "
+            f"{vision.ffn_hidden_size} feed-forward columns of the vision model; choose replicated"
         )

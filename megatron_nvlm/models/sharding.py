@@ -1,10 +1,12 @@
 """Which parameters are split over tensor-parallel ranks, along which axis: one table, used to mark, cut and join them."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from megatron_nvlm.models.head_padding import HeadPadding
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,8 @@ class Split:
 
     dim: int
     blocks: int = 1
+    padding: HeadPadding | None = None
+    """Zeros that stand behind the whole tensor before it is cut, in units of heads."""
 
 
 # (pattern of a parameter's name within NVLMModel, how it is split); what matches nothing is whole on every rank.
@@ -29,28 +33,54 @@ SPLITS: tuple[tuple[str, Split], ...] = (
 )
 
 
-def find_split(name: str) -> Split | None:
-    """How the parameter of that name is split; None if it is whole on every rank."""
+# The encoder's, where it is tensor parallel; elsewhere each rank that has it holds it whole.
+VISION_SPLITS_BY_HEAD: tuple[tuple[str, Split], ...] = (
+    (r"vision_model\.decoder\..*\.linear_qkv\.(weight|bias)", Split(0)),
+    (r"vision_model\.decoder\..*\.linear_proj\.weight", Split(1)),
+    (r"vision_model\.decoder\..*\.full_[qk]_layernorm\.weight", Split(0)),
+)
+VISION_SPLITS: tuple[tuple[str, Split], ...] = (
+    (r"vision_model\.decoder\..*\.linear_fc1\.(weight|bias)", Split(0)),
+    (r"vision_model\.decoder\..*\.linear_fc2\.weight", Split(1)),
+)
+
+
+def find_split(name: str, vision_heads: HeadPadding | None = None) -> Split | None:
+    """How the parameter of that name is split; None if it is whole on every rank.
+
+    Args:
+        vision_heads: of a tensor-parallel encoder; None where each rank holds the encoder whole.
+    """
     for pattern, split in SPLITS:
         if re.fullmatch(pattern, name):
             return split
+    if vision_heads is not None:
+        for pattern, split in VISION_SPLITS_BY_HEAD:
+            if re.fullmatch(pattern, name):
+                return replace(split, padding=vision_heads)
+        for pattern, split in VISION_SPLITS:
+            if re.fullmatch(pattern, name):
+                return split
     return None
 
 
 def cut(full: Tensor, split: Split | None, rank: int, ranks: int) -> Tensor:
     """The part of a whole tensor that a tensor-parallel rank holds."""
-    if split is None or ranks == 1:
+    if split is None:
         return full
+    if split.padding is not None:
+        full = split.padding.pad(full, split.dim)
     parts = [block.chunk(ranks, split.dim)[rank] for block in full.chunk(split.blocks, split.dim)]
     return torch.cat(parts, split.dim)
 
 
 def join(parts: list[Tensor], split: Split | None) -> Tensor:
     """The whole tensor from the parts of all tensor-parallel ranks, the inverse of `cut`."""
-    if split is None or len(parts) == 1:
+    if split is None:
         return parts[0]
     blocks = [part.chunk(split.blocks, split.dim) for part in parts]
-    return torch.cat([torch.cat([part[b] for part in blocks], split.dim) for b in range(split.blocks)], split.dim)
+    full = torch.cat([torch.cat([part[b] for part in blocks], split.dim) for b in range(split.blocks)], split.dim)
+    return full if split.padding is None else split.padding.unpad(full, split.dim)
 
 
 def full_shape(local: torch.Size, split: Split | None, ranks: int) -> list[int]:
@@ -58,4 +88,6 @@ def full_shape(local: torch.Size, split: Split | None, ranks: int) -> list[int]:
     shape = list(local)
     if split is not None:
         shape[split.dim] *= ranks
+        if split.padding is not None:
+            shape[split.dim] = shape[split.dim] // split.padding.padded * split.padding.real
     return shape

@@ -12,6 +12,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import Device
 
+AFTER_WATCHDOG_SECONDS = 30
+"""How much later than the watchdog (training/watchdog.py) a collective gives up by itself, with a less helpful message."""
+
 
 def _free_port() -> str:
     with socket.socket() as probe:
@@ -30,12 +33,28 @@ def start_groups(partition: PartitionConfig, device: Device, seed: int, timeout_
     if not dist.is_initialized():
         if "WORLD_SIZE" not in os.environ:
             os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-        dist.init_process_group(device.communication, timeout=datetime.timedelta(seconds=timeout_seconds))
+        timeout = datetime.timedelta(seconds=timeout_seconds + AFTER_WATCHDOG_SECONDS)
+        dist.init_process_group(device.communication, timeout=timeout)
+    lay_out_groups(partition, timeout_seconds=timeout_seconds)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def lay_out_groups(partition: PartitionConfig, with_cpu_groups: bool = True, timeout_seconds: float = 600) -> None:
+    """Divide the ranks of an initialised world into groups.
+
+    Args:
+        with_cpu_groups: also make the data-parallel groups over gloo that core's checkpoints use; a dry run, which has one
+            process only, cannot.
+        timeout_seconds: of the watchdog; collectives give up somewhat later.
+    """
+    chunks = partition.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=partition.tensor_model_parallel_size,
         pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        create_gloo_process_groups=with_cpu_groups,
+        distributed_timeout_minutes=(timeout_seconds + AFTER_WATCHDOG_SECONDS) / 60,
     )
-    model_parallel_cuda_manual_seed(seed)
 
 
 def stop_groups() -> None:

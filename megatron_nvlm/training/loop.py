@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -12,10 +13,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_nvlm.checkpoint.save_load import Progress
 from megatron_nvlm.data.loader import MicroBatchLoader
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, total_over_ranks
 from megatron_nvlm.training.step import run_step
+from megatron_nvlm.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class TrainingConfig:
     seed: int = 1234
     """Of new weights."""
     timeout_seconds: float = 600
-    """How long a rank waits for the others before it gives up."""
+    """Longest time without a micro-batch or a checkpoint done; then the watchdog names the rank and ends the run."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Trainer:
 
     config: TrainingConfig
     device: torch.device
-    model: DistributedDataParallel
-    bare_model: NVLMModel
+    model: list[DistributedDataParallel]
+    """The chunks of this rank's stage, with gradient buffers."""
+    bare_model: ModelChunks
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     loader: MicroBatchLoader
@@ -66,9 +69,18 @@ def train(trainer: Trainer, start: Progress, writer: MetricsWriter, stop: StopRe
     Args:
         save: called with the progress to write a checkpoint.
     """
+    with Watchdog(trainer.config.timeout_seconds) as watchdog:
+        return _train(trainer, start, writer, stop, save, watchdog)
+
+
+def _train(  # type: ignore[no-untyped-def]
+    trainer: Trainer, start: Progress, writer: MetricsWriter, stop: StopRequest, save, watchdog: Watchdog
+) -> Outcome:
     progress = start
     while progress.step < trainer.config.train_steps:
         began = time.monotonic()
+        number = progress.step + 1
+        watchdog.beat(number, "reading samples")
         learning_rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer.param_groups else 0.0
         result = run_step(
             trainer.model,
@@ -76,14 +88,17 @@ def train(trainer: Trainer, start: Progress, writer: MetricsWriter, stop: StopRe
             trainer.loader.num_micro_batches,
             trainer.device,
             trainer.optimizer,
+            on_micro_batch=partial(watchdog.beat, number, "micro-batch"),
         )
         trainer.scheduler.step(increment=1)
+        watchdog.beat(number, "adding up metrics")
         totals = total_over_ranks(result, trainer.loader.bad, stop.asked, trainer.bare_model)
-        progress = Progress(progress.step + 1, progress.consumed_samples + trainer.config.global_batch_size)
+        progress = Progress(number, progress.consumed_samples + trainer.config.global_batch_size)
         writer.write(_record(progress, totals, learning_rate, time.monotonic() - began))
         _check(totals, progress, start, trainer.max_bad_fraction)
         done = progress.step == trainer.config.train_steps
         if done or totals.stop or progress.step % trainer.save_every_steps == 0:
+            watchdog.beat(number, "saving a checkpoint")
             save(progress)
         if totals.stop:
             return Outcome(progress, done)
@@ -100,6 +115,9 @@ def _record(progress: Progress, totals: StepTotals, learning_rate: float, second
         "tokens": totals.rows,
         "targets": totals.targets,
         "tiles": totals.tiles,
+        "tiles_per_rank": totals.tiles_per_rank,
+        "tile_imbalance": totals.tile_imbalance,
+        "vision_seconds": totals.vision_seconds,
         "seconds": seconds,
         "bad_samples": totals.bad_samples,
         "gates": totals.gates,

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_nvlm.data.loader import BadSampleCounts
+from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.training.step import StepResult
@@ -38,13 +39,21 @@ class StepTotals:
     targets: int
     rows: int
     tiles: int
+    tiles_per_rank: float
+    """Mean over the ranks that encode."""
+    tile_imbalance: float
+    """Most tiles that a rank encoded over that mean; 1 is even. 0 without tiles."""
+    vision_seconds: float
+    """Longest time of a rank in the encoder."""
     bad_samples: int
     stop: bool
     gates: dict[str, float]
 
 
-def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model: NVLMModel) -> StepTotals:
-    """Sum what each replica did once, in one collective that every rank joins."""
+def total_over_ranks(
+    result: StepResult, bad: BadSampleCounts, stop: bool, model: NVLMModel | ModelChunks
+) -> StepTotals:
+    """Sum what each replica did once, in two collectives that every rank joins."""
     first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     counts_data = first_tensor_rank and model.pre_process
     counts_loss = first_tensor_rank and model.post_process
@@ -56,6 +65,8 @@ def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model
         result.tiles * counts_data,
         bad.total * counts_data,
         float(stop),
+        float(result.encoded_tiles),
+        float(model.pre_process or chunks_of(model)[0].encodes_ahead),
     ]
     gates = [0.0] * (2 * num_layers)  # tanh(gate) of each layer, then how many ranks hold that layer's gate
     for name, parameter in named_parameters(model):
@@ -65,13 +76,18 @@ def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model
             gates[num_layers + layer] = 1.0
     vector = torch.tensor([*head, *gates], dtype=torch.float64, device=next(model.parameters()).device)
     dist.all_reduce(vector)
-    loss_sum, targets, rows, tiles, bad_samples, stops, *all_gates = vector.tolist()
+    loss_sum, targets, rows, tiles, bad_samples, stops, encoded, encoders, *all_gates = vector.tolist()
+    most, vision_seconds = _largest(vector, result.encoded_tiles, result.vision_seconds)
+    per_rank = encoded / max(encoders, 1)
     return StepTotals(
         loss=loss_sum / max(targets, 1),
         grad_norm=result.grad_norm,
         targets=round(targets),
         rows=round(rows),
         tiles=round(tiles),
+        tiles_per_rank=per_rank,
+        tile_imbalance=most / per_rank if per_rank else 0.0,
+        vision_seconds=vision_seconds,
         bad_samples=round(bad_samples),
         stop=stops > 0,
         gates={
@@ -80,6 +96,13 @@ def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model
             if all_gates[num_layers + layer]
         },
     )
+
+
+def _largest(like: torch.Tensor, *numbers: float) -> list[float]:
+    """Of each number, the largest of any rank."""
+    vector = torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+    return vector.tolist()
 
 
 class MetricsWriter:

@@ -41,7 +41,7 @@ def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
 
 def build_optimizer(
     config: OptimizerConfig,
-    model: DistributedDataParallel,
+    models: list[DistributedDataParallel],
     train_steps: int,
     dtype: torch.dtype,
     use_distributed_optimizer: bool,
@@ -61,7 +61,7 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=use_distributed_optimizer,
         ),
-        [model],
+        models,
     )
     decay_steps = config.decay_steps or train_steps
     scheduler = OptimizerParamScheduler(

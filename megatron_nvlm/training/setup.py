@@ -8,10 +8,10 @@ from megatron.core import parallel_state
 
 from megatron_nvlm.data.loader import DataConfig, MicroBatchLoader
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import DTYPES, Device
-from megatron_nvlm.run_parts import DataParts, make_model
+from megatron_nvlm.run_parts import DataParts, make_chunks
 from megatron_nvlm.training.loop import Trainer, TrainingConfig
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.stages import StageConfig, describe, freeze
@@ -32,7 +32,7 @@ def make_trainer(
     device: Device,
 ) -> Trainer:
     """Build, freeze, wrap. Process groups must be there."""
-    bare = make_model(model, partition, training.precision, device.torch_device, training.seed)
+    bare = make_chunks(model, partition, training.precision, device.torch_device, training.seed)
     trainable = stage.trainable_parts()
     freeze(bare, trainable)
     _report(bare, trainable, partition)
@@ -40,7 +40,9 @@ def make_trainer(
     built_optimizer, scheduler = build_optimizer(
         optimizer, wrapped, training.train_steps, DTYPES[training.precision], partition.use_distributed_optimizer
     )
-    bare.config.grad_scale_func = built_optimizer.scale_loss
+    for chunk in bare:
+        chunk.config.grad_scale_func = built_optimizer.scale_loss
+        chunk.payload_rows = payload_rows(partition, training.micro_batch_size, data.sequence_length)
     loader = MicroBatchLoader(
         parts.sets,
         parts.order,
@@ -49,7 +51,7 @@ def make_trainer(
         training.global_batch_size,
         (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()),
         partition.row_multiple,
-        with_pixels=bare.pre_process,
+        with_pixels=bare.pre_process or partition.vision_placement == "replicated",
         num_workers=data.num_workers,
     )
     return Trainer(
@@ -65,7 +67,17 @@ def make_trainer(
     )
 
 
-def _report(model: NVLMModel, trainable: tuple[str, ...], partition: PartitionConfig) -> None:
+def payload_rows(partition: PartitionConfig, micro_batch_size: int, sequence_length: int) -> int:
+    """Rows of every message between virtual pipeline stages; 0 where messages are as long as their micro-batch."""
+    if partition.virtual_pipeline_model_parallel_size == 1:
+        return 0
+    multiple = partition.row_multiple
+    rows = micro_batch_size * sequence_length
+    # Decoder rows and context rows are each padded to a multiple (pack), and the context has at least one.
+    return -(-rows // multiple) * multiple + -(-max(partition.payload_vision_tokens, 1) // multiple) * multiple
+
+
+def _report(model: ModelChunks, trainable: tuple[str, ...], partition: PartitionConfig) -> None:
     """Say what trains, once per pipeline stage."""
     if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
         return

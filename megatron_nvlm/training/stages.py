@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.initialise import count_parameters, named_parameters, part_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 
@@ -36,13 +37,13 @@ class StageConfig:
         return parts
 
 
-def freeze(model: NVLMModel, trainable: tuple[str, ...]) -> None:
+def freeze(model: NVLMModel | ModelChunks, trainable: tuple[str, ...]) -> None:
     """Freeze everything, then let the named parts train."""
     for name, parameter in named_parameters(model):
         parameter.requires_grad_(part_of(name) in trainable)
 
 
-def describe(model: NVLMModel, trainable: tuple[str, ...]) -> list[str]:
+def describe(model: NVLMModel | ModelChunks, trainable: tuple[str, ...]) -> list[str]:
     """A line per part of this stage's model: parameters, and whether it trains."""
     counts = count_parameters(model)
     return [

@@ -1,8 +1,9 @@
 """One step: forward and backward of all micro-batches, gradients over all ranks, one update."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.ops.vocab_cross_entropy import vocab_cross_entropy
+from megatron_nvlm.parallel.spread_vision import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
 
@@ -27,41 +30,59 @@ class StepResult:
     grad_norm: float
     rows: int
     tiles: int
+    """Of this replica."""
     samples: int
+    encoded_tiles: int
+    """Of those, by this rank."""
+    vision_seconds: float
+    """In the encoder and, where tiles of the step are shared, until all features are in place."""
 
 
-def wrap_model(model: NVLMModel, use_distributed_optimizer: bool) -> DistributedDataParallel:
-    """The model with gradient buffers, summed over data-parallel ranks and divided by the targets of the global batch."""
+def wrap_model(model: NVLMModel | ModelChunks, use_distributed_optimizer: bool) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers, summed over data-parallel ranks and divided by the targets of the global batch."""
+    chunks = chunks_of(model)
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=use_distributed_optimizer,
-        grad_reduce_in_fp32=model.config.params_dtype == torch.bfloat16,
+        grad_reduce_in_fp32=chunks[0].config.params_dtype == torch.bfloat16,
         average_in_collective=False,
     )
-    model.config.finalize_model_grads_func = finalize_gradients
-    return DistributedDataParallel(model.config, config, model)
+    return [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
 
 
-def finalize_gradients(models: list[Any], num_targets: Tensor | None = None, **kwargs: Any) -> None:
-    """Core's reductions, then the sum over tensor-parallel ranks of what each rank has a part of.
+def finalize_gradients(
+    models: list[Any], num_targets: Tensor | None = None, vision: SpreadVision | None = None, **kwargs: Any
+) -> None:
+    """Core's reductions, and around them what it does not know of.
 
-    That is the gradient of an encoder whose tiles are shared out, and of norms that serve each rank's own heads.
+    Before: gradients of an encoder that worked ahead of the pipeline. Behind: sums over ranks of what each has a part of,
+    the gradient of an encoder whose tiles are shared out, and of norms that serve each rank's own heads.
     """
+    if vision is not None:
+        vision.backward()
     finalize_model_grads(models, num_targets, **kwargs)
-    group = parallel_state.get_tensor_model_parallel_group()
+    _sum_over(parallel_state.get_tensor_model_parallel_group(), models, "sum_over_tensor_parallel")
+    _sum_over(parallel_state.get_model_parallel_group(), models, "sum_over_model_parallel")
+
+
+def _sum_over(group: dist.ProcessGroup, models: list[Any], mark: str) -> None:
+    """Sum the gradients of the parameters with that mark."""
     if group.size() == 1:
         return
-    partial_gradients = [
+    gradients = [
         parameter.main_grad
         for model in models
         for parameter in model.parameters()
-        if parameter.requires_grad and getattr(parameter, "sum_over_tensor_parallel", False)
+        if parameter.requires_grad and getattr(parameter, mark, False)
     ]
-    if not partial_gradients:
+    if not gradients:
         return
-    flat = torch.cat([gradient.flatten() for gradient in partial_gradients])
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)
     offset = 0
-    for gradient in partial_gradients:
+    for gradient in gradients:
         gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
         offset += gradient.numel()
 
@@ -78,32 +99,55 @@ def loss_function(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tens
 
 
 def run_step(
-    model: DistributedDataParallel,
+    models: list[DistributedDataParallel],
     micro_batches: Iterator[MicroBatch],
     num_micro_batches: int,
     device: torch.device,
     optimizer: MegatronOptimizer | None,
+    on_micro_batch: Callable[[tuple[str, ...]], None] = lambda keys: None,
 ) -> StepResult:
-    """Forward, backward and, with an optimizer, update; without one the gradients stay in `main_grad`."""
+    """Forward, backward and, with an optimizer, update; without one the gradients stay in `main_grad`.
+
+    Args:
+        models: the chunks of this rank's stage, as `wrap_model` returns them.
+        on_micro_batch: told the names of the samples as each micro-batch begins.
+    """
     rows = tiles = samples = 0
+    first_chunk: NVLMModel = models[0].module
+    vision = None
+    work: Iterator[tuple[MicroBatch, Tensor | None]] = ((micro_batch, None) for micro_batch in micro_batches)
+    if first_chunk.encodes_ahead:
+        known = list(micro_batches)
+        vision = SpreadVision(first_chunk, known, device)
+        work = zip(known, vision.encode(), strict=True)
+    for model in models:
+        model.module.config.finalize_model_grads_func = partial(finalize_gradients, vision=vision)
 
-    def forward_step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
         nonlocal rows, tiles, samples
-        micro_batch = next(iterator).to(device)
-        rows += len(micro_batch.tokens)
-        tiles += len(micro_batch.tiles)
-        samples += len(micro_batch.keys)
-        return module(micro_batch), partial(loss_function, micro_batch)
+        micro_batch, features = next(iterator)
+        on_micro_batch(micro_batch.keys)
+        if module is models[0]:  # every chunk sees the micro-batch
+            rows += len(micro_batch.tokens)
+            tiles += len(micro_batch.tiles)
+            samples += len(micro_batch.keys)
+        if vision is not None:  # pixels have done their work
+            micro_batch = replace(micro_batch, tiles=micro_batch.tiles[:0])
+        micro_batch = micro_batch.to(device)
+        return module(micro_batch, features=features), partial(loss_function, micro_batch)
 
-    model.zero_grad_buffer()
+    for model in models:
+        model.zero_grad_buffer()
     if optimizer is not None:
         optimizer.zero_grad()
+    single = len(models) == 1
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=micro_batches,
-        model=model,
+        data_iterator=work if single else list(tee(work, len(models))),
+        model=models[0] if single else models,
         num_microbatches=num_micro_batches,
-        seq_length=1,  # of no effect: shapes travel with the tensors (variable_seq_lengths)
+        # Of effect between interleaved stages only; elsewhere shapes travel with the tensors (variable_seq_lengths).
+        seq_length=first_chunk.payload_rows or 1,
         micro_batch_size=1,
         forward_only=False,
     )
@@ -112,4 +156,5 @@ def run_step(
         _, norm, _ = optimizer.step()
         grad_norm = float(norm) if norm is not None else 0.0
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
-    return StepResult(total[0], total[1], grad_norm, rows, tiles, samples)
+    encoded_tiles, vision_seconds = first_chunk.vision_clock.take()
+    return StepResult(total[0], total[1], grad_norm, rows, tiles, samples, encoded_tiles, vision_seconds)

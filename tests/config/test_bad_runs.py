@@ -1,5 +1,6 @@
 """What is wrong with a run file is said in one sentence that names the key, before any process talks to another."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.presets import LANGUAGE_PRESETS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo_h.yaml"
@@ -55,6 +57,7 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("checkpoint.save_every_steps=0", "checkpoint.save_every_steps is 0"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
         ("logging.log_every_steps=0", "logging.log_every_steps is 0"),
+        ("training.timeout_seconds=0", "training.timeout_seconds is 0"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
@@ -66,6 +69,61 @@ def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
 def test_ranks_must_be_whole_replicas() -> None:
     with pytest.raises(UserError, match="3 ranks cannot be divided into model replicas of 2"):
         check_run(load_run(DEMO), world_size=3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["pipeline_layout=Ett|ttx"], r"may hold E, t, L, \| and repeats such as t\*8 only"),
+        (["pipeline_layout=Et|t|ttL"], "has 3 parts and the pipeline has 2"),
+        (["pipeline_layout=Et|t*4L"], "has 5 layers and the language model has 4"),
+        (["pipeline_layout=tt|ttL"], "must begin with E and end with L, each once"),
+        (["pipeline_layout=E|t*4L"], "leaves part 1 without a layer"),
+        (
+            ["virtual_pipeline_model_parallel_size=4"],
+            "x virtual_pipeline_model_parallel_size 4, more than the 4 layers",
+        ),
+        (["virtual_pipeline_model_parallel_size=0"], "virtual_pipeline_model_parallel_size must be at least 1"),
+        (["virtual_pipeline_model_parallel_size=2", "pipeline_model_parallel_size=1"], "is 2 without a pipeline"),
+        (["virtual_pipeline_model_parallel_size=2"], "payload_vision_tokens is 0 and NVLM-H sends vision tokens"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_named(overrides: list[str], says: str) -> None:
+    keys = ["tensor_model_parallel_size=1", "pipeline_model_parallel_size=2", *overrides]
+    with pytest.raises(UserError, match=says):
+        check_run(load_run(DEMO, [f"parallelism.{key}" for key in keys]), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "parallelism.context_parallel_size=2",
+            "parallelism.context_parallel_size over 1 is refused: the interval masks",
+        ),
+        ("parallelism.expert_model_parallel_size=2", "is refused: no language model among the presets has experts"),
+        ("model.hidden_dropout=0.1", "dropout with tensor or pipeline parallelism is refused"),
+        ("model.attention_dropout=0.1", "dropout with tensor or pipeline parallelism is refused"),
+        ("parallelism.vision_placement=everywhere", "choose one of first_stage, replicated, tensor_parallel"),
+        ("parallelism.vision_tiles_at_once=0", "parallelism.vision_tiles_at_once is 0; it must be at least 1"),
+    ],
+)
+def test_what_no_test_proves_is_refused(override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_run(load_run(DEMO, [override]), world_size=2)
+
+
+def test_tied_embeddings_are_refused_in_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LANGUAGE_PRESETS, "tiny", dataclasses.replace(LANGUAGE_PRESETS["tiny"], tied_embeddings=True))
+    with pytest.raises(UserError, match="tied embeddings in a pipeline is refused"):
+        check_run(load_run(DEMO, ["parallelism.pipeline_model_parallel_size=2"]), world_size=4)
+
+
+def test_virtual_stages_need_micro_batches_in_groups() -> None:
+    keys = ["tensor_model_parallel_size=1", "pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"]
+    overrides = [f"parallelism.{key}" for key in keys]
+    with pytest.raises(UserError, match="in groups of the 2 pipeline stages, and a step has 3"):
+        check_run(load_run(DEMO, [*overrides, "training.global_batch_size=48"]), world_size=2)
 
 
 def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:

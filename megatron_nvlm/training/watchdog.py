@@ -1,0 +1,133 @@
+"""A run that hangs ends: the watchdog says who stopped where, and no process stays behind.
+
+Every rank beats at each micro-batch. A thread of each rank tells the others, through the store that brought the ranks
+together, what it last did; a rank that sees no beat of its own for `training.timeout_seconds` names the rank that was
+silent longest or is furthest behind, and exits. The launcher (torchrun, Slurm) then ends the others, also a rank that no
+longer runs. Collectives have a longer timeout (parallel/groups.py), so that this sentence comes first.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from types import TracebackType
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
+
+EXIT_STATUS = 3
+_QUESTION_SECONDS = 5
+"""How long the last question to the store may take; whoever holds the store may be the one that hangs."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank did last."""
+
+    step: int
+    stage: int
+    action: str
+    keys: tuple[str, ...]
+    count: int
+    """Beats so far."""
+    time: float
+    """Of the clock on the wall, in seconds; the thread renews it while the process lives."""
+
+    def describe(self) -> str:
+        """Within a sentence."""
+        samples = f", samples {', '.join(self.keys)}" if self.keys else ""
+        return f"step {self.step}, pipeline stage {self.stage}, {self.action}{samples}"
+
+
+class Watchdog:
+    """Watches this rank while its `with` block lasts.
+
+    Args:
+        timeout_seconds: longest time between two beats.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._stage = parallel_state.get_pipeline_model_parallel_rank() + 1
+        self._count = 0
+        self._beaten = time.monotonic()
+        self._beat = Beat(0, self._stage, "starting", (), 0, time.time())
+        self._ended = threading.Event()
+        self._store = distributed_c10d.PrefixStore("watchdog", distributed_c10d._get_default_store())
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(timeout=_QUESTION_SECONDS)
+
+    def beat(self, step: int, action: str, keys: tuple[str, ...] = ()) -> None:
+        """Say that this rank goes on. Cheap: it talks to nobody.
+
+        Args:
+            keys: samples that it now works on; by default those of before.
+        """
+        self._count += 1
+        self._beat = Beat(step, self._stage, action, keys or self._beat.keys, self._count, time.time())
+        self._beaten = time.monotonic()
+
+    def _watch(self) -> None:
+        # Once a second, or less often where the store serves very many.
+        tell_every = min(max(1.0, self.ranks / 256), self.timeout_seconds / 4)
+        self._tell()
+        told = time.monotonic()
+        while not self._ended.wait(min(0.5, self.timeout_seconds / 10)):
+            now = time.monotonic()
+            if now - told >= tell_every:
+                self._tell()
+                told = now
+            if now - self._beaten >= self.timeout_seconds:
+                self._end()
+
+    def _tell(self) -> None:
+        alive = Beat(**{**asdict(self._beat), "time": time.time()})
+        try:
+            self._store.set(str(self.rank), json.dumps(asdict(alive)))
+        except (RuntimeError, ValueError):  # the store is gone; this rank's own timeout still holds
+            return
+
+    def _end(self) -> None:
+        answer: list[str] = []
+        question = threading.Thread(target=lambda: answer.append(self._whom()), daemon=True)
+        question.start()
+        question.join(_QUESTION_SECONDS)
+        who = answer[0] if answer else "the other ranks could not be asked, since their store does not answer"
+        print(
+            f"error: rank {self.rank} ({self._beat.describe()}) has waited for {self.timeout_seconds:g} s, "
+            f"training.timeout_seconds; {who}; every rank ends, and the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_STATUS)
+
+    def _whom(self) -> str:
+        """The rank that was silent longest or, if all still run, the one that is furthest behind."""
+        beats = {}
+        for rank in range(self.ranks):
+            if self._store.check([str(rank)]):
+                content = json.loads(self._store.get(str(rank)))
+                beats[rank] = Beat(**{**content, "keys": tuple(content["keys"])})
+        unheard = [rank for rank in range(self.ranks) if rank not in beats]
+        if unheard:
+            return f"rank {unheard[0]} was never heard of"
+        now = time.time()
+        silent = max(beats, key=lambda rank: now - beats[rank].time)
+        silence = now - beats[silent].time
+        if silent != self.rank and silence > self.timeout_seconds / 2:
+            return f"rank {silent} was last heard of {silence:.0f} s ago ({beats[silent].describe()})"
+        behind = min(beats, key=lambda rank: (beats[rank].step, beats[rank].count))
+        return f"all ranks still run and rank {behind} is furthest behind ({beats[behind].describe()})"

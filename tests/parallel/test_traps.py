@@ -1,0 +1,90 @@
+"""What Megatron-core or gloo does wrong without an error, each guarded in one place; without the guard these tests fail.
+
+Where a guard is a setting, the test also takes it away and sees the suite's comparison notice: a guard against something
+that no longer happens could then be dropped.
+"""
+
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_nvlm.core_compat import mend_distributed_optimizer
+from megatron_nvlm.models import build
+from megatron_nvlm.models.build import ModelConfig, find_parts, language_config, projector_config, vision_config
+from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.parallel.device import DTYPES, Device
+from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
+from megatron_nvlm.training.step import run_step, wrap_model
+from tests.support.batches import step_samples
+from tests.support.equality import Case, Comparison, Layout, compare, layout, make_chunks, record
+from tests.support.ranks import run_ranks
+from tests.support.tiny import micro_batch_of
+
+VIRTUAL = layout(2, pp=2, vpp=2)
+CASE = Case("x", "mixed")
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_messages_are_unbatched_unoverlapped_and_of_the_weights_dtype(precision: str) -> None:
+    """A message of another dtype than its receiver expects ends the process inside gloo, without an exception."""
+    config = ModelConfig("x", "tiny", "tiny")
+    parts, dtype = find_parts(config), DTYPES[precision]
+    for own in (PartitionConfig(pipeline_model_parallel_size=2), VIRTUAL.partition):
+        for made in (
+            language_config(config, parts.language, own, dtype, on_cpu=True),
+            projector_config(config, parts.language, own, dtype, on_cpu=True),
+            vision_config(config, parts.vision, dtype, on_cpu=True),
+        ):
+            assert made.batch_p2p_comm is False and made.overlap_p2p_comm is False
+            assert made.pipeline_dtype == made.params_dtype == dtype
+
+
+def compare_without_guard(settings: dict[str, bool], own: Layout, folder: Path) -> Comparison:
+    """On each rank: the comparison of the suite, with core's settings instead of ours."""
+    build.SAFE_COMMUNICATION.update(settings)
+    return compare({"": ([CASE], own)}, folder)[""][0]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"batch_p2p_comm": True}, {"overlap_p2p_comm": True}], ids=str)
+def test_without_the_guard_virtual_stages_compute_something_else(tmp_path: Path, settings: dict[str, bool]) -> None:
+    run_ranks(1, record, [CASE], tmp_path)
+    try:
+        ranks = run_ranks(2, compare_without_guard, settings, VIRTUAL, tmp_path)
+    except Exception:  # a rank may also fail on what it was sent
+        return
+    assert max(max(rank.gradients.values()) for rank in ranks) > 1e-6
+
+
+def test_a_resumed_distributed_optimizer_counts_each_parameters_steps_once(world_of_one: Device) -> None:
+    """Core shares one tensor among all parameters on loading, and each step then adds their number to it."""
+    mend_distributed_optimizer()
+    own = layout(1, dist_opt=True)
+    case = Case("h", "mixed", precision="fp32")
+    chunks = make_chunks(case, own, world_of_one.torch_device)
+    models = wrap_model(chunks, use_distributed_optimizer=True)
+    settings = OptimizerConfig(max_lr=1e-3, min_lr=1e-3, warmup_steps=0)
+    optimizer, _ = build_optimizer(settings, models, 5, torch.float32, use_distributed_optimizer=True)
+
+    def train_one_step(step: int) -> None:
+        micro_batches = [micro_batch_of(samples, "h") for samples in step_samples("mixed", step)]
+        run_step(models, iter(micro_batches), len(micro_batches), world_of_one.torch_device, optimizer)
+
+    train_one_step(0)
+    train_one_step(1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train_one_step(2)
+    (part,) = optimizer.chained_optimizers
+    steps = [float(state["step"]) for state in part.optimizer.state.values()]
+    assert len(steps) > 10
+    assert set(steps) == {3.0}
+
+
+def test_what_core_needs_and_does_not_declare_is_installed() -> None:
+    """Without psutil, saving a checkpoint hangs for ever."""
+    import psutil  # noqa: F401
+
+    assert any(requirement.startswith("psutil") for requirement in requires("megatron-nvlm") or [])

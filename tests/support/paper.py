@@ -1,0 +1,26 @@
+"""The paper's models as sizes, for counting."""
+
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.flops import Flops, ModelFlops, ModelSizes
+from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS
+from megatron_nvlm.sequence.variants import VARIANTS
+
+TABLE_3_ROWS = {"x": 1024, "h": 1280, "d": 2816}
+"""Decoder lengths of the paper's Table 3."""
+
+
+def paper_sizes(variant: str, recompute: str = "none") -> ModelSizes:
+    """The 34B models."""
+    return ModelSizes(
+        VARIANTS[variant],
+        LANGUAGE_PRESETS["yi_34b"],
+        VISION_PRESETS["internvit_6b"],
+        CrossAttentionConfig(interval=6),
+        recompute,
+    )
+
+
+def whole_model(sizes: ModelSizes, flops: ModelFlops) -> Flops:
+    """All parts together."""
+    decoder = flops.decoder(sizes.language.num_layers, len(sizes.cross_attention_layers))
+    return flops.vision + flops.projector + decoder + flops.output_layer
