@@ -1,6 +1,7 @@
 """The real commands: torchrun and the package's entry points as a user starts them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,13 @@ def launch(module: str, ranks: int, *arguments: str, check: bool = True) -> subp
 
 
 def start(module: str, ranks: int, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
-    """Run in the background, in a process group of its own."""
+    """Run in the background, in a process group of its own, with Ctrl-C heard even if this process ignores it."""
     with log.open("wb") as file:
         return subprocess.Popen(
-            command(module, ranks, *arguments), env=environment(), stdout=file, stderr=file, start_new_session=True
+            command(module, ranks, *arguments),
+            env=environment(),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
