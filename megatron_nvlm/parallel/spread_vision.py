@@ -49,13 +49,16 @@ class SpreadVision:
         return tensor_rank * self.pipeline.size() + stage
 
     def encode(self) -> list[Tensor | None]:
-        """Features [t, tokens per tile, 4 v] of each micro-batch on the first stage, None on the others."""
+        """Features [t, tokens per tile, 4 v] of each micro-batch on the first stage, None on the others.
+
+        They lie in the host's memory, since a step may have thousands of tiles; a micro-batch takes its own to the device.
+        """
         with self.model.vision_clock, torch.no_grad():
-            received = [self._to_first_stage(self._encode_round(first, last)) for first, last in self.rounds]
+            received = [_to_host(self._to_first_stage(self._encode_round(first, last))) for first, last in self.rounds]
         if not self.model.pre_process:
             return [None] * len(self.counts)
         if not received:
-            return [self._empty()] * len(self.counts)
+            return [self._empty().cpu()] * len(self.counts)
         parts = []
         for number in range(self.ranks):
             start, end = share_of(self.total, self.ranks, number)
@@ -131,7 +134,7 @@ class SpreadVision:
             for stage, part in enumerate(parts):
                 start, end = share_of(self.total, self.ranks, self._number(self.tensor.rank(), stage))
                 rows = whole[start + first : min(start + last, end)]
-                part[: len(rows)] = rows
+                part[: len(rows)] = rows.to(self.device)
         if stages == 1:
             assert parts is not None
             return parts[0]
@@ -141,8 +144,12 @@ class SpreadVision:
     def _gradient(self) -> Tensor:
         """Of all features. It is the same on all tensor-parallel ranks, since the projector's input is."""
         if not self._features:
-            return self._empty()
+            return self._empty().cpu()
         return torch.cat([part.grad if part.grad is not None else torch.zeros_like(part) for part in self._features])
+
+
+def _to_host(features: Tensor | None) -> Tensor | None:
+    return None if features is None else features.cpu()
 
 
 def _tiles_between(micro_batches: Sequence[MicroBatch], start: int, end: int) -> Tensor:

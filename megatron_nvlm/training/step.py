@@ -134,6 +134,8 @@ def run_step(
         if vision is not None:  # pixels have done their work
             micro_batch = replace(micro_batch, tiles=micro_batch.tiles[:0])
         micro_batch = micro_batch.to(device)
+        if features is not None:
+            features = features.to(device)
         return module(micro_batch, features=features), partial(loss_function, micro_batch)
 
     for model in models:
