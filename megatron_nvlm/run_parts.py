@@ -42,7 +42,7 @@ def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> Dat
         raise UserError("data.train names no shards; add a path and a weight")
     sets = [ShardSet(source.path) for source in data.train]
     for shards in sets:
-        tile_size = shards.index["settings"].get("tile_size", tiling.tile_size)
+        tile_size = shards.index.settings.get("tile_size", tiling.tile_size)
         if tile_size != tiling.tile_size:
             raise UserError(
                 f"the shards in {shards.folder} hold tiles of {tile_size} pixels and tiling.tile_size is "

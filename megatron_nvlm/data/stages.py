@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from megatron_nvlm.data.shards import RawSample
+from megatron_nvlm.data.records import RawSample, is_whole
+from megatron_nvlm.data.row_counts import grid_under_limit, tile_limits
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import decode_image, to_array
 from megatron_nvlm.image.tile_tags import tile_tags
@@ -15,9 +16,6 @@ from megatron_nvlm.sequence.image_layout import lay_out_image
 from megatron_nvlm.sequence.variants import Variant
 from megatron_nvlm.text.conversation import Turn, encode_conversation, read_turns
 from megatron_nvlm.text.tokenizer import Tokenizer
-
-TILE_LADDER = (12, 8, 6, 4, 2, 1)
-"""Limits on tiles that a too long sample tries one by one (the release's loader)."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ class SamplePipeline:
         turns = self._step("conversation", read_turns, raw.record)
         if open_answer and turns[-1].role == "assistant":
             turns = turns[:-1]
-        limits = [self.tiling.max_tiles, *(limit for limit in TILE_LADDER if limit < self.tiling.max_tiles)]
-        for limit in limits:
+        for limit in tile_limits(self.tiling.max_tiles):
             pictures = [self._step("image", self._tiles_of, raw, image, limit) for image in range(images)]
             rows = self._step("conversation", self._assemble, turns, [grid for grid, _ in pictures], open_answer)
             if len(rows.tokens) <= self.sequence_length:
@@ -73,8 +70,6 @@ class SamplePipeline:
                 size = self.tiling.tile_size
                 stacked = np.stack(arrays) if arrays else np.zeros((0, 3, size, size), dtype=np.uint8)
                 return PreparedSample(raw.key, rows, stacked, str(raw.record.get("source", "unknown")))
-            if not any(f"{image}.thumbnail.jpg" not in raw.pictures for image in range(images)):
-                break  # no whole image could give up tiles
         raise BadSample(
             "too_long", f"it has {len(rows.tokens)} rows, over data.sequence_length of {self.sequence_length}"
         )
@@ -88,12 +83,12 @@ class SamplePipeline:
 
     def _tiles_of(self, raw: RawSample, image: int, limit: int) -> tuple[Grid, list[Image.Image]]:
         """Grid and pictures of one image, cut in advance or now."""
-        whole = [name for name in raw.pictures if name.split(".")[0] == str(image) and name.count(".") == 1]
+        whole = [name for name in raw.pictures if name.split(".")[0] == str(image) and is_whole(name)]
         if whole:
             picture = decode_image(raw.pictures[whole[0]])
             grid = choose_grid(*picture.size, limit, self.tiling.tile_size)
             return grid, cut_tiles(picture, grid, self.tiling.tile_size)
-        grid = stored_grid(raw, image)
+        grid = grid_under_limit(stored_grid(raw, image), limit)
         names = [f"tile_{number}" for number in range(1, grid.num_tiles + 1)] if grid.num_tiles > 1 else []
         tiles = []
         for name in [*names, "thumbnail"]:
