@@ -48,7 +48,12 @@ def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> Dat
                 f"the shards in {shards.folder} hold tiles of {tile_size} pixels and tiling.tile_size is "
                 f"{tiling.tile_size}; build them with that size"
             )
-    order = BlendedOrder([len(shards) for shards in sets], [source.weight for source in data.train], data.seed)
+    order = BlendedOrder(
+        [shards.index.shard_sizes for shards in sets],
+        [source.weight for source in data.train],
+        data.seed,
+        data.shuffle_window_shards,
+    )
     return DataParts(sets, order, make_pipeline(data, tiling, model, tokenizer))
 
 

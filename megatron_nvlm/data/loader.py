@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_nvlm.data.order import BlendedOrder, SampleId
+from megatron_nvlm.data.order import WINDOW_SHARDS, BlendedOrder, SampleId
 from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.stages import BadSample, PreparedSample, SamplePipeline
 from megatron_nvlm.errors import UserError
@@ -50,6 +50,8 @@ class DataConfig:
     """System turn of samples that have none; null for none."""
     seed: int = 1234
     """Of the order of samples."""
+    shuffle_window_shards: int = WINDOW_SHARDS
+    """Samples of so many shards are shuffled among each other; fewer read more in sequence, more mix better."""
     num_workers: int = 0
     """Threads that read and decode ahead; 0 does it in place."""
     max_bad_fraction: float = 0.01
