@@ -27,7 +27,8 @@ def decode_image(data: bytes) -> Image.Image:
     """An image file's bytes -> RGB image, upright.
 
     EXIF orientation is applied; CMYK, palette and 16-bit images become 8-bit RGB as Pillow converts them (16-bit grey is
-    scaled down first, which Pillow's own conversion would clip); transparency is dropped, as in the release.
+    scaled down first, which Pillow's own conversion would clip); transparency is dropped and colour profiles are not
+    applied, as in the release; of an animation the first frame is taken.
 
     Raises:
         UserError: the bytes are no complete image.

@@ -31,6 +31,12 @@ class Tokenizer:
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_joined(self, left: str, right: str) -> tuple[list[int], list[int]]:
+        """Ids of `left + right` as one text, parted where `right` begins; a token that spans both is the left's."""
+        encoded = self._fast.encode(left + right, add_special_tokens=False)
+        starts_left = sum(start < len(left) for start, _ in encoded.offsets)
+        return encoded.ids[:starts_left], encoded.ids[starts_left:]
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids, specials left out."""
         text: str = self._fast.decode(ids, skip_special_tokens=True)
@@ -40,7 +46,7 @@ class Tokenizer:
         """Id of a special token; UserError if the tokenizer lacks it."""
         found = self._fast.token_to_id(name)
         if found is None:
-            raise UserError(f"the tokenizer has no special token {name}; ChatML needs <|im_start|> and <|im_end|>")
+            raise UserError(f"the tokenizer has no special token {name}, which data.template needs; choose another")
         return int(found)
 
     @property
