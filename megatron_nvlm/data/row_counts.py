@@ -15,9 +15,9 @@ import numpy as np
 from megatron_nvlm.data.index import UNKNOWN_TOKENS, Index, TextCounting
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
-from megatron_nvlm.image.tile_tags import tile_tags
 from megatron_nvlm.image.tiling import Grid, TilingConfig, choose_grid
 from megatron_nvlm.sequence.image_layout import lay_out_image
+from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
 from megatron_nvlm.text.conversation import TextPiece, encode_conversation, read_turns
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -71,19 +71,33 @@ class RowCounter:
     """Rows and tiles of samples under the settings of a run. Keeps the rows of each grid it has met."""
 
     def __init__(
-        self, tokenizer: Tokenizer, tiling: TilingConfig, variant: Variant, tokens_per_tile: int, sequence_length: int
+        self,
+        tokenizer: Tokenizer,
+        tiling: TilingConfig,
+        variant: Variant,
+        tokens_per_tile: int,
+        sequence_length: int,
+        template: str = "chatml",
     ) -> None:
-        self.tokenizer, self.tiling, self.variant = tokenizer, tiling, variant
+        self.tokenizer, self.tiling, self.variant, self.template = tokenizer, tiling, variant, template
         self.tokens_per_tile, self.sequence_length = tokens_per_tile, sequence_length
         self._rows: dict[Grid, int] = {}
 
     def rows_of_grid(self, grid: Grid) -> int:
         """Decoder rows of an image on this grid: its tags, and those vision tokens that stand in the decoder."""
         if grid not in self._rows:
-            tags = tile_tags(grid, self.tiling.tag_format, self.tiling.thumbnail_tag)
-            ids = [self.tokenizer.encode(tag) for tag in tags]
-            self._rows[grid] = len(lay_out_image(ids, self.variant, self.tokens_per_tile).decoder_tokens)
+            tags = encode_tags(grid, self.tiling, self.variant, self.tokenizer, self.template)
+            self._rows[grid] = len(lay_out_image(tags.ids, self.variant, self.tokens_per_tile).decoder_tokens)
         return self._rows[grid]
+
+    def most_tiles(self, index: Index, number: int) -> int:
+        """Tiles of a sample that need not give any up; 0 if an image has no size."""
+        sample = index.samples[number]
+        first = int(sample["first_image"])
+        images = index.images[first : first + int(sample["num_images"])].tolist()
+        if any(not cols and not 0 < width * height <= MAX_PIXELS for width, height, cols, _ in images):
+            return 0
+        return sum(self._grid(image, self.tiling.max_tiles).num_pictures for image in images)
 
     def sizes(self, index: Index, numbers: Sequence[int] | np.ndarray) -> SampleSizes:
         """Sizes of samples by their numbers in the set. Text is as the index counted it (see `check_counts`)."""
