@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_nvlm.errors import UserError
 
@@ -37,6 +37,8 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         check_image_size(*image.size)
         image.load()
+    except UnidentifiedImageError as error:  # its message holds an address in memory
+        raise UserError("the image cannot be decoded (its bytes are of no known format)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
