@@ -40,7 +40,7 @@ def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> Dat
         )
     if not data.train:
         raise UserError("data.train names no shards; add a path and a weight")
-    sets = [ShardSet(source.path) for source in data.train]
+    sets = [ShardSet(source.path, cache=data.cache) for source in data.train]
     for shards in sets:
         tile_size = shards.index.settings.get("tile_size", tiling.tile_size)
         if tile_size != tiling.tile_size:

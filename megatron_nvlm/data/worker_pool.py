@@ -171,7 +171,7 @@ class WorkerPool:
                 for ready in wait([self._woken, *workers]):
                     if isinstance(ready, int):
                         os.read(self._woken, 4096)
-                    else:
+                    elif isinstance(ready, Connection):
                         self._take_in(workers[ready])
             except (EOFError, OSError):
                 if not self._shared.closing:

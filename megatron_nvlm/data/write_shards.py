@@ -239,7 +239,7 @@ class _OpenShard:
         self.rows = _Rows(count_text)
         self._file = self.partial.open("wb")
         self._out = _HashingFile(self._file)
-        self._tar = tarfile.open(fileobj=self._out, mode="w:", format=tarfile.PAX_FORMAT)  # type: ignore[arg-type]
+        self._tar = tarfile.open(fileobj=self._out, mode="w:", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]
 
     @property
     def size(self) -> int:

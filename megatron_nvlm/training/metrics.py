@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_nvlm.data.loader import BadSampleCounts
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.training.sample_files import open_lines
 from megatron_nvlm.training.step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,6 +36,7 @@ class StepTotals:
     loss: float
     grad_norm: float
     targets: int
+    samples: int
     rows: int
     tiles: int
     bad_samples: int
@@ -43,8 +44,12 @@ class StepTotals:
     gates: dict[str, float]
 
 
-def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model: NVLMModel) -> StepTotals:
-    """Sum what each replica did once, in one collective that every rank joins."""
+def total_over_ranks(result: StepResult, bad_samples: int, stop: bool, model: NVLMModel) -> StepTotals:
+    """Sum what each replica did once, in one collective that every rank joins.
+
+    Args:
+        bad_samples: of this rank in this step.
+    """
     first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     counts_data = first_tensor_rank and model.pre_process
     counts_loss = first_tensor_rank and model.post_process
@@ -54,7 +59,8 @@ def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model
         result.num_targets * counts_loss,
         result.rows * counts_data,
         result.tiles * counts_data,
-        bad.total * counts_data,
+        bad_samples * counts_data,
+        sum(map(len, result.keys)) * counts_data,
         float(stop),
     ]
     gates = [0.0] * (2 * num_layers)  # tanh(gate) of each layer, then how many ranks hold that layer's gate
@@ -65,14 +71,15 @@ def total_over_ranks(result: StepResult, bad: BadSampleCounts, stop: bool, model
             gates[num_layers + layer] = 1.0
     vector = torch.tensor([*head, *gates], dtype=torch.float64, device=next(model.parameters()).device)
     dist.all_reduce(vector)
-    loss_sum, targets, rows, tiles, bad_samples, stops, *all_gates = vector.tolist()
+    loss_sum, targets, rows, tiles, bad, samples, stops, *all_gates = vector.tolist()
     return StepTotals(
         loss=loss_sum / max(targets, 1),
         grad_norm=result.grad_norm,
         targets=round(targets),
+        samples=round(samples),
         rows=round(rows),
         tiles=round(tiles),
-        bad_samples=round(bad_samples),
+        bad_samples=round(bad),
         stop=stops > 0,
         gates={
             f"layer_{layer}": all_gates[layer] / all_gates[num_layers + layer]
@@ -95,18 +102,7 @@ class MetricsWriter:
         self.train_steps = train_steps
         if not self.active:
             return
-        path = run_dir / METRICS_FILE
-        kept = []
-        if path.exists():
-            # A process killed while it wrote may leave half a line, which is no step either.
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= first_step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._file = open_lines(run_dir / METRICS_FILE, first_step)
         self._board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

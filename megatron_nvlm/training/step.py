@@ -27,7 +27,8 @@ class StepResult:
     grad_norm: float
     rows: int
     tiles: int
-    samples: int
+    keys: tuple[tuple[str, ...], ...]
+    """Of the samples of each micro-batch of this rank."""
 
 
 def wrap_model(model: NVLMModel, use_distributed_optimizer: bool) -> DistributedDataParallel:
@@ -85,14 +86,15 @@ def run_step(
     optimizer: MegatronOptimizer | None,
 ) -> StepResult:
     """Forward, backward and, with an optimizer, update; without one the gradients stay in `main_grad`."""
-    rows = tiles = samples = 0
+    rows = tiles = 0
+    keys: list[tuple[str, ...]] = []
 
     def forward_step(iterator: Iterator[MicroBatch], module: Any) -> tuple[Tensor, Any]:
-        nonlocal rows, tiles, samples
+        nonlocal rows, tiles
         micro_batch = next(iterator).to(device)
         rows += len(micro_batch.tokens)
         tiles += len(micro_batch.tiles)
-        samples += len(micro_batch.keys)
+        keys.append(micro_batch.keys)
         return module(micro_batch), partial(loss_function, micro_batch)
 
     model.zero_grad_buffer()
@@ -112,4 +114,4 @@ def run_step(
         _, norm, _ = optimizer.step()
         grad_norm = float(norm) if norm is not None else 0.0
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
-    return StepResult(total[0], total[1], grad_norm, rows, tiles, samples)
+    return StepResult(total[0], total[1], grad_norm, rows, tiles, tuple(keys))

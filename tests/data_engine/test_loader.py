@@ -111,14 +111,17 @@ def test_packed_rows_fit_and_hold_every_sample_once(tmp_path: Path, tokenizer: T
     folder = counted_samples(tmp_path / "shards", good_samples(30), tokenizer)
     with make_loader(folder, tokenizer, packed=True) as loader:
         position, rows = DataPosition(), []
-        while position.consumed_samples < 30 or position.packs_taken:
+        while position.consumed_samples % 30 or position.packs_taken or not rows:
             step = list(loader.step(position))
             rows += step
             position = loader.after(position)
-            assert position.consumed_samples < 100
+            assert position.consumed_samples <= 30 * 12
         assert all(len(row.tokens) <= 256 for row in rows)
         keys = [key for row in rows for key in row.keys]
-        assert len(keys) == position.consumed_samples and set(keys[:30]) >= set()
+        assert len(keys) == position.consumed_samples
+        assert sorted(keys) == sorted(
+            [f"sample_{number:04d}" for number in range(30)] * (position.consumed_samples // 30)
+        )
         assert len(rows) < position.consumed_samples / 2, "several samples share a row"
     plain = counted_samples(tmp_path / "other", good_samples(3), tokenizer)
     with pytest.raises(UserError, match="set training.micro_batch_size=1"):

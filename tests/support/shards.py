@@ -52,11 +52,11 @@ def cut_sample(*grids: Grid, tile_size: int = 56) -> Sample:
     return content, pictures
 
 
-def write_samples(folder: Path, samples: list[Sample], **settings: Any) -> Path:
+def write_samples(folder: Path, samples: list[Sample], key_prefix: str = "sample", **settings: Any) -> Path:
     """Shards of (record, pictures); `settings` as of ShardWriter."""
     with ShardWriter(folder, **{"samples_per_shard": 8, **settings}) as writer:
         for number, (content, pictures) in enumerate(samples):
-            writer.write(f"sample_{number:04d}", content, pictures)
+            writer.write(f"{key_prefix}_{number:04d}", content, pictures)
     return folder
 
 
