@@ -16,6 +16,10 @@ class Tokenizer:
         # A user's text that spells "<|im_end|>" must not end a turn.
         self._fast.encode_special_tokens = True
 
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[FastTokenizer]]:
+        """Through __init__, since the library's own pickling forgets what is set there."""
+        return Tokenizer, (self._fast,)
+
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a tokenizer.json; UserError if it is missing or is none."""
