@@ -158,6 +158,7 @@ class WebDatasetShards:
                     start = spans.pop()[0] if key == previous else member.offset
                     spans.append((start, end - start))
                     previous = key
+                check_end(tar, members.offset)
         except (OSError, tarfile.TarError, EOFError) as error:
             self.faults.append(f"{tar} is broken or cut off behind {len(spans)} samples ({error})")
             size = tar.stat().st_size
@@ -189,6 +190,18 @@ class WebDatasetShards:
         if tiles and whole:
             raise UserError("it holds both tiles and whole images")
         return InputSample(content, [pictures[name] for name in whole], tiles)
+
+
+def check_end(tar: Path, offset: int) -> None:
+    """Python's reader takes a broken or cut-off header behind the first for the end; the real end is a block of zeros.
+
+    Raises:
+        tarfile.ReadError: there is no such block.
+    """
+    with tar.open("rb") as file:
+        file.seek(offset)
+        if file.read(512) != bytes(512):
+            raise tarfile.ReadError(f"neither a member nor the end mark stands at byte {offset}")
 
 
 def split_name(name: str) -> tuple[str, str]:
