@@ -46,6 +46,11 @@ class Tokenizer:
         text: str = self._fast.decode(ids, skip_special_tokens=True)
         return text
 
+    def token_text(self, token: int) -> str:
+        """What one id stands for, to be looked at: specials by their names, bytes that are no text alone as `\ufffd`."""
+        text: str = self._fast.decode([token], skip_special_tokens=False)
+        return text
+
     def special_id(self, name: str) -> int:
         """Id of a special token; UserError if the tokenizer lacks it."""
         found = self._fast.token_to_id(name)

@@ -154,7 +154,7 @@ class WebDatasetShards:
                 for member in members:
                     if not member.isfile():
                         continue
-                    key, end = split_name(member.name)[0], member.offset_data + member.size
+                    key, end = split_name(member.name)[0], member.offset_data + -(-member.size // 512) * 512
                     start = spans.pop()[0] if key == previous else member.offset
                     spans.append((start, end - start))
                     previous = key
