@@ -168,9 +168,8 @@ def write_index(
             for shard in rows
         ],
     }
-    content["checksum"] = _checksum(content)
     partial = folder / f"{INDEX_FILE}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(sign(json.dumps(content, indent=1)))
     for name in (SAMPLES_FILE, IMAGES_FILE, INDEX_FILE):
         os.replace(f"{folder / name}.partial", folder / name)
 
@@ -191,14 +190,15 @@ def open_index(folder: str | Path, check_hashes: bool = False) -> Index:
             f"{folder} is no folder of shards (there is no {INDEX_FILE}); build it again or correct data.train"
         )
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+        content = json.loads(text)
         version = content["format"]
         if version != INDEX_FORMAT:
             raise UserError(
                 f"the index of {folder} has format {version} and this version reads {INDEX_FORMAT}; build the shards "
                 "again with tools/build_shards.py, or index them anew with data.write_shards.index_folder"
             )
-        if content.pop("checksum") != _checksum(content):
+        if content.pop("checksum", None) is None or not is_signed(text):
             raise UserError(f"{path} was changed since it was written; build the shards again")
         for name, facts in content["files"].items():
             _check_file(folder / name, facts, check_hashes)
@@ -214,8 +214,8 @@ def open_index(folder: str | Path, check_hashes: bool = False) -> Index:
         raise UserError(
             f"the index of {folder} names {counted} samples and {SAMPLES_FILE} {len(samples)}; build the shards again"
         )
-    text = TextCounting(**content["text"]) if content["text"] is not None else None
-    return Index(shards, samples, images, content["settings"], text, content)
+    counting = TextCounting(**content["text"]) if content["text"] is not None else None
+    return Index(shards, samples, images, content["settings"], counting, content)
 
 
 def _refuse_equal_keys(folder: Path, rows: Sequence[ShardRows]) -> None:
@@ -265,5 +265,16 @@ def _check_file(path: Path, facts: Mapping[str, Any], always: bool) -> None:
         raise UserError(f"{path} was changed since it was written; build the shards again")
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+_SIGNATURE = ',\n "checksum": "'
+
+
+def sign(text: str) -> str:
+    """A JSON object's text with, as its last key, the hash of what stands before."""
+    body = text.rstrip().removesuffix("}").rstrip()
+    return f'{body}{_SIGNATURE}{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+def is_signed(text: str) -> bool:
+    """Whether the text is as `sign` made it."""
+    body, _, rest = text.rpartition(_SIGNATURE)
+    return rest.partition('"')[0] == hashlib.sha256(body.encode()).hexdigest()

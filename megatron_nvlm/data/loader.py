@@ -190,14 +190,18 @@ class MicroBatchLoader:
 
     def _next(self) -> MicroBatch:
         if self._pool is None:
-            return self._build(self._keep(self._fetch_here(place) for place in next(self._rows)))
+            samples = self._keep(self._fetch_here(place) for place in next(self._rows))
+            return build_micro_batch(samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory)
         waiting = sum(len(row) for row in self._ahead)
         while not self._ahead or waiting < self.prefetch_samples:
             tickets = self._ask(self._pool, next(self._rows))
             self._ahead.append(tickets)
             waiting += max(1, len(tickets))
         tickets = self._ahead.popleft()
-        micro_batch = self._build(self._keep(self._pool.collect(ticket) for ticket in tickets))
+        samples = self._keep(self._pool.collect(ticket) for ticket in tickets)
+        micro_batch = build_micro_batch(
+            samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory, keep_tiles=False
+        )
         for ticket in tickets:  # only now, since tiles were copied straight from the shared memory
             self._pool.release(ticket)
         return micro_batch
@@ -236,9 +240,6 @@ class MicroBatchLoader:
                 good.append(result)
         return good
 
-    def _build(self, samples: Sequence[PreparedSample]) -> MicroBatch:
-        return build_micro_batch(samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory)
-
 
 def build_micro_batch(
     samples: Sequence[PreparedSample],
@@ -246,13 +247,21 @@ def build_micro_batch(
     row_multiple: int = 1,
     with_pixels: bool = True,
     pin_memory: bool = False,
+    keep_tiles: bool = True,
 ) -> MicroBatch:
-    """Prepared samples, or none, as one ragged row."""
+    """Prepared samples, or none, as one ragged row.
+
+    Args:
+        keep_tiles: the micro-batch may keep the memory of a lone sample's tiles; else they are copied.
+    """
     size = pipeline.tiling.tile_size
     number = sum(len(sample.tiles) for sample in samples) if with_pixels else 0
-    tiles = torch.empty((number, 3, size, size), dtype=torch.uint8, pin_memory=pin_memory)
-    if number:
-        np.concatenate([sample.tiles for sample in samples], out=tiles.numpy())
+    if number and len(samples) == 1 and keep_tiles and not pin_memory:
+        tiles = torch.from_numpy(samples[0].tiles)
+    else:
+        tiles = torch.empty((number, 3, size, size), dtype=torch.uint8, pin_memory=pin_memory)
+        if number:
+            np.concatenate([sample.tiles for sample in samples], out=tiles.numpy())
     micro_batch = pack(
         [sample.rows for sample in samples] or [_NO_SAMPLE],
         tiles,

@@ -26,8 +26,8 @@ class PackingConfig:
 def pack_window(sizes: SampleSizes, row_length: int, seed: Sequence[int] = (0,)) -> list[list[int]]:
     """Rows of samples, by their places in `sizes`; each place stands in exactly one row.
 
-    No row is longer than `row_length`; there are about as few rows as best fit decreasing finds. Samples of 0 rows (known to be
-    bad) are dealt out, so that reading them counts them.
+    No row is longer than `row_length`; there are about as few rows as best fit decreasing finds. Samples of 0 rows (known
+    to be bad) are dealt out, so that reading them counts them.
 
     Args:
         seed: of the order of the rows, which would otherwise run from long to short samples.

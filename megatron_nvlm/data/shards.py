@@ -46,10 +46,9 @@ class ShardSet:
             self._remote.fetch_index(INDEX_FILE)
         self.index = open_index(self.folder)
         self.samples = self.index.samples
-        self.shard_paths = [self.folder / shard["name"] for shard in self.index.shards]
         if check and not self._remote:
-            for shard, path in zip(self.index.shards, self.shard_paths, strict=True):
-                _check_size(path, int(shard["size"]))
+            for shard in self.index.shards:
+                _check_size(self.folder / shard["name"], int(shard["size"]))
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -70,7 +69,14 @@ class ShardSet:
                 raise UserError("its bytes are not those that were written")
             return parse_sample(data)
         except UserError as error:
-            raise UserError(f"sample {number} of {self.shard_paths[shard]} cannot be read ({error})") from error
+            raise UserError(
+                f"sample {number} of {self.folder / self.shard_of(number)} cannot be read ({error})"
+            ) from error
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        """Files of the shards, in order."""
+        return [self.folder / shard["name"] for shard in self.index.shards]
 
     @property
     def name(self) -> str:
@@ -79,7 +85,10 @@ class ShardSet:
 
     def shard_of(self, number: int) -> str:
         """File name of the shard that holds a sample."""
-        return self.shard_paths[int(self.samples[number]["shard"])].name
+        return str(self.index.shards[int(self.samples[number]["shard"])]["name"])
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / str(self.index.shards[shard]["name"])
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard; a file system that hiccups is asked again."""
@@ -96,7 +105,7 @@ class ShardSet:
             if pause is not None:
                 time.sleep(pause)
         raise StorageError(
-            f"the shard {self.shard_paths[shard]} cannot be read ({reason}); mend it or its file system and start again: "
+            f"the shard {self._path(shard)} cannot be read ({reason}); mend it or its file system and start again: "
             "the run goes on from its last checkpoint"
         )
 
@@ -106,9 +115,8 @@ class ShardSet:
             return self._files[shard]
         if len(self._files) >= MOST_OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
-        path = self.shard_paths[shard]
+        path, facts = self._path(shard), self.index.shards[shard]
         if self._remote:
-            facts = self.index.shards[shard]
             path = self._remote.fetch(facts["name"], int(facts["size"]), facts["sha256"])
         self._files[shard] = os.open(path, os.O_RDONLY)
         return self._files[shard]

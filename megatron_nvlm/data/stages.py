@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -9,10 +10,10 @@ from PIL import Image
 from megatron_nvlm.data.records import RawSample, is_whole
 from megatron_nvlm.data.row_counts import grid_under_limit, tile_limits
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.pixels import decode_image, to_array
+from megatron_nvlm.image.pixels import decode_image, write_array
 from megatron_nvlm.image.tiling import Grid, TilingConfig, choose_grid, cut_tiles
 from megatron_nvlm.sequence.assemble import AssembledSample, assemble
-from megatron_nvlm.sequence.image_layout import lay_out_image
+from megatron_nvlm.sequence.image_layout import ImageLayout, lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
 from megatron_nvlm.text.conversation import Turn, encode_conversation, read_turns
@@ -123,7 +124,7 @@ class SamplePipeline:
         if image.picture is not None:
             pictures = cut_tiles(image.picture, grid, self.tiling.tile_size)
             for place, tile in enumerate(pictures):
-                tiles[place] = to_array(tile)
+                write_array(tile, tiles[place])
             return
         names = [f"tile_{number}" for number in range(1, grid.num_tiles + 1)] if grid.num_tiles > 1 else []
         for place, name in enumerate([*names, "thumbnail"]):
@@ -136,20 +137,27 @@ class SamplePipeline:
                     f"its {member} has {tile.size[0]}x{tile.size[1]} pixels and tiling.tile_size is "
                     f"{self.tiling.tile_size}; build the shards with that size"
                 )
-            tiles[place] = to_array(tile)
+            write_array(tile, tiles[place])
 
     def _assemble(self, turns: list[Turn], grids: list[Grid], open_answer: bool) -> AssembledSample:
-        tags = [encode_tags(grid, self.tiling, self.variant, self.tokenizer, self.template) for grid in grids]
+        images = [
+            _rows_of_image(grid, self.tiling, self.variant, self.tokenizer, self.template, self.tokens_per_tile)
+            for grid in grids
+        ]
+        first_tags = [first_tag for first_tag, _ in images]
         pieces = encode_conversation(
-            turns,
-            len(grids),
-            self.tokenizer,
-            self.template,
-            self.system,
-            open_answer,
-            first_tags=[of_image.first_in_decoder for of_image in tags],
+            turns, len(grids), self.tokenizer, self.template, self.system, open_answer, first_tags=first_tags
         )
-        return assemble(pieces, [lay_out_image(of_image.ids, self.variant, self.tokens_per_tile) for of_image in tags])
+        return assemble(pieces, [layout for _, layout in images])
+
+
+@lru_cache(maxsize=1024)
+def _rows_of_image(
+    grid: Grid, tiling: TilingConfig, variant: Variant, tokenizer: Tokenizer, template: str, tokens_per_tile: int
+) -> tuple[str, ImageLayout]:
+    """(first tag in the decoder, layout) of an image on this grid; the same for every such image."""
+    tags = encode_tags(grid, tiling, variant, tokenizer, template)
+    return tags.first_in_decoder, lay_out_image(tags.ids, variant, tokens_per_tile)
 
 
 def number_of_images(raw: RawSample) -> int:
