@@ -7,6 +7,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_nvlm.errors import UserError
 
+_LONGEST_KEPT, _MOST_KEPT = 32, 4096
+"""Ids of short texts are kept: tags, headers and wrappers come again in every sample."""
+
 
 class Tokenizer:
     """A Hugging Face `tokenizer.json`. Text is only ever text: specials come from `special_id`, never from a string."""
@@ -15,6 +18,7 @@ class Tokenizer:
         self._fast = fast
         # A user's text that spells "<|im_end|>" must not end a turn.
         self._fast.encode_special_tokens = True
+        self._kept: dict[str, list[int]] = {}
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[FastTokenizer]]:
         """Through __init__, since the library's own pickling forgets what is set there."""
@@ -32,8 +36,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; nothing is added."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        return ids
+        if len(text) > _LONGEST_KEPT:
+            return list(self._fast.encode(text, add_special_tokens=False).ids)
+        if text not in self._kept:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[text] = list(self._fast.encode(text, add_special_tokens=False).ids)
+        return list(self._kept[text])
 
     def encode_joined(self, left: str, right: str) -> tuple[list[int], list[int]]:
         """Ids of `left + right` as one text, parted where `right` begins; a token that spans both is the left's."""
