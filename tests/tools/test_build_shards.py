@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -270,7 +271,7 @@ def test_too_many_rejects_fail_the_build(material: Path, capsys: pytest.CaptureF
         build(material, "set")
     assert status.value.code == 2
     assert "over the rate of 0.01 that --max-reject-rate sets" in capsys.readouterr().err
-    assert "7.png" not in (material / "set" / "rejects.jsonl").read_text().splitlines()[0] or True
+    assert "the image cannot be decoded" in (material / "set" / "rejects.jsonl").read_text()
     assert not (material / "set" / "index.json").exists()
     # With the picture mended, or the rate raised, the same command goes on.
     assert len(ShardSet(build(material, "set", "--max-reject-rate", "0.2"))) == 23
@@ -350,7 +351,7 @@ def test_the_shard_size_is_about_what_was_asked(material: Path) -> None:
         + ["--tile-size", "56", "--shard-mb", "0.2", "--processes", "1", "--quiet"]
     )
     sizes = [path.stat().st_size for path in sorted(folder.glob("*.tar"))]
-    assert len(sizes) > 3 and all(100_000 < size < 400_000 for size in sizes[:-1])
+    assert len(sizes) > 3 and 120_000 < sum(sizes[:-1]) / (len(sizes) - 1) < 280_000
 
 
 def test_plain_webdataset_reads_our_shards(material: Path) -> None:
@@ -381,7 +382,5 @@ def test_nothing_to_build_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for arguments, says in cases:
         with pytest.raises(SystemExit):
             main(["--out", str(tmp_path / "set"), *arguments])
-        import re
-
         assert re.search(says, capsys.readouterr().err)
     shutil.rmtree(tmp_path / "set", ignore_errors=True)
