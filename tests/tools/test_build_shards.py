@@ -133,6 +133,12 @@ def test_whole_images_are_kept_byte_for_byte(material: Path) -> None:
     assert "tile_size" not in shards.index.settings  # so that a run may tile them as it likes
 
 
+def test_text_alone_fits_any_size_of_tiles(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"question": "a?", "answer": "b"}\n' * 3)
+    shards = ShardSet(build(tmp_path, "set", source=("--jsonl", str(tmp_path / "text.jsonl"))))
+    assert len(shards) == 3 and "tile_size" not in shards.index.settings
+
+
 def test_a_format_that_training_does_not_store_becomes_png(tmp_path: Path) -> None:
     (tmp_path / "a.bmp").write_bytes(picture(30, 20, "BMP"))
     (tmp_path / "a.txt").write_text("A picture\n")

@@ -33,7 +33,7 @@ from megatron_nvlm.data.shuffle import round_keys, shuffled
 from megatron_nvlm.data.write_shards import shard_name, write_shard
 from megatron_nvlm.errors import UserError
 from tools.sharding.inputs import Input
-from tools.sharding.samples import SampleSettings, Stored, make_sample
+from tools.sharding.samples import TILE_FIELDS, SampleSettings, Stored, make_sample
 
 MANIFEST_FILE, REJECTS_FILE, PARTS, PLAN_FILE, LOCK_FILE = (
     "manifest.json",
@@ -269,6 +269,8 @@ class Builder:
         rows = [ShardRows.load(self._part(block, "npz")) for block, part in self._read_parts() if part["samples"]]
         text = self.count_text.description if self.count_text else None
         settings = self.settings.sample.describe()
+        if not any(part.samples["num_tiles"].any() for part in rows):  # text fits any size of tiles
+            settings = {name: value for name, value in settings.items() if name not in TILE_FIELDS}
         write_index(self.folder, rows, settings, text)
         index = json.loads((self.folder / INDEX_FILE).read_text())
         counts = {name: index[name] for name in ("num_samples", "num_images", "num_tiles", "num_text_tokens")}

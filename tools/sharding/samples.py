@@ -17,6 +17,8 @@ from tools.sharding.inputs import InputSample
 
 Stored = tuple[dict[str, Any], dict[str, bytes]]
 """Record and pictures."""
+TILE_FIELDS = ("tile_size", "max_tiles", "quality")
+"""Settings that say nothing about a set without tiles."""
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Files of these formats are stored as they are; others become PNG."""
 
@@ -41,7 +43,7 @@ class SampleSettings:
         """For the index and the manifest; whole images fit any size of tiles."""
         facts = asdict(self)
         if self.images == "whole":
-            for name in ("tile_size", "max_tiles", "quality"):
+            for name in TILE_FIELDS:
                 del facts[name]
         return {**facts, "keep": list(self.keep)}
 
