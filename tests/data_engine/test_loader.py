@@ -1,7 +1,10 @@
 """The loader: what it gives depends on the position alone; workers, replicas and bad samples change nothing else."""
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_nvlm.data.loader import MicroBatchLoader
 from megatron_nvlm.data.order import BlendedOrder
@@ -19,12 +24,14 @@ from megatron_nvlm.data.plan import DataPosition
 from megatron_nvlm.data.row_counts import TextTokenCounter
 from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.stages import SamplePipeline
+from megatron_nvlm.data.tile_memory import Ring
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
+from tests.support.launch import environment
 from tests.support.shards import Sample, good_samples, picture, record, write_samples
 
 PACKING = PackingConfig(enabled=True, window_samples=10)
@@ -83,8 +90,8 @@ def test_workers_and_history_change_nothing(tmp_path: Path, tokenizer: Tokenizer
         expected = draw(plain, DataPosition(), 6)
         middle = plain.after(plain.after(DataPosition()))
         last = plain.after(plain.after(middle))
-    for settings in ({"num_workers": 1}, {"num_workers": 2, "prefetch_samples": 3}, {"num_workers": 2}):
-        with make_loader(folder, tokenizer, packed=packed, **settings) as loader:
+    for form in ({"num_workers": 1}, {"num_workers": 2, "prefetch_samples": 3}, {"num_workers": 2}):
+        with make_loader(folder, tokenizer, packed=packed, **form) as loader:
             assert_equal(draw(loader, DataPosition(), 3), expected[:3])
             assert_equal(draw(loader, last, 2), expected[4:6])
             next(loader.step(middle))  # left half-way
@@ -222,3 +229,30 @@ def test_a_shard_that_vanishes_stops_the_run(
         (folder / "shard-000001.tar").unlink()
         with pytest.raises(UserError, match=r"shard-000001.tar cannot be read \(.*No such file"):
             draw(loader, DataPosition(), 3)
+
+
+def test_a_worker_needs_neither_torch_nor_core() -> None:
+    modules = "{name.split('.')[0] for name in sys.modules}"
+    script = f"import sys, megatron_nvlm.data.worker; assert not {{'torch', 'megatron'}} & {modules}"
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=60), st.randoms(use_true_random=False))
+def test_blocks_of_shared_memory_never_overlap(steps: list[tuple[int, bool]], rng: random.Random) -> None:
+    ring, held = Ring(100), {}
+    for size, frees in steps:
+        if frees and held:
+            start = rng.choice(sorted(held))
+            ring.free(start)
+            del held[start]
+        start = ring.take(size)
+        if start is None:
+            assert held, "an empty ring has room for any block up to its size"
+            continue
+        assert 0 <= start and start + size <= 100
+        assert all(start + size <= other or other + length <= start for other, length in held.items())
+        held[start] = size
+    for start in list(held):
+        ring.free(start)
+    assert ring.take(100) == 0 and ring.take(101) is None

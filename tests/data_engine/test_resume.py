@@ -88,6 +88,7 @@ def test_a_few_kills(tmp_path: Path, packed: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("packed", [False, True])
 def test_twenty_kills_over_three_epochs(tmp_path: Path, packed: bool) -> None:
     check_survival(tmp_path, (120, 40), steps=60, kills=20, packed=packed)
