@@ -44,7 +44,7 @@ _TEXT_TASKS = (
 
 def docstrings() -> list[tuple[str, str]]:
     """(name, first paragraph) of the standard library's classes and functions, the same on every run."""
-    found = {}
+    found: dict[str, str] = {}
     for module_name in _MODULES:
         module = importlib.import_module(module_name)
         for name, value in sorted(vars(module).items()):
@@ -154,7 +154,7 @@ def make_shapes(rng: random.Random, number: int, root: Path) -> Iterator[Item]:
 
 def make_reasoning(rng: random.Random, number: int, root: Path) -> Iterator[Item]:
     """reasoning-gym: arithmetic, words, small stories."""
-    import reasoning_gym
+    import reasoning_gym  # type: ignore[import-untyped]
 
     share = -(-number // len(_TEXT_TASKS))
     for task in _TEXT_TASKS:
