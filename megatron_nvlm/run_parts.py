@@ -41,15 +41,20 @@ def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> Dat
         )
     if not data.train:
         raise UserError("data.train names no shards; add a path and a weight")
-    sets = [ShardSet(source.path) for source in data.train]
+    sets = [ShardSet(source.path, cache=data.cache) for source in data.train]
     for shards in sets:
-        tile_size = shards.index["settings"].get("tile_size", tiling.tile_size)
+        tile_size = shards.index.settings.get("tile_size", tiling.tile_size)
         if tile_size != tiling.tile_size:
             raise UserError(
                 f"the shards in {shards.folder} hold tiles of {tile_size} pixels and tiling.tile_size is "
                 f"{tiling.tile_size}; build them with that size"
             )
-    order = BlendedOrder([len(shards) for shards in sets], [source.weight for source in data.train], data.seed)
+    order = BlendedOrder(
+        [shards.index.shard_sizes for shards in sets],
+        [source.weight for source in data.train],
+        data.seed,
+        data.shuffle_window_shards,
+    )
     return DataParts(sets, order, make_pipeline(data, tiling, model, tokenizer))
 
 

@@ -17,6 +17,7 @@ from megatron_nvlm.training import setup
 from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest
 from megatron_nvlm.training.loop import train
 from megatron_nvlm.training.metrics import MetricsWriter
+from megatron_nvlm.training.sample_files import SampleWriter
 
 
 def run_training(run: RunConfig) -> None:
@@ -57,12 +58,15 @@ def run_training(run: RunConfig) -> None:
         trainer.optimizer.reload_model_params()
         say(f"starting with the weights of {initial}")
     writer = MetricsWriter(run_dir, run.logging, start.step, run.training.train_steps)
+    samples = SampleWriter(run_dir, start.step, run.data.ledger)
 
     def save(progress: save_load.Progress) -> None:
         save_load.save(run_dir, run.checkpoint, progress, identity, *state)
 
-    outcome = train(trainer, start, writer, stop, save)
+    outcome = train(trainer, start, writer, samples, stop, save)
     writer.close()
+    samples.close()
+    trainer.loader.close()
     if outcome.finished:
         if global_rank() == 0:
             (run_dir / FINISHED_FILE).write_text(f"{outcome.progress.step}\n")

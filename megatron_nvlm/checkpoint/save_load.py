@@ -44,6 +44,8 @@ class Progress:
 
     step: int
     consumed_samples: int
+    packs_taken: int = 0
+    """With packing: rows that are done of the window that begins at `consumed_samples`."""
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,32 @@ def counts_are_positive(run: RunConfig, world_size: int) -> None:
         ("logging.log_every_steps", run.logging.log_every_steps),
         ("data.sequence_length", run.data.sequence_length),
         ("training.timeout_seconds", run.training.timeout_seconds),
+        ("data.shuffle_window_shards", run.data.shuffle_window_shards),
+        ("data.prefetch_samples", run.data.prefetch_samples),
+        ("data.packing.window_samples", run.data.packing.window_samples),
     ):
         if count < 1:
             raise UserError(f"{name} is {count}; it must be at least 1")
+
+
+def packed_rows_are_micro_batches(run: RunConfig, world_size: int) -> None:
+    """With packing, a micro-batch is one row."""
+    if run.data.packing.enabled and run.training.micro_batch_size != 1:
+        raise UserError(
+            f"with data.packing.enabled a micro-batch is one packed row; set training.micro_batch_size=1, not "
+            f"{run.training.micro_batch_size}, and let training.global_batch_size count rows"
+        )
+
+
+def shares_are_possible(run: RunConfig, world_size: int) -> None:
+    """Limits of the loader are such."""
+    if not 0 <= run.data.max_bad_fraction <= 1:
+        raise UserError(f"data.max_bad_fraction is {run.data.max_bad_fraction}; it must lie between 0 and 1")
+    for name, value in (("data.num_workers", run.data.num_workers), ("data.cache.retries", run.data.cache.retries)):
+        if value < 0:
+            raise UserError(f"{name} is {value}; it must be at least 0")
+    if run.data.cache.limit_gb <= 0:
+        raise UserError(f"data.cache.limit_gb is {run.data.cache.limit_gb}; it must be above 0")
 
 
 def schedule_is_possible(run: RunConfig, world_size: int) -> None:
@@ -149,6 +172,8 @@ RULES: tuple[Callable[[RunConfig, int], None], ...] = (
     samples_fit_the_decoder,
     names_are_known,
     counts_are_positive,
+    packed_rows_are_micro_batches,
+    shares_are_possible,
     schedule_is_possible,
 )
 

@@ -1,28 +1,37 @@
-"""Micro-batches of a step, as a pure function of `consumed_samples`; threads decode ahead and change nothing.
+"""Micro-batches of a step, as a pure function of the data's position; workers prepare ahead and change nothing.
 
-A bad sample is replaced by the next number of its set, a rule that every rank follows alone; it is counted by kind and
-source and named in the log.
+A bad sample is skipped: its place of the order stays empty, so every other sample still comes exactly once an epoch, and
+ranks need not agree on anything, since each sees the same bytes. (Taking the next sample in its place, as other loaders
+do, would show that one twice.) Its row is shorter; a row without any sample is one token that is no target.
 """
 
+import itertools
 import logging
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from megatron_nvlm.data.order import BlendedOrder, SampleId
+from megatron_nvlm.data.cache import CacheConfig
+from megatron_nvlm.data.fetch import BadRecord, fetch
+from megatron_nvlm.data.order import WINDOW_SHARDS, BlendedOrder
+from megatron_nvlm.data.packing import PackingConfig
+from megatron_nvlm.data.plan import DataPosition, PackedPlan, Plan, UnpackedPlan
+from megatron_nvlm.data.row_counts import RowCounter, TextTokenCounter, check_counts
 from megatron_nvlm.data.shards import ShardSet
-from megatron_nvlm.data.stages import BadSample, PreparedSample, SamplePipeline
+from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.worker_pool import WorkerPool
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
 from megatron_nvlm.sequence.micro_batch import MicroBatch, pack
 
 logger = logging.getLogger(__name__)
 
-MOST_REPLACEMENTS = 20
-"""Bad samples in a row after which the set itself is taken for broken."""
+PREFETCH_SAMPLES = 32
+_TILES_OF_A_SAMPLE = 8
+"""Shared memory is made for so many tiles of each sample that is prepared ahead; larger samples use others' room."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class DataSource:
     """A set of shards and its share in the blend."""
 
     path: str
+    """A folder, or an address (s3://, http://)."""
     weight: float = 1.0
 
 
@@ -42,7 +52,7 @@ class DataConfig:
     tokenizer: str
     """Path of a tokenizer.json."""
     sequence_length: int
-    """Most decoder rows of a sample; longer ones are bad samples of the kind too_long."""
+    """Most decoder rows of a sample, and of a packed row; longer samples are bad samples of the kind too_long."""
     valid: str | None = None
     """A set to answer questions from when training ends."""
     template: str = "chatml"
@@ -50,31 +60,29 @@ class DataConfig:
     """System turn of samples that have none; null for none."""
     seed: int = 1234
     """Of the order of samples."""
+    shuffle_window_shards: int = WINDOW_SHARDS
+    """Samples of so many shards are shuffled among each other; fewer read more in sequence, more mix better."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
     num_workers: int = 0
-    """Threads that read and decode ahead; 0 does it in place."""
+    """Processes of each rank that read and decode ahead; 0 does it in place."""
+    prefetch_samples: int = PREFETCH_SAMPLES
+    """Samples that workers prepare ahead on each rank."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     max_bad_fraction: float = 0.01
     """Share of bad samples among those consumed past which the run stops."""
-
-
-@dataclass
-class BadSampleCounts:
-    """Bad samples of this rank so far, by kind and source."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.counts.values())
+    ledger: bool = False
+    """Write the keys of each step's samples to ledger.jsonl in the run's folder, for audits."""
 
 
 class MicroBatchLoader:
-    """The training data of one rank.
+    """The training data of one rank. With workers, close it when done.
 
     Args:
         sets: opened shards, in the order of the configuration. order: over the same sets.
-        row_multiple, with_context: as in `pack`.
-        micro_batch_size: samples of a row. data_parallel: (rank, size).
+        micro_batch_size: samples of a row; with packing it must be 1 and counts rows.
+        data_parallel: (rank, size).
+        row_multiple, with_pixels: as in `pack`; without pixels, tiles are counted and not kept.
+        pin_memory: put tensors where a GPU copies them from without waiting.
     """
 
     def __init__(
@@ -88,91 +96,191 @@ class MicroBatchLoader:
         row_multiple: int = 1,
         with_pixels: bool = True,
         num_workers: int = 0,
+        *,
+        packing: PackingConfig | None = None,
+        prefetch_samples: int = PREFETCH_SAMPLES,
+        pin_memory: bool = False,
+        cache: CacheConfig | None = None,
     ) -> None:
-        rank, size = data_parallel
-        if global_batch_size % (micro_batch_size * size):
+        self.rank, self.size = data_parallel
+        if global_batch_size % (micro_batch_size * self.size):
             raise UserError(
                 f"training.global_batch_size {global_batch_size} is no multiple of training.micro_batch_size "
-                f"{micro_batch_size} x {size} data-parallel ranks"
+                f"{micro_batch_size} x {self.size} data-parallel ranks"
             )
         self.sets, self.order, self.pipeline = sets, order, pipeline
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.rank, self.size = rank, size
-        self.row_multiple, self.with_pixels = row_multiple, with_pixels
-        self.bad = BadSampleCounts()
-        self._threads = ThreadPoolExecutor(num_workers) if num_workers else None
-        self._ahead: dict[int, Future[PreparedSample]] = {}
+        self.row_multiple, self.with_pixels, self.pin_memory = row_multiple, with_pixels, pin_memory
+        self._counter = RowCounter(
+            pipeline.tokenizer,
+            pipeline.tiling,
+            pipeline.variant,
+            pipeline.tokens_per_tile,
+            pipeline.sequence_length,
+            pipeline.template,
+        )
+        self.packing = packing if packing is not None and packing.enabled else None
+        self.plan: Plan = UnpackedPlan(micro_batch_size, global_batch_size)
+        if self.packing is not None:
+            self.plan = self._make_packed_plan(self.packing, micro_batch_size, global_batch_size)
+        self.bad: list[BadRecord] = []
+        """Bad samples of the step that was drawn last, on this rank."""
+        self.prefetch_samples = prefetch_samples
+        self._pool: WorkerPool | None = None
+        if num_workers:
+            tile_bytes = 3 * pipeline.tiling.tile_size**2
+            room = prefetch_samples * _TILES_OF_A_SAMPLE * tile_bytes if with_pixels else 0
+            self._pool = WorkerPool(sets, pipeline, num_workers, room, with_pixels, cache)
+        self._ahead: deque[tuple[int, ...]] = deque()
+        """Rows that were asked for, as numbers in the pool."""
+        self._rows: Iterator[tuple[int, ...]] = iter(())
+        self._expected: tuple[DataPosition, int] | None = None
+
+    def _make_packed_plan(self, packing: PackingConfig, micro_batch_size: int, global_batch_size: int) -> PackedPlan:
+        if micro_batch_size != 1:
+            raise UserError(
+                f"with data.packing.enabled a micro-batch is one packed row; set training.micro_batch_size=1, "
+                f"not {micro_batch_size}, and let training.global_batch_size count rows"
+            )
+        wanted = TextTokenCounter(self.pipeline.tokenizer, self.pipeline.template, self.pipeline.system).description
+        for shards in self.sets:
+            check_counts(shards.index, shards.location, wanted)
+        return PackedPlan(packing, self.order, [shards.index for shards in self.sets], self._counter, global_batch_size)
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of a step on this rank."""
-        return self.global_batch_size // (self.micro_batch_size * self.size)
+        return self.plan.rows_per_step // self.size
 
-    def step(self, consumed_samples: int) -> Iterator[MicroBatch]:
-        """The micro-batches of this rank for the step that begins at `consumed_samples`."""
-        self._look_ahead(consumed_samples)
-        for micro_batch in range(self.num_micro_batches):
-            yield self._build([self._sample(i) for i in self._positions(consumed_samples, micro_batch)])
+    def after(self, position: DataPosition) -> DataPosition:
+        """Where the step after this one begins."""
+        return self.plan.step(position).after
 
-    def _positions(self, consumed_samples: int, micro_batch: int) -> range:
-        first = consumed_samples + (micro_batch * self.size + self.rank) * self.micro_batch_size
-        return range(first, first + self.micro_batch_size)
+    def step(self, position: DataPosition) -> Iterator[MicroBatch]:
+        """The micro-batches of this rank for the step that begins at `position`.
 
-    def _look_ahead(self, consumed_samples: int) -> None:
-        """Start on this step and the next; forget what another position left behind."""
-        if self._threads is None:
-            return
-        wanted = [
-            i
-            for step in (0, 1)
-            for micro_batch in range(self.num_micro_batches)
-            for i in self._positions(consumed_samples + step * self.global_batch_size, micro_batch)
-        ]
-        self._ahead = {i: future for i, future in self._ahead.items() if i in set(wanted)}
-        for i in wanted:
-            if i not in self._ahead:
-                self._ahead[i] = self._threads.submit(self._prepare, self.order(i))
+        Raises:
+            UserError: a shard cannot be reached or a worker died.
+        """
+        if self._expected != (position, 0):
+            self._start_at(position)
+        self.bad = []
+        for drawn in range(1, self.num_micro_batches + 1):
+            # Noted before the row is drawn, so that a step left half-way is seen as such by the next.
+            self._expected = (position, drawn)
+            yield self._next()
+        self._expected = (self.after(position), 0)
 
-    def _sample(self, i: int) -> PreparedSample:
-        future = self._ahead.pop(i, None)
-        return future.result() if future is not None else self._prepare(self.order(i))
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.close()
 
-    def _prepare(self, sample: SampleId) -> PreparedSample:
-        shards = self.sets[sample.dataset]
-        number = sample.number
-        for _ in range(MOST_REPLACEMENTS):
-            try:
-                try:
-                    raw = shards.read(number)
-                except UserError as error:
-                    raise BadSample("record", str(error)) from error
-                try:
-                    return self.pipeline.prepare(raw)
-                except BadSample as error:
-                    raise BadSample(error.kind, f"sample {raw.key}: {error}") from error
-            except BadSample as error:
-                self.bad.counts[f"{error.kind}/{shards.folder.name}"] += 1
-                logger.warning("skipped number %d of %s: %s", number, shards.folder, error)
-                number = (number + 1) % len(shards)
-        raise UserError(
-            f"{MOST_REPLACEMENTS} bad samples in a row in {shards.folder}, up to number {number}; "
-            "see the warnings above, and build the shards again"
+    def _start_at(self, position: DataPosition) -> None:
+        if self._pool is not None:
+            self._pool.forget([ticket for tickets in self._ahead for ticket in tickets])
+        self._ahead.clear()
+        self._rows = self._rows_from(position)
+
+    def _rows_from(self, position: DataPosition) -> Iterator[tuple[int, ...]]:
+        """This rank's rows, without end."""
+        while True:
+            step = self.plan.step(position)
+            yield from itertools.islice(step.rows, self.rank, None, self.size)
+            position = step.after
+
+    def _next(self) -> MicroBatch:
+        if self._pool is None:
+            samples = self._keep(self._fetch_here(place) for place in next(self._rows))
+            return build_micro_batch(samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory)
+        waiting = sum(len(row) for row in self._ahead)
+        while not self._ahead or waiting < self.prefetch_samples:
+            tickets = self._ask(self._pool, next(self._rows))
+            self._ahead.append(tickets)
+            waiting += max(1, len(tickets))
+        tickets = self._ahead.popleft()
+        samples = self._keep(self._pool.collect(ticket) for ticket in tickets)
+        micro_batch = build_micro_batch(
+            samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory, keep_tiles=False
         )
+        for ticket in tickets:  # only now, since tiles were copied straight from the shared memory
+            self._pool.release(ticket)
+        return micro_batch
 
-    def _build(self, samples: Sequence[PreparedSample]) -> MicroBatch:
-        return build_micro_batch(samples, self.pipeline, self.row_multiple, self.with_pixels)
+    def _ask(self, pool: WorkerPool, places: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of the row's samples in the pool."""
+        tickets = []
+        row_room = 0
+        for place in places:
+            sample = self.order(place)
+            index = self.sets[sample.dataset].index
+            room = self._counter.most_tiles(index, sample.number) if self.with_pixels else 0
+            row_room += room
+            if row_room > pool.most_tiles:
+                room = 0  # the whole row must have room at once; what has none comes through the pipe
+            tickets.append(pool.submit(sample, self._expected_rows(place), room))
+        return tuple(tickets)
+
+    def _fetch_here(self, place: int) -> PreparedSample | BadRecord:
+        return fetch(self.sets, self.pipeline, self.order(place), self._expected_rows(place))
+
+    def _expected_rows(self, place: int) -> int | None:
+        """With packing, the decoder rows that the packed row has room for."""
+        if self.packing is None:
+            return None
+        sample = self.order(place)
+        return int(self._counter.sizes(self.sets[sample.dataset].index, [sample.number]).rows[0])
+
+    def _keep(self, results: Iterator[PreparedSample | BadRecord]) -> list[PreparedSample]:
+        good = []
+        for result in results:
+            if isinstance(result, BadRecord):
+                self.bad.append(result)
+                logger.warning("skipped sample %s of %s: %s", result.key or result.number, result.shard, result.reason)
+            else:
+                good.append(result)
+        return good
 
 
 def build_micro_batch(
-    samples: Sequence[PreparedSample], pipeline: SamplePipeline, row_multiple: int = 1, with_pixels: bool = True
+    samples: Sequence[PreparedSample],
+    pipeline: SamplePipeline,
+    row_multiple: int = 1,
+    with_pixels: bool = True,
+    pin_memory: bool = False,
+    keep_tiles: bool = True,
 ) -> MicroBatch:
-    """Pack prepared samples into one ragged row."""
-    tiles = np.concatenate([sample.tiles for sample in samples])
-    return pack(
-        [sample.rows for sample in samples],
-        torch.from_numpy(tiles if with_pixels else tiles[:0]),
+    """Prepared samples, or none, as one ragged row.
+
+    Args:
+        keep_tiles: the micro-batch may keep the memory of a lone sample's tiles; else they are copied.
+    """
+    size = pipeline.tiling.tile_size
+    number = sum(len(sample.tiles) for sample in samples) if with_pixels else 0
+    if number and len(samples) == 1 and keep_tiles and not pin_memory:
+        tiles = torch.from_numpy(samples[0].tiles)
+    else:
+        tiles = torch.empty((number, 3, size, size), dtype=torch.uint8, pin_memory=pin_memory)
+        if number:
+            np.concatenate([sample.tiles for sample in samples], out=tiles.numpy())
+    micro_batch = pack(
+        [sample.rows for sample in samples] or [_NO_SAMPLE],
+        tiles,
         [sample.key for sample in samples],
         pipeline.tokens_per_tile,
         row_multiple,
         pipeline.variant.needs_cross_attention,
     )
+    return micro_batch.pin() if pin_memory else micro_batch
+
+
+_NO_SAMPLE = AssembledSample(
+    tokens=np.zeros(1, dtype=np.int64),
+    labels=np.full(1, IGNORED_LABEL, dtype=np.int64),
+    loss_mask=np.zeros(1, dtype=np.float32),
+    decoder_vision_index=np.full(1, -1, dtype=np.int64),
+    context_tokens=np.zeros(0, dtype=np.int64),
+    context_vision_index=np.zeros(0, dtype=np.int64),
+    context_intervals=np.zeros((1, 2), dtype=np.int32),
+    num_tiles=0,
+)
+"""Stands in a row whose samples are all bad, so that the row makes the same collectives as any other."""

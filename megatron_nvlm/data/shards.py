@@ -1,159 +1,55 @@
-"""Shards: WebDataset tars with an index beside them, written once and read at random.
+"""Reading shards: any sample of a folder at random, from one read, with its checksum compared.
 
-A folder holds NAME-000000.tar, ..., `index.json` (shards with sizes and hashes, tiling, counts) and `samples.npy` (where
-each sample lies). A sample is KEY.json and its pictures: KEY.0.tile_1.jpg ... KEY.0.thumbnail.jpg for tiles cut in
-advance, KEY.0.jpg (or .png) for a whole image that is tiled when read; a text-only sample is a KEY.json alone.
-Any WebDataset reader reads the tars; this file adds access to sample number i without reading what comes before.
+A folder holds NAME-000000.tar, ... and the index beside them (index.py). A sample is KEY.json and its pictures:
+KEY.0.tile_1.jpg ... KEY.0.thumbnail.jpg for tiles cut in advance, KEY.0.jpg (or .png, .webp) for a whole image that is
+tiled when read; a text-only sample is a KEY.json alone. Any WebDataset reader reads the tars.
 """
 
-import hashlib
-import io
-import json
 import os
-import tarfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+import zlib
+from collections import OrderedDict
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-import numpy as np
-
+from megatron_nvlm.data.cache import CacheConfig, RemoteFolder, StorageError, is_remote
+from megatron_nvlm.data.index import INDEX_FILE, open_index
+from megatron_nvlm.data.records import RawSample, parse_sample
+from megatron_nvlm.data.write_shards import ShardWriter
 from megatron_nvlm.errors import UserError
 
-INDEX_FILE = "index.json"
-SAMPLES_FILE = "samples.npy"
-INDEX_FORMAT = 1
-SAMPLE_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u8"), ("num_tiles", "<u2")])
+__all__ = ["RawSample", "ShardSet", "ShardWriter", "StorageError"]
+
+MOST_OPEN_SHARDS = 64
+"""Files that a reader keeps open; the order of samples reads few shards at a time."""
 
 
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as stored: its key, its JSON, and its pictures by the name behind the key (`0.tile_1.jpg`)."""
-
-    key: str
-    record: dict[str, Any]
-    pictures: dict[str, bytes]
-
-
-class ShardWriter:
-    """Writes samples into shards; the same samples give the same bytes. Use as a context manager.
-
-    Args:
-        folder: created; must not hold shards already.
-        samples_per_shard: a new tar is begun after so many.
-        settings: written into the index, for whoever wonders how the shards were made.
-    """
-
-    def __init__(
-        self, folder: str | Path, name: str = "shard", samples_per_shard: int = 1000, settings: Mapping[str, Any] = {}
-    ) -> None:
-        self.folder = Path(folder)
-        self.name = name
-        self.samples_per_shard = samples_per_shard
-        self.settings = dict(settings)
-        self.rows: list[tuple[int, int, int, int]] = []
-        self.shards: list[dict[str, Any]] = []
-        self._tar: tarfile.TarFile | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / INDEX_FILE).exists():
-            raise UserError(f"{self.folder} already holds shards; write into an empty folder")
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close_shard()
-        if kind is None:  # without an index an unfinished folder is no data set
-            self._write_index()
-
-    def write(self, key: str, record: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
-        """Append a sample; `key` holds no dot and no slash (WebDataset splits names at the first dot)."""
-        if "." in key or "/" in key or not key:
-            raise UserError(f"the sample key {key!r} must hold neither dot nor slash")
-        if self._tar is None or len(self.rows) % self.samples_per_shard == 0:
-            self._open_shard()
-        assert self._tar is not None
-        start = self._tar.offset
-        encoded = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-        self._add(f"{key}.json", encoded)
-        for name, data in pictures.items():
-            self._add(f"{key}.{name}", data)
-        self.rows.append((len(self.shards), start, self._tar.offset - start, len(pictures)))
-
-    def _add(self, name: str, data: bytes) -> None:
-        assert self._tar is not None
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        info.mode = 0o644
-        self._tar.addfile(info, io.BytesIO(data))
-
-    def _open_shard(self) -> None:
-        self._close_shard()
-        self._path = self.folder / f"{self.name}-{len(self.shards):06d}.tar"
-        self._tar = tarfile.open(f"{self._path}.partial", "w:", format=tarfile.PAX_FORMAT)
-
-    def _close_shard(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        self._tar = None
-        partial = Path(f"{self._path}.partial")
-        data = partial.read_bytes()
-        os.replace(partial, self._path)
-        digest = hashlib.sha256(data).hexdigest()
-        self.shards.append({"name": self._path.name, "size": len(data), "sha256": digest})
-
-    def _write_index(self) -> None:
-        np.save(self.folder / SAMPLES_FILE, np.array(self.rows, dtype=SAMPLE_DTYPE))
-        index = {
-            "format": INDEX_FORMAT,
-            "num_samples": len(self.rows),
-            "shards": self.shards,
-            "settings": self.settings,
-        }
-        partial = self.folder / f"{INDEX_FILE}.partial"
-        partial.write_text(json.dumps(index, indent=1) + "\n")
-        os.replace(partial, self.folder / INDEX_FILE)
+PAUSES = (0.1, 0.5, 2.0)
+"""Seconds before a read that failed is tried again."""
 
 
 class ShardSet:
     """Reads any sample of a folder of shards; opening checks that every shard is there and whole.
 
+    Args:
+        folder: or an address that fsspec knows (s3://, http://); its shards are then read by way of a cache.
+        check: look at every shard's size when opening; processes that come second need not.
+
     Raises:
         UserError: the folder has no index, a shard is missing or truncated, or index and shards disagree.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        path = self.folder / INDEX_FILE
-        if not path.is_file():
-            raise UserError(
-                f"{self.folder} is no folder of shards (there is no {INDEX_FILE}); build it again or correct data.train"
-            )
-        try:
-            self.index: dict[str, Any] = json.loads(path.read_text())
-            self.samples = np.load(self.folder / SAMPLES_FILE, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"the index of {self.folder} cannot be read ({error}); build the shards again") from error
-        if len(self.samples) != self.index["num_samples"] or len(self.samples) == 0:
-            raise UserError(
-                f"the index of {self.folder} names {self.index['num_samples']} samples and {SAMPLES_FILE} "
-                f"{len(self.samples)}; build the shards again"
-            )
-        self.shard_paths = [self.folder / shard["name"] for shard in self.index["shards"]]
-        for shard, shard_path in zip(self.index["shards"], self.shard_paths, strict=True):
-            if not shard_path.is_file():
-                raise UserError(f"the shard {shard_path} is missing; copy or build it again")
-            size = shard_path.stat().st_size
-            if size != shard["size"]:
-                raise UserError(
-                    f"the shard {shard_path} has {size} bytes and its index says {shard['size']}: it is truncated or "
-                    "was changed; copy or build it again"
-                )
-        self._files: dict[int, int] = {}
+    def __init__(self, folder: str | Path, check: bool = True, cache: CacheConfig | None = None) -> None:
+        self.location = str(folder)
+        self._remote = RemoteFolder(self.location, cache or CacheConfig()) if is_remote(self.location) else None
+        self.folder = self._remote.folder if self._remote else Path(folder)
+        if self._remote and check:
+            self._remote.fetch_index(INDEX_FILE)
+        self.index = open_index(self.folder)
+        self.samples = self.index.samples
+        if check and not self._remote:
+            for shard in self.index.shards:
+                _check_size(self.folder / shard["name"], int(shard["size"]))
+        self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -162,38 +58,76 @@ class ShardSet:
         """Sample `number`, from one read of its shard.
 
         Raises:
-            UserError: what stands there is no sample.
+            StorageError: the shard cannot be reached.
+            UserError: what stands there is no sample, or not the one that was written.
         """
         row = self.samples[number]
         shard = int(row["shard"])
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shard_paths[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], int(row["size"]), int(row["offset"]))
+        data = self._read(shard, int(row["offset"]), int(row["size"]))
         try:
-            return _parse(data)
-        except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"sample {number} of {self.shard_paths[shard]} cannot be read ({error})") from error
+            if zlib.crc32(data) != int(row["crc32"]):
+                raise UserError("its bytes are not those that were written")
+            return parse_sample(data)
+        except UserError as error:
+            raise UserError(
+                f"sample {number} of {self.folder / self.shard_of(number)} cannot be read ({error})"
+            ) from error
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        """Files of the shards, in order."""
+        return [self.folder / shard["name"] for shard in self.index.shards]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, for counts."""
+        return self.location.rstrip("/").rpartition("/")[2]
+
+    def shard_of(self, number: int) -> str:
+        """File name of the shard that holds a sample."""
+        return str(self.index.shards[int(self.samples[number]["shard"])]["name"])
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / str(self.index.shards[shard]["name"])
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard; a file system that hiccups is asked again."""
+        for pause in (*PAUSES, None):
+            try:
+                data = os.pread(self._open(shard), size, offset)
+                if len(data) == size:
+                    return data
+                reason = f"it ends {size - len(data)} bytes too early"
+            except OSError as error:
+                reason = str(error)
+            if shard in self._files:
+                os.close(self._files.pop(shard))
+            if pause is not None:
+                time.sleep(pause)
+        raise StorageError(
+            f"the shard {self._path(shard)} cannot be read ({reason}); mend it or its file system and start again: "
+            "the run goes on from its last checkpoint"
+        )
+
+    def _open(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= MOST_OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        path, facts = self._path(shard), self.index.shards[shard]
+        if self._remote:
+            path = self._remote.fetch(facts["name"], int(facts["size"]), facts["sha256"])
+        self._files[shard] = os.open(path, os.O_RDONLY)
+        return self._files[shard]
 
 
-def _parse(data: bytes) -> RawSample:
-    """The members of one sample, as bytes of a tar without its end."""
-    key, record = None, None
-    pictures: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            member_key, _, rest = member.name.partition(".")
-            content = tar.extractfile(member)
-            if content is None:
-                continue
-            key = key or member_key
-            if member_key != key:
-                raise UserError(f"samples {key} and {member_key} run into each other; build the shards again")
-            if rest == "json":
-                record = json.load(content)
-            else:
-                pictures[rest] = content.read()
-    if key is None or not isinstance(record, dict):
-        raise UserError(f"the sample {key} has no JSON")
-    return RawSample(key, record, pictures)
+def _check_size(path: Path, expected: int) -> None:
+    if not path.is_file():
+        raise UserError(f"the shard {path} is missing; copy or build it again")
+    size = path.stat().st_size
+    if size != expected:
+        raise UserError(
+            f"the shard {path} has {size} bytes and its index says {expected}: it is truncated or was changed; "
+            "copy or build it again"
+        )

@@ -1,23 +1,23 @@
 """One function per arrow: a stored sample -> pictures -> rows. `SamplePipeline` is all of them, with its settings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
-from megatron_nvlm.data.shards import RawSample
+from megatron_nvlm.data.records import RawSample, is_whole
+from megatron_nvlm.data.row_counts import grid_under_limit, tile_limits
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.pixels import decode_image, to_array
-from megatron_nvlm.image.tile_tags import tile_tags
+from megatron_nvlm.image.pixels import decode_image, write_array
 from megatron_nvlm.image.tiling import Grid, TilingConfig, choose_grid, cut_tiles
 from megatron_nvlm.sequence.assemble import AssembledSample, assemble
-from megatron_nvlm.sequence.image_layout import lay_out_image
+from megatron_nvlm.sequence.image_layout import ImageLayout, lay_out_image
+from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
 from megatron_nvlm.text.conversation import Turn, encode_conversation, read_turns
 from megatron_nvlm.text.tokenizer import Tokenizer
-
-TILE_LADDER = (12, 8, 6, 4, 2, 1)
-"""Limits on tiles that a too long sample tries one by one (the release's loader)."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,30 @@ class PreparedSample:
     source: str
 
 
+AllocateTiles = Callable[[int, int], np.ndarray]
+"""(tiles, pixels along an edge) -> uint8 [tiles, 3, S, S] to be filled."""
+
+
+def new_tiles(tiles: int, tile_size: int) -> np.ndarray:
+    """Memory of this process."""
+    return np.empty((tiles, 3, tile_size, tile_size), dtype=np.uint8)
+
+
 class BadSample(UserError):
     """A sample that cannot be used; `kind` groups such samples in counts."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+@dataclass(frozen=True)
+class _StoredImage:
+    """An image of a sample, by number: whole (decoded), or cut in advance on a grid."""
+
+    number: int
+    picture: Image.Image | None
+    grid: Grid | None
 
 
 @dataclass(frozen=True)
@@ -51,11 +69,12 @@ class SamplePipeline:
     template: str
     system: str | None
 
-    def prepare(self, raw: RawSample, open_answer: bool = False) -> PreparedSample:
+    def prepare(self, raw: RawSample, open_answer: bool = False, allocate: AllocateTiles = new_tiles) -> PreparedSample:
         """Everything in one go.
 
         Args:
             open_answer: leave the last answer out and end where the model is to write it.
+            allocate: gives the memory for the tiles.
 
         Raises:
             BadSample: with the kind of fault: record, image, conversation or too_long.
@@ -64,17 +83,17 @@ class SamplePipeline:
         turns = self._step("conversation", read_turns, raw.record)
         if open_answer and turns[-1].role == "assistant":
             turns = turns[:-1]
-        limits = [self.tiling.max_tiles, *(limit for limit in TILE_LADDER if limit < self.tiling.max_tiles)]
-        for limit in limits:
-            pictures = [self._step("image", self._tiles_of, raw, image, limit) for image in range(images)]
-            rows = self._step("conversation", self._assemble, turns, [grid for grid, _ in pictures], open_answer)
+        stored = [self._step("image", self._open_image, raw, image) for image in range(images)]
+        for limit in tile_limits(self.tiling.max_tiles):
+            grids = [self._step("image", self._choose_grid, image, limit) for image in stored]
+            rows = self._step("conversation", self._assemble, turns, grids, open_answer)
             if len(rows.tokens) <= self.sequence_length:
-                arrays = [to_array(tile) for _, tiles in pictures for tile in tiles]
-                size = self.tiling.tile_size
-                stacked = np.stack(arrays) if arrays else np.zeros((0, 3, size, size), dtype=np.uint8)
-                return PreparedSample(raw.key, rows, stacked, str(raw.record.get("source", "unknown")))
-            if not any(f"{image}.thumbnail.jpg" not in raw.pictures for image in range(images)):
-                break  # no whole image could give up tiles
+                tiles = allocate(sum(grid.num_pictures for grid in grids), self.tiling.tile_size)
+                first = 0
+                for image, grid in zip(stored, grids, strict=True):
+                    self._step("image", self._fill, raw, image, grid, tiles[first : first + grid.num_pictures])
+                    first += grid.num_pictures
+                return PreparedSample(raw.key, rows, tiles, str(raw.record.get("source", "unknown")))
         raise BadSample(
             "too_long", f"it has {len(rows.tokens)} rows, over data.sequence_length of {self.sequence_length}"
         )
@@ -86,18 +105,30 @@ class SamplePipeline:
         except UserError as error:
             raise BadSample(kind, str(error)) from error
 
-    def _tiles_of(self, raw: RawSample, image: int, limit: int) -> tuple[Grid, list[Image.Image]]:
-        """Grid and pictures of one image, cut in advance or now."""
-        whole = [name for name in raw.pictures if name.split(".")[0] == str(image) and name.count(".") == 1]
+    @staticmethod
+    def _open_image(raw: RawSample, image: int) -> "_StoredImage":
+        """The whole picture, decoded, or the grid of tiles cut in advance."""
+        whole = [name for name in raw.pictures if name.split(".")[0] == str(image) and is_whole(name)]
         if whole:
-            picture = decode_image(raw.pictures[whole[0]])
-            grid = choose_grid(*picture.size, limit, self.tiling.tile_size)
-            return grid, cut_tiles(picture, grid, self.tiling.tile_size)
-        grid = stored_grid(raw, image)
+            return _StoredImage(image, decode_image(raw.pictures[whole[0]]), None)
+        return _StoredImage(image, None, stored_grid(raw, image))
+
+    def _choose_grid(self, image: "_StoredImage", limit: int) -> Grid:
+        if image.picture is not None:
+            return choose_grid(*image.picture.size, limit, self.tiling.tile_size)
+        assert image.grid is not None
+        return grid_under_limit(image.grid, limit)
+
+    def _fill(self, raw: RawSample, image: "_StoredImage", grid: Grid, tiles: np.ndarray) -> None:
+        """Pixels of one image, cut now or in advance; tiles [grid's pictures, 3, S, S]."""
+        if image.picture is not None:
+            pictures = cut_tiles(image.picture, grid, self.tiling.tile_size)
+            for place, tile in enumerate(pictures):
+                write_array(tile, tiles[place])
+            return
         names = [f"tile_{number}" for number in range(1, grid.num_tiles + 1)] if grid.num_tiles > 1 else []
-        tiles = []
-        for name in [*names, "thumbnail"]:
-            member = f"{image}.{name}.jpg"
+        for place, name in enumerate([*names, "thumbnail"]):
+            member = f"{image.number}.{name}.jpg"
             if member not in raw.pictures:
                 raise UserError(f"its {member} is missing")
             tile = decode_image(raw.pictures[member])
@@ -106,23 +137,27 @@ class SamplePipeline:
                     f"its {member} has {tile.size[0]}x{tile.size[1]} pixels and tiling.tile_size is "
                     f"{self.tiling.tile_size}; build the shards with that size"
                 )
-            tiles.append(tile)
-        return grid, tiles
+            write_array(tile, tiles[place])
 
     def _assemble(self, turns: list[Turn], grids: list[Grid], open_answer: bool) -> AssembledSample:
-        pieces = encode_conversation(turns, len(grids), self.tokenizer, self.template, self.system, open_answer)
-        layouts = [
-            lay_out_image(
-                [
-                    self.tokenizer.encode(tag)
-                    for tag in tile_tags(grid, self.tiling.tag_format, self.tiling.thumbnail_tag)
-                ],
-                self.variant,
-                self.tokens_per_tile,
-            )
+        images = [
+            _rows_of_image(grid, self.tiling, self.variant, self.tokenizer, self.template, self.tokens_per_tile)
             for grid in grids
         ]
-        return assemble(pieces, layouts)
+        first_tags = [first_tag for first_tag, _ in images]
+        pieces = encode_conversation(
+            turns, len(grids), self.tokenizer, self.template, self.system, open_answer, first_tags=first_tags
+        )
+        return assemble(pieces, [layout for _, layout in images])
+
+
+@lru_cache(maxsize=1024)
+def _rows_of_image(
+    grid: Grid, tiling: TilingConfig, variant: Variant, tokenizer: Tokenizer, template: str, tokens_per_tile: int
+) -> tuple[str, ImageLayout]:
+    """(first tag in the decoder, layout) of an image on this grid; the same for every such image."""
+    tags = encode_tags(grid, tiling, variant, tokenizer, template)
+    return tags.first_in_decoder, lay_out_image(tags.ids, variant, tokens_per_tile)
 
 
 def number_of_images(raw: RawSample) -> int:

@@ -5,7 +5,7 @@ Shapes: s decoder rows, c context rows, t tiles, S pixels along an edge of a til
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,19 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device; copies of pinned memory do not wait."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "MicroBatch":
+        """The same micro-batch in pinned memory."""
+        return self._with_each(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **changed)
 
 
 def pack(

@@ -5,7 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.text.templates import TEMPLATES, Template
 from megatron_nvlm.text.tokenizer import Tokenizer
+
+__all__ = [
+    "DEFAULT_SYSTEM",
+    "IMAGE_PLACEHOLDER",
+    "TEMPLATES",
+    "ImagePiece",
+    "TextPiece",
+    "Turn",
+    "encode_conversation",
+    "find_template",
+    "read_turns",
+]
 
 IMAGE_PLACEHOLDER = "<image>"
 DEFAULT_SYSTEM = "Answer the questions."
@@ -35,23 +48,6 @@ class ImagePiece:
     image_index: int
 
 
-@dataclass(frozen=True)
-class Template:
-    """How turns are spelled. Names in <| |> are special tokens, the rest is text."""
-
-    turn_start: str
-    turn_end: str
-    after_turn: str
-    """Text behind `turn_end`."""
-    before_image: str
-    after_image: str
-
-
-TEMPLATES: dict[str, Template] = {
-    # Megatron-LM's NVLM example: a newline behind <|im_end|>; tags and wrapper tokenised apart (nvlm tag type)
-    "chatml": Template("<|im_start|>", "<|im_end|>", "\n", "<Image>", "</Image>"),
-}
-
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -74,6 +70,13 @@ def read_turns(record: Mapping[str, Any]) -> list[Turn]:
     return turns
 
 
+def find_template(name: str) -> Template:
+    """A row of the table; UserError if there is none of this name."""
+    if name not in TEMPLATES:
+        raise UserError(f"data.template is {name!r}; choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
 def encode_conversation(
     turns: Sequence[Turn],
     num_images: int,
@@ -81,46 +84,54 @@ def encode_conversation(
     template: str = "chatml",
     system: str | None = DEFAULT_SYSTEM,
     open_answer: bool = False,
+    first_tags: Sequence[str] | None = None,
 ) -> list[TextPiece | ImagePiece]:
     """Turns to text and image pieces.
 
     Args:
         num_images: images of the sample; each stands where the text says `<image>`.
-        system: put in front unless the turns begin with a system turn; None for none.
+        template: a name of templates.py.
+        system: put in front unless the turns begin with a system turn or the template takes none; None for none.
         open_answer: end with the start of an assistant's turn, for the model to write on.
+        first_tags: of each image, its first tag in the decoder (sequence/tag_ids.py), for templates that tokenise it with
+            the text before; None where only lengths matter, which it does not change.
 
     Raises:
         UserError: placeholders and images differ in number, or the template is unknown.
     """
-    if template not in TEMPLATES:
-        raise UserError(f"data.template is {template!r}; choose one of {', '.join(TEMPLATES)}")
-    form = TEMPLATES[template]
+    form = find_template(template)
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if placeholders != num_images:
         raise UserError(f"its conversation has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} images")
-    start, end = [tokenizer.special_id(form.turn_start)], [tokenizer.special_id(form.turn_end)]
-    after_turn = tokenizer.encode(form.after_turn)
-    if system is not None and turns and turns[0].role != "system":
+    if system is not None and form.takes_system and turns and turns[0].role != "system":
         turns = [Turn("system", system), *turns]
-    pieces: list[TextPiece | ImagePiece] = []
+    tags = iter(first_tags if first_tags is not None else ["<"] * num_images)
+    pieces: list[TextPiece | ImagePiece] = [TextPiece(_special(form.begin, tokenizer), False)]
     image = 0
     for turn in turns:
+        speech = form.roles[turn.role]
         learned = turn.role == "assistant"
-        header = f"{turn.role}\n"
-        pieces.append(TextPiece(start, False))
+        header = speech.header
+        pieces.append(TextPiece(_special(speech.start, tokenizer), False))
         if learned:  # the header is given, only what follows is written by the model
             pieces.append(TextPiece(tokenizer.encode(header), False))
             header = ""
-        parts = turn.text.split(IMAGE_PLACEHOLDER)
-        for number, part in enumerate(parts):
-            before = form.after_image if number else header
-            behind = form.before_image if number < len(parts) - 1 else ""
-            pieces.append(TextPiece(tokenizer.encode(before + part + behind), learned))
-            if number < len(parts) - 1:
-                pieces.append(ImagePiece(image))
-                image += 1
-        # The newline behind the end is learned too, as in Megatron-LM's example.
-        pieces.append(TextPiece(end + after_turn, learned))
+        *parts, last = turn.text.split(IMAGE_PLACEHOLDER)
+        before = header
+        for part in parts:
+            text = before + part + form.before_image
+            ids = tokenizer.encode_joined(text, next(tags))[0] if form.joins_first_tag else tokenizer.encode(text)
+            pieces += [TextPiece(ids, learned), ImagePiece(image)]
+            image += 1
+            before = form.after_image
+        pieces.append(TextPiece(tokenizer.encode(before + last), learned))
+        pieces.append(TextPiece(_special(speech.end, tokenizer), learned))
+        pieces.append(TextPiece(tokenizer.encode(speech.behind), learned and form.learns_behind))
     if open_answer:
-        pieces.append(TextPiece(start + tokenizer.encode("assistant\n"), False))
+        speech = form.roles["assistant"]
+        pieces.append(TextPiece(_special(speech.start, tokenizer) + tokenizer.encode(speech.header), False))
     return [piece for piece in pieces if isinstance(piece, ImagePiece) or piece.ids]
+
+
+def _special(name: str, tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.special_id(name)] if name else []

@@ -7,6 +7,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_nvlm.errors import UserError
 
+_LONGEST_KEPT, _MOST_KEPT = 32, 4096
+"""Ids of short texts are kept: tags, headers and wrappers come again in every sample."""
+
 
 class Tokenizer:
     """A Hugging Face `tokenizer.json`. Text is only ever text: specials come from `special_id`, never from a string."""
@@ -15,6 +18,11 @@ class Tokenizer:
         self._fast = fast
         # A user's text that spells "<|im_end|>" must not end a turn.
         self._fast.encode_special_tokens = True
+        self._kept: dict[str, list[int]] = {}
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[FastTokenizer]]:
+        """Through __init__, since the library's own pickling forgets what is set there."""
+        return Tokenizer, (self._fast,)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -28,19 +36,35 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; nothing is added."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        return ids
+        if len(text) > _LONGEST_KEPT:
+            return list(self._fast.encode(text, add_special_tokens=False).ids)
+        if text not in self._kept:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[text] = list(self._fast.encode(text, add_special_tokens=False).ids)
+        return list(self._kept[text])
+
+    def encode_joined(self, left: str, right: str) -> tuple[list[int], list[int]]:
+        """Ids of `left + right` as one text, parted where `right` begins; a token that spans both is the left's."""
+        encoded = self._fast.encode(left + right, add_special_tokens=False)
+        starts_left = sum(start < len(left) for start, _ in encoded.offsets)
+        return encoded.ids[:starts_left], encoded.ids[starts_left:]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, specials left out."""
         text: str = self._fast.decode(ids, skip_special_tokens=True)
         return text
 
+    def token_text(self, token: int) -> str:
+        """What one id stands for, to be looked at: specials by their names, bytes that are no text alone as `\ufffd`."""
+        text: str = self._fast.decode([token], skip_special_tokens=False)
+        return text
+
     def special_id(self, name: str) -> int:
         """Id of a special token; UserError if the tokenizer lacks it."""
         found = self._fast.token_to_id(name)
         if found is None:
-            raise UserError(f"the tokenizer has no special token {name}; ChatML needs <|im_start|> and <|im_end|>")
+            raise UserError(f"the tokenizer has no special token {name}, which data.template needs; choose another")
         return int(found)
 
     @property

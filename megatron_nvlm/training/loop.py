@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,11 +12,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_nvlm.checkpoint.save_load import Progress
-from megatron_nvlm.data.loader import MicroBatchLoader
+from megatron_nvlm.data.loader import DataConfig, MicroBatchLoader
+from megatron_nvlm.data.plan import DataPosition
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, total_over_ranks
+from megatron_nvlm.training.sample_files import QUARANTINE_FILE, SampleWriter
 from megatron_nvlm.training.step import run_step
 from megatron_nvlm.training.watchdog import Watchdog
 
@@ -51,7 +54,7 @@ class Trainer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     loader: MicroBatchLoader
-    max_bad_fraction: float
+    data: DataConfig
     save_every_steps: int
 
 
@@ -63,28 +66,43 @@ class Outcome:
     finished: bool
 
 
-def train(trainer: Trainer, start: Progress, writer: MetricsWriter, stop: StopRequest, save) -> Outcome:  # type: ignore[no-untyped-def]
+def train(
+    trainer: Trainer,
+    start: Progress,
+    writer: MetricsWriter,
+    samples: SampleWriter,
+    stop: StopRequest,
+    save: Callable[[Progress], None],
+) -> Outcome:
     """Train from `start` to the last step, or to a request to stop.
 
     Args:
+        samples: writes down which samples were bad and, if asked, which were used.
         save: called with the progress to write a checkpoint.
     """
     with Watchdog(trainer.config.timeout_seconds) as watchdog:
-        return _train(trainer, start, writer, stop, save, watchdog)
+        return _train(trainer, start, writer, samples, stop, save, watchdog)
 
 
-def _train(  # type: ignore[no-untyped-def]
-    trainer: Trainer, start: Progress, writer: MetricsWriter, stop: StopRequest, save, watchdog: Watchdog
+def _train(
+    trainer: Trainer,
+    start: Progress,
+    writer: MetricsWriter,
+    samples: SampleWriter,
+    stop: StopRequest,
+    save: Callable[[Progress], None],
+    watchdog: Watchdog,
 ) -> Outcome:
-    progress = start
+    progress, bad_samples, seen = start, 0, 0
     while progress.step < trainer.config.train_steps:
         began = time.monotonic()
         number = progress.step + 1
         watchdog.beat(number, "reading samples")
         learning_rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer.param_groups else 0.0
+        position = DataPosition(progress.consumed_samples, progress.packs_taken)
         result = run_step(
             trainer.model,
-            trainer.loader.step(progress.consumed_samples),
+            trainer.loader.step(position),
             trainer.loader.num_micro_batches,
             trainer.device,
             trainer.optimizer,
@@ -92,10 +110,14 @@ def _train(  # type: ignore[no-untyped-def]
         )
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
-        totals = total_over_ranks(result, trainer.loader.bad, stop.asked, trainer.bare_model)
-        progress = Progress(number, progress.consumed_samples + trainer.config.global_batch_size)
-        writer.write(_record(progress, totals, learning_rate, time.monotonic() - began))
-        _check(totals, progress, start, trainer.max_bad_fraction)
+        totals = total_over_ranks(result, len(trainer.loader.bad), stop.asked, trainer.bare_model)
+        after = trainer.loader.after(position)
+        progress = Progress(number, after.consumed_samples, after.packs_taken)
+        bad = samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
+        writer.write(_record(progress, totals, bad, learning_rate, time.monotonic() - began, trainer))
+        bad_samples += totals.bad_samples
+        seen += totals.samples + totals.bad_samples
+        _check(totals, progress, bad_samples, seen, trainer.data.max_bad_fraction)
         done = progress.step == trainer.config.train_steps
         if done or totals.stop or progress.step % trainer.save_every_steps == 0:
             watchdog.beat(number, "saving a checkpoint")
@@ -105,13 +127,21 @@ def _train(  # type: ignore[no-untyped-def]
     return Outcome(progress, True)
 
 
-def _record(progress: Progress, totals: StepTotals, learning_rate: float, seconds: float) -> dict[str, object]:
-    return {
+def _record(
+    progress: Progress,
+    totals: StepTotals,
+    bad: dict[str, int],
+    learning_rate: float,
+    seconds: float,
+    trainer: Trainer,
+) -> dict[str, object]:
+    record: dict[str, object] = {
         "step": progress.step,
         "consumed_samples": progress.consumed_samples,
         "loss": totals.loss,
         "learning_rate": learning_rate,
         "grad_norm": totals.grad_norm,
+        "samples": totals.samples,
         "tokens": totals.rows,
         "targets": totals.targets,
         "tiles": totals.tiles,
@@ -120,20 +150,28 @@ def _record(progress: Progress, totals: StepTotals, learning_rate: float, second
         "vision_seconds": totals.vision_seconds,
         "seconds": seconds,
         "bad_samples": totals.bad_samples,
+        "bad": bad,
         "gates": totals.gates,
     }
+    if trainer.data.packing.enabled:
+        room = trainer.config.global_batch_size * trainer.data.sequence_length
+        record["packing_efficiency"] = totals.rows / room
+    return record
 
 
-def _check(totals: StepTotals, progress: Progress, start: Progress, max_bad_fraction: float) -> None:
-    """Stop a run that has gone wrong; all ranks see the same totals."""
+def _check(totals: StepTotals, progress: Progress, bad_samples: int, seen: int, max_bad_fraction: float) -> None:
+    """Stop a run that has gone wrong; all ranks see the same totals.
+
+    Args:
+        bad_samples, seen: since this process began.
+    """
     if totals.loss != totals.loss or totals.loss in (float("inf"), float("-inf")):
         raise UserError(
             f"the loss of step {progress.step} is {totals.loss}; lower optimizer.max_lr or optimizer.clip_grad and go on "
             "from the last checkpoint"
         )
-    seen = progress.consumed_samples - start.consumed_samples
-    if totals.bad_samples > max(max_bad_fraction * seen, 1):
+    if bad_samples > max(max_bad_fraction * seen, 1):
         raise UserError(
-            f"{totals.bad_samples} of {seen} samples were bad, over data.max_bad_fraction of {max_bad_fraction}; "
-            "see the warnings in the log, which name them"
+            f"{bad_samples} of {seen} samples were bad, over data.max_bad_fraction of {max_bad_fraction}; "
+            f"{QUARANTINE_FILE} in the run's folder names them"
         )

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_nvlm.data.loader import BadSampleCounts
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.training.sample_files import open_lines
 from megatron_nvlm.training.step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,6 +37,7 @@ class StepTotals:
     loss: float
     grad_norm: float
     targets: int
+    samples: int
     rows: int
     tiles: int
     tiles_per_rank: float
@@ -50,10 +51,12 @@ class StepTotals:
     gates: dict[str, float]
 
 
-def total_over_ranks(
-    result: StepResult, bad: BadSampleCounts, stop: bool, model: NVLMModel | ModelChunks
-) -> StepTotals:
-    """Sum what each replica did once, in two collectives that every rank joins."""
+def total_over_ranks(result: StepResult, bad_samples: int, stop: bool, model: NVLMModel | ModelChunks) -> StepTotals:
+    """Sum what each replica did once, in two collectives that every rank joins.
+
+    Args:
+        bad_samples: of this rank in this step.
+    """
     first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     counts_data = first_tensor_rank and model.pre_process
     counts_loss = first_tensor_rank and model.post_process
@@ -63,7 +66,8 @@ def total_over_ranks(
         result.num_targets * counts_loss,
         result.rows * counts_data,
         result.tiles * counts_data,
-        bad.total * counts_data,
+        bad_samples * counts_data,
+        sum(map(len, result.keys)) * counts_data,
         float(stop),
         float(result.encoded_tiles),
         float(model.pre_process or chunks_of(model)[0].encodes_ahead),
@@ -76,19 +80,20 @@ def total_over_ranks(
             gates[num_layers + layer] = 1.0
     vector = torch.tensor([*head, *gates], dtype=torch.float64, device=next(model.parameters()).device)
     dist.all_reduce(vector)
-    loss_sum, targets, rows, tiles, bad_samples, stops, encoded, encoders, *all_gates = vector.tolist()
+    loss_sum, targets, rows, tiles, bad, samples, stops, encoded, encoders, *all_gates = vector.tolist()
     most, vision_seconds = _largest(vector, result.encoded_tiles, result.vision_seconds)
     per_rank = encoded / max(encoders, 1)
     return StepTotals(
         loss=loss_sum / max(targets, 1),
         grad_norm=result.grad_norm,
         targets=round(targets),
+        samples=round(samples),
         rows=round(rows),
         tiles=round(tiles),
         tiles_per_rank=per_rank,
         tile_imbalance=most / per_rank if per_rank else 0.0,
         vision_seconds=vision_seconds,
-        bad_samples=round(bad_samples),
+        bad_samples=round(bad),
         stop=stops > 0,
         gates={
             f"layer_{layer}": all_gates[layer] / all_gates[num_layers + layer]
@@ -118,18 +123,7 @@ class MetricsWriter:
         self.train_steps = train_steps
         if not self.active:
             return
-        path = run_dir / METRICS_FILE
-        kept = []
-        if path.exists():
-            # A process killed while it wrote may leave half a line, which is no step either.
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= first_step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._file = open_lines(run_dir / METRICS_FILE, first_step)
         self._board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

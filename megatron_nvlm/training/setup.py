@@ -53,6 +53,10 @@ def make_trainer(
         partition.row_multiple,
         with_pixels=bare.pre_process or partition.vision_placement == "replicated",
         num_workers=data.num_workers,
+        packing=data.packing,
+        prefetch_samples=data.prefetch_samples,
+        pin_memory=device.torch_device.type == "cuda",
+        cache=data.cache,
     )
     return Trainer(
         config=training,
@@ -62,7 +66,7 @@ def make_trainer(
         optimizer=built_optimizer,
         scheduler=scheduler,
         loader=loader,
-        max_bad_fraction=data.max_bad_fraction,
+        data=data,
         save_every_steps=save_every_steps,
     )
 

@@ -31,9 +31,10 @@ class StepResult:
     rows: int
     tiles: int
     """Of this replica."""
-    samples: int
+    keys: tuple[tuple[str, ...], ...]
+    """Of the samples of each micro-batch of this rank."""
     encoded_tiles: int
-    """Of those, by this rank."""
+    """Of the tiles, by this rank."""
     vision_seconds: float
     """In the encoder and, where tiles of the step are shared, until all features are in place."""
 
@@ -112,7 +113,8 @@ def run_step(
         models: the chunks of this rank's stage, as `wrap_model` returns them.
         on_micro_batch: told the names of the samples as each micro-batch begins.
     """
-    rows = tiles = samples = 0
+    rows = tiles = 0
+    keys: list[tuple[str, ...]] = []
     first_chunk: NVLMModel = models[0].module
     vision = None
     work: Iterator[tuple[MicroBatch, Tensor | None]] = ((micro_batch, None) for micro_batch in micro_batches)
@@ -124,13 +126,13 @@ def run_step(
         model.module.config.finalize_model_grads_func = partial(finalize_gradients, vision=vision)
 
     def forward_step(iterator: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
-        nonlocal rows, tiles, samples
+        nonlocal rows, tiles
         micro_batch, features = next(iterator)
         on_micro_batch(micro_batch.keys)
         if module is models[0]:  # every chunk sees the micro-batch
             rows += len(micro_batch.tokens)
             tiles += len(micro_batch.tiles)
-            samples += len(micro_batch.keys)
+            keys.append(micro_batch.keys)
         if vision is not None:  # pixels have done their work
             micro_batch = replace(micro_batch, tiles=micro_batch.tiles[:0])
         micro_batch = micro_batch.to(device)
@@ -159,4 +161,4 @@ def run_step(
         grad_norm = float(norm) if norm is not None else 0.0
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
     encoded_tiles, vision_seconds = first_chunk.vision_clock.take()
-    return StepResult(total[0], total[1], grad_norm, rows, tiles, samples, encoded_tiles, vision_seconds)
+    return StepResult(total[0], total[1], grad_norm, rows, tiles, tuple(keys), encoded_tiles, vision_seconds)

@@ -1,20 +1,16 @@
 """One stored sample to rows: what is bad is said by kind, and sizes from 1x1 to 20000x300 go through."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_nvlm.data.loader import MicroBatchLoader
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.shards import RawSample, ShardSet
+from megatron_nvlm.data.shards import RawSample
 from megatron_nvlm.data.stages import BadSample, SamplePipeline
-from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
-from tests.support.shards import good_samples, picture, record, write_samples
+from tests.support.shards import picture, record
 
 
 @pytest.fixture(scope="module")
@@ -84,44 +80,3 @@ def test_a_long_sample_gives_up_tiles_before_it_is_refused(tokenizer: Tokenizer)
     assert len(make_pipeline(tokenizer, "d", 256).prepare(sample).tiles) == 7
     full = len(make_pipeline(tokenizer, "d", 256).prepare(sample).rows.tokens)
     assert len(make_pipeline(tokenizer, "d", full - 1).prepare(sample).tiles) < 7
-
-
-def make_loader(
-    folder: Path, tokenizer: Tokenizer, replica: tuple[int, int] = (0, 1), threads: int = 0
-) -> MicroBatchLoader:
-    shards = ShardSet(folder)
-    order = BlendedOrder([len(shards)], [1], 1)
-    return MicroBatchLoader([shards], order, make_pipeline(tokenizer), 2, 8, replica, num_workers=threads)
-
-
-def keys_of(loader: MicroBatchLoader, step: int) -> list[str]:
-    return [key for micro_batch in loader.step(8 * step) for key in micro_batch.keys]
-
-
-def test_position_alone_decides_what_comes(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Threads, replicas and what was read before change nothing."""
-    folder = write_samples(tmp_path / "shards", good_samples(24))
-    plain = make_loader(folder, tokenizer)
-    expected = [keys_of(plain, step) for step in range(4)]
-    assert sorted(expected[0] + expected[1] + expected[2]) == [f"sample_{number:04d}" for number in range(24)]
-    threaded = make_loader(folder, tokenizer, threads=2)
-    assert [keys_of(threaded, step) for step in (3, 0, 1, 2)] == [expected[3], *expected[:3]]
-    replicas = [make_loader(folder, tokenizer, (rank, 2)) for rank in range(2)]
-    shared = [keys_of(replica, 1) for replica in replicas]
-    assert sorted(shared[0] + shared[1]) == sorted(expected[1])
-
-
-def test_bad_samples_are_counted_and_replaced_alike_everywhere(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    samples = good_samples(8)
-    samples[5] = (record("?", "2"), {"0.jpg": picture(90, 90, "JPEG")[:600]})
-    folder = write_samples(tmp_path / "shards", samples)
-    loaders = [make_loader(folder, tokenizer, threads=threads) for threads in (0, 2)]
-    keys = [keys_of(loader, 0) for loader in loaders]
-    assert keys[0] == keys[1] and "sample_0005" not in keys[0] and keys[0].count("sample_0006") == 2
-    assert [dict(loader.bad.counts)["image/shards"] for loader in loaders] >= [1, 1]
-
-
-def test_a_set_of_bad_samples_stops_the_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    folder = write_samples(tmp_path / "shards", [(record("?", "2"), {"0.jpg": b"none"})] * 30)
-    with pytest.raises(UserError, match="20 bad samples in a row in .*shards"):
-        keys_of(make_loader(folder, tokenizer), 0)

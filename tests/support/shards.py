@@ -10,7 +10,11 @@ import yaml
 from PIL import Image
 
 from megatron_nvlm.data.shards import ShardWriter
+from megatron_nvlm.image.tiling import Grid, cut_tiles
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
+
+Sample = tuple[dict[str, Any], dict[str, bytes]]
+"""Record and pictures."""
 
 
 def picture(width: int, height: int, kind: str = "PNG", seed: int = 0) -> bytes:
@@ -30,17 +34,35 @@ def record(question: str, answer: str, images: int = 1) -> dict[str, Any]:
     }
 
 
-def write_samples(folder: Path, samples: list[tuple[dict[str, Any], dict[str, bytes]]]) -> Path:
-    """Shards of (record, pictures)."""
-    with ShardWriter(folder, samples_per_shard=8) as writer:
+def cut_sample(*grids: Grid, tile_size: int = 56) -> Sample:
+    """A sample whose images are cut in advance."""
+    pictures = {}
+    for number, grid in enumerate(grids):
+        image = Image.open(io.BytesIO(picture(grid.cols * tile_size, grid.rows * tile_size, seed=number)))
+        regular = range(1, grid.num_tiles + 1) if grid.num_tiles > 1 else ()
+        names = [*(f"tile_{tile}" for tile in regular), "thumbnail"]
+        for name, tile in zip(names, cut_tiles(image, grid, tile_size), strict=True):
+            buffer = io.BytesIO()
+            tile.save(buffer, "JPEG", quality=90)
+            pictures[f"{number}.{name}.jpg"] = buffer.getvalue()
+    content = record("Which?", "this", images=len(grids))
+    content["images"] = [
+        {"width": grid.cols * tile_size, "height": grid.rows * tile_size, "grid": list(grid)} for grid in grids
+    ]
+    return content, pictures
+
+
+def write_samples(folder: Path, samples: list[Sample], key_prefix: str = "sample", **settings: Any) -> Path:
+    """Shards of (record, pictures); `settings` as of ShardWriter."""
+    with ShardWriter(folder, **{"samples_per_shard": 8, **settings}) as writer:
         for number, (content, pictures) in enumerate(samples):
-            writer.write(f"sample_{number:04d}", content, pictures)
+            writer.write(f"{key_prefix}_{number:04d}", content, pictures)
     return folder
 
 
-def good_samples(count: int) -> list[tuple[dict[str, Any], dict[str, bytes]]]:
+def good_samples(count: int) -> list[Sample]:
     """Whole images of several sizes, several images in a sample, text only."""
-    samples: list[tuple[dict[str, Any], dict[str, bytes]]] = []
+    samples: list[Sample] = []
     for number in range(count):
         if number % 4 == 3:
             samples.append((record(f"Say {number}.", str(number), images=0), {}))

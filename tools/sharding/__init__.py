@@ -1,0 +1,1 @@
+"""The parts of tools/build_shards.py and tools/lint_shards.py."""
