@@ -14,7 +14,7 @@ from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups, world_size_from_environment
 from megatron_nvlm.run_parts import make_identity, open_data
 from megatron_nvlm.training import setup
-from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest
+from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest, lock_run, stop_with_launcher
 from megatron_nvlm.training.loop import train
 from megatron_nvlm.training.metrics import MetricsWriter
 from megatron_nvlm.training.sample_files import SampleWriter
@@ -22,19 +22,22 @@ from megatron_nvlm.training.sample_files import SampleWriter
 
 def run_training(run: RunConfig) -> None:
     """Train a run from where it stands: from its last checkpoint if there is one."""
+    stop_with_launcher()
     run_dir = Path(run.run_dir)
     check_run(run, world_size_from_environment())
     check_files(run)
     parts = open_data(run.data, run.tiling, run.model)
     identity = make_identity(run.model, parts.pipeline.tokenizer)
+    # Ranks meet behind this line, so the others wait until rank 0 has the directory, and read `latest` after that.
+    lock = lock_run(run_dir) if global_rank() == 0 else None
+    device = use_device()
+    start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
     checkpoint = save_load.latest_checkpoint(run_dir)
     initial = _initial_weights(run) if checkpoint is None else None
     for path in (checkpoint, initial):
         if path is not None:
             save_load.check_identity(path, identity)
 
-    device = use_device()
-    start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
     setup.prepare_run_dir(run_dir, dump_run(run))
     stop = StopRequest(run_dir)
     trainer = setup.make_trainer(
@@ -74,6 +77,8 @@ def run_training(run: RunConfig) -> None:
     else:
         say(f"stopped after step {outcome.progress.step}, saved; the same command goes on from there")
     stop_groups()
+    if lock is not None:
+        lock.close()
 
 
 def _initial_weights(run: RunConfig) -> Path | None:

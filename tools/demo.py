@@ -18,7 +18,7 @@ import psutil
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.training.faults import FINISHED_FILE
+from megatron_nvlm.training.faults import FINISHED_FILE, stop_with_launcher
 from tools import demo_data
 from tools.demo_report import write_report
 
@@ -65,7 +65,7 @@ def torchrun(ranks: int, module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     # One thread a process: two processes share two cores.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    process = subprocess.Popen([*command, "-m", module, *arguments], env=environment)
+    process = subprocess.Popen([*command, "-m", module, *arguments], env=environment, preexec_fn=stop_with_launcher)
     while True:
         try:
             status = process.wait()
@@ -109,6 +109,8 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="section.key=value of the run file")
     options = parser.parse_args()
+    if psutil.Process().parent().name() == "make":  # killed, it could not tell us
+        stop_with_launcher()
     began, memory = time.monotonic(), MemoryWatch()
     try:
         report = run_demo(options.variant, options.sizes, options.overrides)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
@@ -140,17 +141,16 @@ def save(
         except OSError as cause:
             error = str(cause)
     _agree(error, partial)
+    # Ranks agree before core's own collectives begin: whoever failed alone would answer them with something else.
     try:
-        model_state = model.sharded_state_dict(metadata=_metadata())
-        state = {
-            "model": model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, is_loading=False, metadata=_metadata()),
-            "scheduler": scheduler.state_dict(),
-            "progress": vars(progress),
-        }
+        state = _state_to_save(progress, model, optimizer, scheduler)
+    except Exception as cause:  # core raises many types
+        error = _first_line(cause)
+    _agree(error, partial)
+    try:
         dist_checkpointing.save(state, str(partial))
-    except Exception as cause:  # core raises what its writers met, of many types; all ranks meet it here
-        error = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    except (Exception, CheckpointException) as cause:  # what core's writers met; the latter is no Exception
+        error = _first_line(cause)
     _agree(error, partial)
     if first:
         try:
@@ -163,6 +163,25 @@ def save(
         except OSError as cause:
             error = str(cause)
     _agree(error, partial)
+
+
+def _state_to_save(
+    progress: Progress, model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> dict[str, Any]:
+    model_state = model.sharded_state_dict(metadata=_metadata())
+    state = {"model": model_state, "scheduler": scheduler.state_dict(), "progress": vars(progress)}
+    if _has_parameters(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=_metadata())
+    return state
+
+
+def _has_parameters(optimizer: MegatronOptimizer) -> bool:
+    """Whether anything trains on this rank; a later pipeline stage may be frozen as a whole, and core cannot save that."""
+    return any(group["params"] for group in optimizer.param_groups)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:500]
 
 
 def _agree(error: str, partial: Path) -> None:
@@ -205,19 +224,20 @@ def load(
     path: Path, model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> Progress:
     """Model, optimizer, schedule and position, into any layout."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    trains = _has_parameters(optimizer)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer] if trains else []):
         # Core's distributed optimizer can only receive state that is there; it makes none by itself before a first step.
         prepare = getattr(part, "_init_optimizer_states_with_dummy_values", None)
         if prepare is not None:
             prepare()
     model_state = model.sharded_state_dict(metadata=_metadata())
-    state = {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_metadata()),
-    }
+    state = {"model": model_state}
+    if trains:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_metadata())
     loaded = _load(state, path)
     model.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    if trains:
+        optimizer.load_state_dict(loaded["optimizer"])
     scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made
     scheduler.load_state_dict(loaded["scheduler"])
     return Progress(**loaded["progress"])
@@ -227,9 +247,8 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
         return loaded
-    except Exception as error:  # core raises many types for a damaged folder
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    except (Exception, CheckpointException) as error:  # core raises many types for a damaged folder
         raise UserError(
-            f"the checkpoint {path} cannot be loaded ({reason}); if it is damaged, write the name of another one into "
-            f"{path.parent / LATEST_FILE}"
+            f"the checkpoint {path} cannot be loaded ({_first_line(error)}); if it is damaged, write the name of another "
+            f"one into {path.parent / LATEST_FILE}"
         ) from error

@@ -1,11 +1,26 @@
-"""Being asked to stop: a signal to any rank, or a file `stop` in the run directory; all ranks stop after the same step."""
+"""Being asked to stop: a signal to any rank, or a file `stop` in the run directory; all ranks stop after the same step.
 
+A rank whose launcher has died is asked too, and a run directory has one run at a time: after `kill -9` of the launcher,
+the same command waits for the ranks it left behind and goes on from what they saved.
+"""
+
+import ctypes
+import fcntl
+import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
+
+from megatron_nvlm.errors import UserError
 
 STOP_FILE = "stop"
 FINISHED_FILE = "finished"
+LOCK_FILE = "lock"
+LOCK_PATIENCE_SECONDS = 90
+"""For ranks of an interrupted run to save and end."""
+_PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -25,3 +40,42 @@ class StopRequest:
     def asked(self) -> bool:
         """Whether this rank has seen a signal or the file."""
         return self._signalled or self._stop_file.exists()
+
+
+def stop_with_launcher() -> None:
+    """Have this process get SIGTERM when the process that started it ends (Linux; elsewhere nothing happens)."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (OSError, AttributeError):
+        return
+
+
+def lock_run(run_dir: Path) -> TextIO:
+    """Hold the run directory for this process; the lock goes when the returned file is closed or the process ends.
+
+    Raises:
+        UserError: another run holds it, and still does after `LOCK_PATIENCE_SECONDS`.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / LOCK_FILE).open("a+")
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+        if time.monotonic() - began > LOCK_PATIENCE_SECONDS:
+            raise UserError(
+                f"another run works in {run_dir} (process {holder}); stop it (touch {run_dir / STOP_FILE}) or choose "
+                "another run_dir"
+            )
+        if not told:
+            print(f"waiting for process {holder}, which still works in {run_dir}", flush=True)
+            told = True
+        time.sleep(0.5)
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file

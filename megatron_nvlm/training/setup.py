@@ -12,6 +12,7 @@ from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import DTYPES, Device
 from megatron_nvlm.run_parts import DataParts, make_chunks
+from megatron_nvlm.training.faults import STOP_FILE
 from megatron_nvlm.training.loop import Trainer, TrainingConfig
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.stages import StageConfig, describe, freeze
@@ -93,8 +94,9 @@ def _report(model: ModelChunks, trainable: tuple[str, ...], partition: Partition
 
 
 def prepare_run_dir(run_dir: Path, resolved: str) -> None:
-    """Create the run's folder and write its resolved configuration; every rank calls it."""
+    """Create the run's folder, write its resolved configuration, forget an old request to stop; every rank calls it."""
     if dist.get_rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(resolved)
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
     dist.barrier()

@@ -1,12 +1,12 @@
 """Whole runs by the real command: repeated, interrupted and resumed, continued from weights, refused."""
 
 import json
-import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_nvlm.checkpoint.save_load import LATEST_FILE
@@ -45,9 +45,18 @@ def test_one_seed_gives_the_same_numbers_digit_for_digit(run_file: Path, uninter
     assert losses(again)[-1][1] < losses(again)[0][1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, "stop file"], ids=str)
+HOW = {
+    "SIGINT": lambda launcher, ranks, run_dir: launcher.send_signal(signal.SIGINT),
+    "SIGTERM": lambda launcher, ranks, run_dir: launcher.send_signal(signal.SIGTERM),
+    "launcher killed": lambda launcher, ranks, run_dir: launcher.kill(),
+    "everything killed": lambda launcher, ranks, run_dir: [process.kill() for process in [launcher, *ranks]],
+    "stop file": lambda launcher, ranks, run_dir: (run_dir / "stop").touch(),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_an_interrupted_run_ends_as_if_nothing_had_been(
-    run_file: Path, uninterrupted: Path, tmp_path: Path, how: signal.Signals | str
+    run_file: Path, uninterrupted: Path, tmp_path: Path, how: str
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = ["--config", str(run_file), f"run_dir={run_dir}", TENSOR_PARALLEL]
@@ -56,17 +65,15 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
     while time.monotonic() < deadline and not _has_steps(run_dir, 5):
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)
-    if isinstance(how, str):
-        (run_dir / "stop").touch()
-    else:
-        os.killpg(process.pid, how)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    HOW[how](process, ranks, run_dir)
     process.wait(timeout=120)
+    psutil.wait_procs(ranks, timeout=120)  # a rank ends with its launcher, by itself
     reached = len(losses_of_complete_lines(run_dir))
     assert 5 <= reached < STEPS, "it was interrupted too late to prove anything"
     latest = int((run_dir / "checkpoints" / LATEST_FILE).read_text().removeprefix("step_"))
-    if how is not signal.SIGKILL:
+    if how == "stop file":  # a launcher that is told to end kills ranks that take longer than 30 s
         assert latest == reached, "a run that is asked to stop saves where it is"
-    (run_dir / "stop").unlink(missing_ok=True)
     done = launch(TRAIN, 2, *arguments)
     assert f"going on from step {latest}" in done.stdout
     assert losses(run_dir) == losses(uninterrupted)
@@ -143,19 +150,19 @@ def test_only_what_the_stage_names_trains(run_file: Path, tmp_path: Path) -> Non
 
 def test_projector_alone_trains_in_a_pipeline_whose_later_stage_has_nothing(run_file: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "pretrain_d"
-    launch(
-        TRAIN,
-        2,
+    arguments = [
         "--config",
         str(run_file),
         f"run_dir={run_dir}",
         "model.variant=d",
         "stage={name: pretrain, trainable: null}",
-        "training.train_steps=3",
         "parallelism.pipeline_model_parallel_size=2",
-    )
+        "optimizer.decay_steps=12",
+    ]
+    launch(TRAIN, 2, *arguments, "training.train_steps=3")
+    assert "going on from step 3" in launch(TRAIN, 2, *arguments, "training.train_steps=4").stdout
     rows = losses(run_dir)
-    assert len(rows) == 3 and rows[-1][2] > 0
+    assert len(rows) == 4 and rows[-1][2] > 0
 
 
 def test_a_checkpoint_of_another_variant_is_refused(run_file: Path, uninterrupted: Path) -> None:
