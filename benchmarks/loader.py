@@ -62,7 +62,7 @@ def build_shards(folder: Path, samples: int) -> None:
     """Cut tiles of crops of photographs."""
     rng = random.Random(1)
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
-    with ShardWriter(folder, samples_per_shard=64, settings={"tile_size": TILE_SIZE}) as writer:
+    with ShardWriter(folder, samples_per_shard=max(4, samples // 8), settings={"tile_size": TILE_SIZE}) as writer:
         for number in range(samples):
             photograph = rng.choice(photographs)
             width, height = rng.randint(200, 640), rng.randint(140, 427)
@@ -189,10 +189,11 @@ def measure_resume(folder: Path, pipeline: SamplePipeline, real: ShardSet) -> fl
     order = BlendedOrder([[per_shard] * shards], [1], 1)
     for place in range(ROWS_PER_STEP * 2):
         number = order(start + place).number
-        source = real.samples[place].copy()
+        stored = place % real.index.shard_sizes[0]
+        source = real.samples[stored].copy()
         source["first_image"], source["shard"] = place, number // per_shard
         maps[SAMPLES_FILE][number] = source
-        maps[IMAGES_FILE][place] = real.index.images[place]
+        maps[IMAGES_FILE][place] = real.index.images[stored]  # one image a sample
     del maps
     name = real.shard_paths[0].name
     os.symlink(real.shard_paths[0].resolve(), folder / name)

@@ -220,15 +220,17 @@ class Builder:
             max(1, min(num_processes, len(todo))), context, _start_worker, (self, counter, os.getpid())
         )
         with bar, pool:
-            running = {pool.submit(_work, block) for block in todo}
+            blocks = {pool.submit(_work, block): block for block in todo}
+            running = set(blocks)
+            rejected = self._count_rejects()
             try:
                 while running:
                     finished, running = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
                     for future in finished:
                         future.result()
+                        rejected += len(self._read_part(blocks[future])["rejects"])
                     bar.update(counter.value - bar.n)
-                    if finished:
-                        self._check_rejects()
+                    self._check_rejects(rejected)
             except BrokenExecutor as error:
                 raise UserError(
                     "a process of the build was killed, by lack of memory perhaps; the same command goes on, with fewer "
@@ -238,15 +240,21 @@ class Builder:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
+    def _read_part(self, block: int) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self._part(block, "json").read_text())
+        return facts
+
     def _read_parts(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for block in range(self.num_blocks):
             if self._part(block, "json").is_file():
-                yield block, json.loads(self._part(block, "json").read_text())
+                yield block, self._read_part(block)
 
-    def _check_rejects(self) -> None:
-        """Stop as soon as the rate over the whole input must be too high."""
+    def _count_rejects(self) -> int:
         faults = sum(len(source.faults) for source in self.inputs)
-        rejected = faults + sum(len(part["rejects"]) for _, part in self._read_parts())
+        return faults + sum(len(part["rejects"]) for _, part in self._read_parts())
+
+    def _check_rejects(self, rejected: int) -> None:
+        """Stop as soon as the rate over the whole input must be too high."""
         if rejected > self.settings.max_reject_rate * self.num_inputs:
             self._write_rejects()
             raise UserError(
@@ -264,7 +272,7 @@ class Builder:
     # ---- the end
 
     def _finish(self) -> dict[str, Any]:
-        self._check_rejects()
+        self._check_rejects(self._count_rejects())
         rejects = self._write_rejects()
         rows = [ShardRows.load(self._part(block, "npz")) for block, part in self._read_parts() if part["samples"]]
         text = self.count_text.description if self.count_text else None

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tarfile
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class JsonLines:
         if not path.is_file():
             raise UserError(f"there is no file {path}; correct --jsonl")
         self.path, self.images, self.faults = path, images or path.parent, list[str]()
-        starts, lines, digest, offset = [], [], hashlib.sha256(), 0
+        starts, lines, digest, offset = array("q"), array("q"), hashlib.sha256(), 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -75,7 +76,7 @@ class JsonLines:
                     lines.append(number)
                 digest.update(line)
                 offset += len(line)
-        self.starts, self.lines = np.array(starts, dtype=np.int64), np.array(lines, dtype=np.int64)
+        self.starts, self.lines = np.array(starts), np.array(lines)
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
