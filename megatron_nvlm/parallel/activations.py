@@ -36,8 +36,6 @@ class ActivationBytes:
     """From its forward to its backward pass."""
     working: int
     """For a moment, at most: a recomputed layer, the logits, or tiles in the encoder."""
-    of_step: int = 0
-    """Kept once for all micro-batches of a step: features of tiles that were encoded ahead."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +77,19 @@ class ActivationModel:
             kept = chunk.layers * layer + chunk.cross_attention_layers * cross
         if self.sizes.variant.needs_cross_attention:
             kept += work.context_rows * language.hidden_size * self.dtype.itemsize // self._shard
-        of_step = 0
         if chunk.has_encoder:
             kept += 0 if self._ahead else self._encoder(self._tiles_of_a_rank(work))
             working = max(working, self._encoder_working(work))
         if chunk.has_projector:
             kept += self._projector(work)
-            if self._ahead:  # with their gradient, if they have one; twice for a moment, as they come together
-                features = self._features(work) * self.micro_batches
-                of_step = features * (1 + self._trains("vision_model"))
-                working = max(working, features)
+            if self._ahead:  # a round's tiles of all ranks come together here, and then wait in the host's memory
+                working = max(working, self._features(self._tiles_at_once(work) * self._ranks))
         if chunk.has_output:
             kept += self._norm(work.rows * language.hidden_size, self._shard, self._trains("language_model"))
             columns = work.rows * (language.vocab_size // self._tensor)
             kept += 4 * columns  # softmax in float32
             working = max(working, (self.dtype.itemsize + 8) * columns)
-        return ActivationBytes(kept, working, of_step)
+        return ActivationBytes(kept, working)
 
     @property
     def _ahead(self) -> bool:
@@ -144,15 +139,22 @@ class ActivationModel:
         if self.sizes.variant.projector == "linear":
             return tokens * size * (inputs * trains + language.hidden_size)
         inner = (1 + trains) * language.ffn_hidden_size // self._tensor
-        # LayerNorm keeps its input as it is, in both backends; what was encoded ahead is counted with the step.
-        inputs -= inputs // (1 + trains) if self._ahead else 0
+        # LayerNorm keeps its input as it is, in both backends.
         return tokens * size * (inputs * (1 + trains) + inner + language.hidden_size)
 
     def _tiles_of_a_rank(self, work: Work) -> int:
         """Of a micro-batch; of a step, where they are encoded ahead."""
         if self._ahead:
-            return -(-work.tiles * self.micro_batches // (self._tensor * self.partition.pipeline_model_parallel_size))
+            return -(-work.tiles * self.micro_batches // self._ranks)
         return work.tiles if self._split_encoder else -(-work.tiles // self._tensor)
+
+    def _tiles_at_once(self, work: Work) -> int:
+        return min(self._tiles_of_a_rank(work), self.partition.vision_tiles_at_once)
+
+    @property
+    def _ranks(self) -> int:
+        """Of a model replica."""
+        return self._tensor * self.partition.pipeline_model_parallel_size
 
     @property
     def _split_encoder(self) -> bool:
@@ -172,18 +174,18 @@ class ActivationModel:
         others = size * (2 * width + 4 * heads + rows * 2 * vision.ffn_hidden_size // ranks)
         return vision.num_layers * (norms + others)
 
-    def _features(self, work: Work) -> int:
-        """Of the tiles of a micro-batch, as they leave the encoder."""
+    def _features(self, tiles: int) -> int:
+        """Of so many tiles, as they leave the encoder."""
         vision = self.sizes.vision
-        return self.dtype.itemsize * work.tiles * vision.patches_per_tile * vision.hidden_size
+        return self.dtype.itemsize * tiles * vision.patches_per_tile * vision.hidden_size
 
     def _encoder_working(self, work: Work) -> int:
         """Tiles that pass the encoder at once, and the features of a micro-batch before and behind pixel shuffle."""
         vision, size = self.sizes.vision, self.dtype.itemsize
-        tiles = min(self._tiles_of_a_rank(work), self.partition.vision_tiles_at_once)
+        tiles = self._tiles_at_once(work)
         rows = tiles * (vision.patches_per_tile + 1)
         layer = size * rows * (2 * vision.hidden_size + max(4 * vision.hidden_size, 2 * vision.ffn_hidden_size))
-        return layer + (self._encoder(tiles) if self._ahead else 2 * self._features(work))
+        return layer + (self._encoder(tiles) if self._ahead else 2 * self._features(work.tiles))
 
 
 def micro_batches_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> float:

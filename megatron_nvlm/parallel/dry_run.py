@@ -240,7 +240,7 @@ def _stage_report(plan: Plan, backend: str, work: Work, ranks: Sequence[BuiltRan
         parameters=sum(parameter.numel for parameter in fullest.parameters),
         trainable_parameters=sum(parameter.numel for parameter in fullest.parameters if parameter.trains),
         state=largest_state_bytes(fullest, plan.dtype, plan.replicas, partition.use_distributed_optimizer),
-        activations=round(in_flight * sum(chunk.kept for chunk in counted)) + sum(chunk.of_step for chunk in counted),
+        activations=round(in_flight * sum(chunk.kept for chunk in counted)),
         working=max(chunk.working for chunk in counted),
         payload_bytes=_payload_bytes(plan, work) if stage < stages - 1 or len(names) > 1 else 0,
     )
