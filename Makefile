@@ -1,5 +1,5 @@
 # make demo [VARIANT=d|x|h]   train on two CPU cores, evaluate, write report.html
-# make test                   the tests that every change must pass
+# make test                   the tests that every change must pass; make test-all (nightly) has the slow ones too
 VARIANT ?= h
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ VENV := .venv
 .PHONY: help demo test test-all lint format clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile; echo 'make test-all | lint | format | clean'
+	@sed -n '1,2s/^# //p' Makefile; echo 'make lint | format | clean'
 
 # torch comes first and by exact version: a plain resolve takes a build with gigabytes of CUDA libraries
 $(VENV)/installed: setup.py requirements-ci.txt
