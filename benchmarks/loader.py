@@ -1,8 +1,9 @@
 """How fast data arrives: a bare decode loop, plain webdataset, Megatron-Energon (if installed) and ours, on the same shards.
 
-`python -m benchmarks.loader [--samples 256] [--seconds 10] [--out FILE.json]`
+`python -m benchmarks.loader [--samples 256 | --shards DIR] [--seconds 10] [--out FILE.json]`
 
-The shards are made for the run: crops of scikit-learn's photographs in many shapes, cut in tiles of 448 pixels. Each form
+The shards are made for the run: crops of scikit-learn's photographs in many shapes, cut in tiles of 448 pixels; or they are
+those of `tools/demo_material.py --shards`. Each form
 runs alone, for the given time, after it has warmed up; all in one call, so that they meet the same machine. Every form but
 the bare loop yields the same thing: packed uint8 tiles and token rows of micro-batches. Processor time is printed beside
 the rate, since a shared machine moves the clock and not the work.
@@ -248,7 +249,8 @@ def measure_order() -> tuple[float, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=256, help="samples to make for the run")
+    parser.add_argument("--shards", type=Path, help="measure on this set of tiles of 448 pixels instead (docs/data.md)")
     parser.add_argument("--seconds", type=float, default=10, help="of each form")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
@@ -256,8 +258,9 @@ def main() -> None:
     microseconds, _ = measure_order()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_shards(folder / "shards", options.samples)
-        shards, pipeline = ShardSet(folder / "shards"), make_pipeline()
+        if options.shards is None:
+            build_shards(folder / "shards", options.samples)
+        shards, pipeline = ShardSet(options.shards or folder / "shards"), make_pipeline()
         resume = measure_resume(folder / "synthetic", pipeline, shards)
         results = [measure("bare decode", 0, bare(shards), options.seconds)]
         for workers in (0, 1, 2):

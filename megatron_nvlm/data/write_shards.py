@@ -85,6 +85,7 @@ def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardR
                     starts.append(member.offset)
                     previous = key
             end = tar.offset
+            check_tar_end(path, end)
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a tar ({error}); copy or build it again") from error
     rows = _Rows(count_text)
@@ -98,6 +99,18 @@ def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardR
                 raise UserError(f"the sample at byte {start} of {path} cannot be read ({error})") from error
             rows.add(sample, start, stop - start, zlib.crc32(data))
     return rows.finish(path.name, path.stat().st_size, hash_file(path))
+
+
+def check_tar_end(tar: Path, offset: int) -> None:
+    """Python's reader takes a broken or cut-off header behind the first for the end; the real end is a block of zeros.
+
+    Raises:
+        tarfile.ReadError: there is no such block.
+    """
+    with tar.open("rb") as file:
+        file.seek(offset)
+        if file.read(512) != bytes(512):
+            raise tarfile.ReadError(f"neither a member nor the end mark stands at byte {offset}")
 
 
 def index_folder(

@@ -1,6 +1,8 @@
 """The index: what it says of a sample is what reading the sample gives, and what is wrong with it is said."""
 
 import json
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,17 @@ def test_equal_keys_are_refused_within_a_shard_and_over_shards(tmp_path: Path) -
     ):
         writer.write("same", {}, {})
         writer.write("same", {}, {})
+
+
+@pytest.mark.parametrize("cut", [100, 512 + 100])
+def test_a_tar_that_ends_in_a_header_or_before_its_end_mark_is_refused(tmp_path: Path, cut: int) -> None:
+    folder = write_samples(tmp_path / "shards", good_samples(8))
+    path = next(folder.glob("*.tar"))
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    os.truncate(path, last.offset + cut)
+    with pytest.raises(UserError, match="cannot be read as a tar"):
+        index_shard(path)
 
 
 def test_a_shard_ends_at_its_size(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_nvlm.data.write_shards import check_tar_end
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
 from tools.sharding.forms import image_paths
@@ -159,7 +160,7 @@ class WebDatasetShards:
                     start = spans.pop()[0] if key == previous else member.offset
                     spans.append((start, end - start))
                     previous = key
-                check_end(tar, members.offset)
+                check_tar_end(tar, members.offset)
         except (OSError, tarfile.TarError, EOFError) as error:
             self.faults.append(f"{tar} is broken or cut off behind {len(spans)} samples ({error})")
             size = tar.stat().st_size
@@ -191,18 +192,6 @@ class WebDatasetShards:
         if tiles and whole:
             raise UserError("it holds both tiles and whole images")
         return InputSample(content, [pictures[name] for name in whole], tiles)
-
-
-def check_end(tar: Path, offset: int) -> None:
-    """Python's reader takes a broken or cut-off header behind the first for the end; the real end is a block of zeros.
-
-    Raises:
-        tarfile.ReadError: there is no such block.
-    """
-    with tar.open("rb") as file:
-        file.seek(offset)
-        if file.read(512) != bytes(512):
-            raise tarfile.ReadError(f"neither a member nor the end mark stands at byte {offset}")
 
 
 def split_name(name: str) -> tuple[str, str]:

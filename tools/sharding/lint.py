@@ -17,10 +17,11 @@ from megatron_nvlm.data.index import INDEX_FILE, UNKNOWN_TOKENS, Index, hash_fil
 from megatron_nvlm.data.records import RawSample, check_key, describe_images, is_whole, parse_sample
 from megatron_nvlm.data.row_counts import TextTokenCounter
 from megatron_nvlm.data.stages import number_of_images, stored_grid
+from megatron_nvlm.data.write_shards import check_tar_end
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import check_image_size, decode_image
 from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, read_turns
-from tools.sharding.inputs import IMAGE_SUFFIXES, check_end, split_name
+from tools.sharding.inputs import IMAGE_SUFFIXES, split_name
 from tools.sharding.samples import tile_names
 
 
@@ -268,7 +269,7 @@ def lint_plain_shard(path: Path, check: Check) -> Findings:
                 elif not member.isdir():
                     look.fault("member", f"{member.name} is neither file nor folder")
             look.finish_sample()
-            check_end(path, tar.offset)
+            check_tar_end(path, tar.offset)
     except (OSError, tarfile.TarError, EOFError) as error:
         look.fault("unreadable", f"it is broken or cut off behind {look.found.num_samples} samples ({error})")
     if not look.found.keys and not look.found.faults:
