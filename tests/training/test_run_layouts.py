@@ -43,15 +43,3 @@ def test_a_checkpoint_passes_between_chunks_and_placements(one_rank: tuple[Path,
     for row in rows[3:]:  # every tile on both
         assert row["tiles_per_rank"] == row["tiles"]
         assert row["tile_imbalance"] == 1
-
-
-def test_a_message_that_is_too_short_says_by_how_much(one_rank: tuple[Path, list[float]], tmp_path: Path) -> None:
-    path, _ = one_rank
-    short = keys(*VIRTUAL, "payload_vision_tokens=4")
-    sizes = ["data.sequence_length=64", "model.max_sequence_length=64", "data.max_bad_fraction=1"]
-    done = launch(TRAIN, 2, "--config", str(path), f"run_dir={tmp_path}", *short, *sizes, check=False)
-    assert done.returncode != 0
-    assert (
-        "rows more than the 132 that virtual pipeline stages send; raise parallelism.payload_vision_tokens"
-        in done.stderr
-    )
