@@ -10,6 +10,7 @@ the rate, since a shared machine moves the clock and not the work.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -172,7 +173,11 @@ def _processes() -> list[psutil.Process]:
 
 
 def _cpu_seconds() -> float:
-    return sum(sum(process.cpu_times()[:2]) for process in _processes())
+    total = 0.0
+    for process in _processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker of the form before may end just now
+            total += sum(process.cpu_times()[:2])
+    return total
 
 
 def measure_resume(folder: Path, pipeline: SamplePipeline, real: ShardSet) -> float:
