@@ -66,6 +66,9 @@ def lock_run(run_dir: Path) -> TextIO:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
+        except OSError as error:  # some network file systems have no locks
+            print(f"{run_dir} cannot be locked ({error}); see to it that no other run works in it", flush=True)
+            return file
         if time.monotonic() - began > LOCK_PATIENCE_SECONDS:
             raise UserError(
                 f"another run works in {run_dir} (process {holder}); stop it (touch {run_dir / STOP_FILE}) or choose "
