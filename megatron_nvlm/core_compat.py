@@ -6,12 +6,18 @@ Each patch says where core needs it; none changes what core computes.
 """
 
 import contextlib
+import ctypes
+import multiprocessing
+import signal
 from collections.abc import Callable, Mapping
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+PR_SET_PDEATHSIG = 1
+"""Linux's prctl: which signal this process gets when its parent dies."""
 _CPU = torch.device("cpu")
 _installed_mode: TorchFunctionMode | None = None
 
@@ -80,6 +86,32 @@ def run_core_on_cpu() -> None:
     core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     _installed_mode = CudaNamesToCpu()
     _installed_mode.__enter__()
+
+
+def _deaf_and_not_alone() -> None:
+    """In the process that core keeps for its saves: no request to stop is for it, and it ends with its rank (Linux)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def keep_checkpoint_process() -> None:
+    """Start the process through which core's checkpoint writers report, before core does at its first save.
+
+    torchrun signals the whole process group of a rank that is to stop: started by core, the process dies of it, and the save
+    that was asked for fails with BrokenPipeError; and it outlives a rank that is killed. A test interrupts a run after a
+    save and fails without this.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", True) is not None:
+        return  # it is there already, or this release of core has none
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(initializer=_deaf_and_not_alone)
+    patched: Any = filesystem_async
+    patched._results_queue = manager.Queue()
+    patched._nvlm_manager = manager  # it shuts down when nobody holds it
 
 
 def mend_distributed_optimizer() -> None:

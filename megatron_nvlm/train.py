@@ -9,12 +9,18 @@ from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_files, check_run
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.entry import global_rank, say, user_errors_end_the_process
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups, world_size_from_environment
 from megatron_nvlm.run_parts import make_identity, open_data
 from megatron_nvlm.training import setup
-from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest, lock_run, stop_with_launcher
+from megatron_nvlm.training.faults import (
+    FINISHED_FILE,
+    StopRequest,
+    lock_run,
+    stop_with_launcher,
+)
 from megatron_nvlm.training.loop import train
 from megatron_nvlm.training.metrics import MetricsWriter
 from megatron_nvlm.training.sample_files import SampleWriter
@@ -39,6 +45,7 @@ def run_training(run: RunConfig) -> None:
             save_load.check_identity(path, identity)
 
     setup.prepare_run_dir(run_dir, dump_run(run))
+    keep_checkpoint_process()
     stop = StopRequest(run_dir)
     trainer = setup.make_trainer(
         run.model,

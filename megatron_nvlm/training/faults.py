@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from megatron_nvlm.core_compat import PR_SET_PDEATHSIG
 from megatron_nvlm.errors import UserError
 
 STOP_FILE = "stop"
@@ -20,7 +21,6 @@ FINISHED_FILE = "finished"
 LOCK_FILE = "lock"
 LOCK_PATIENCE_SECONDS = 90
 """For ranks of an interrupted run to save and end."""
-_PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -45,7 +45,7 @@ class StopRequest:
 def stop_with_launcher() -> None:
     """Have this process get SIGTERM when the process that started it ends (Linux; elsewhere nothing happens)."""
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):
         return
 
