@@ -214,8 +214,9 @@ def test_killed_at_random_moments_and_repeated(material: Path, tokenizer: Path) 
             break
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        if (out / "manifest.json").exists():  # its work was done when the signal came
+            break
         killed += 1
-        assert not (out / "manifest.json").exists()
     assert killed >= 4
     assert files_of(out) == files_of(material / "undisturbed" / "set")
 
