@@ -198,7 +198,7 @@ def test_killed_at_random_moments_and_repeated(material: Path, tokenizer: Path) 
     """SIGKILL to the builder alone, as an out-of-memory killer sends it; another number of processes goes on."""
     line = json.dumps({"image": "11.png", "caption": "again"})
     with (material / "data.jsonl").open("a") as file:
-        file.write(f"\n{line}" * 150)
+        file.write(f"\n{line}" * 250)
     reference = start(material, material / "undisturbed" / "set", tokenizer, 2)
     assert reference.wait(120) == 0
     out, moments, killed = material / "killed" / "set", random.Random(5), 0
