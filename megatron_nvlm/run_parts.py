@@ -1,6 +1,7 @@
 """From sections of a run to its parts, for training and inference alike. Users' mistakes end here, before work begins."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import DTYPES
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
 from megatron_nvlm.text.tokenizer import Tokenizer
+
+Built = TypeVar("Built", NVLMModel, ModelChunks)
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,7 @@ def make_model(
 ) -> NVLMModel:
     """This rank's stage with new weights."""
     built = build_model(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
-    mark_splits(built)
-    initialise(built, seed)
-    return built
+    return _with_new_weights(built, seed)
 
 
 def make_chunks(
@@ -92,6 +93,10 @@ def make_chunks(
 ) -> ModelChunks:
     """All that this rank holds, with new weights: for training, where a stage may be several chunks."""
     built = build_chunks(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
+    return _with_new_weights(built, seed)
+
+
+def _with_new_weights(built: Built, seed: int) -> Built:
     mark_splits(built)
     initialise(built, seed)
     return built

@@ -15,12 +15,7 @@ from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups, world_size_from_environment
 from megatron_nvlm.run_parts import make_identity, open_data
 from megatron_nvlm.training import setup
-from megatron_nvlm.training.faults import (
-    FINISHED_FILE,
-    StopRequest,
-    lock_run,
-    stop_with_launcher,
-)
+from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest, lock_run, stop_with_launcher
 from megatron_nvlm.training.loop import train
 from megatron_nvlm.training.metrics import MetricsWriter
 from megatron_nvlm.training.sample_files import SampleWriter
