@@ -51,7 +51,9 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     if not config_file.is_file():
         raise UserError(f"{run_dir} is no run: it holds no config.yaml; name the run_dir of a training")
     run = load_run(config_file, overrides)
-    whole_depth = dataclasses.replace(run.parallelism, pipeline_model_parallel_size=1)
+    whole_depth = dataclasses.replace(
+        run.parallelism, pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=1, pipeline_layout=None
+    )
     # The batch is of no interest here, and ranks may be fewer than in training.
     world_size = world_size_from_environment()
     training = dataclasses.replace(run.training, micro_batch_size=1, global_batch_size=world_size)
