@@ -17,6 +17,7 @@ from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.initialise import initialise, mark_splits
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS, name_of
 from megatron_nvlm.parallel.device import DTYPES
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -77,7 +78,9 @@ def make_pipeline(data: DataConfig, tiling: TilingConfig, model: ModelConfig, to
 
 def make_identity(model: ModelConfig, tokenizer: Tokenizer) -> Identity:
     """What a checkpoint of this run is of."""
-    return Identity(model.variant, model.language, model.vision, tokenizer.fingerprint)
+    parts = find_parts(model)
+    language, vision = name_of(LANGUAGE_PRESETS, parts.language), name_of(VISION_PRESETS, parts.vision)
+    return Identity(model.variant, language, vision, tokenizer.fingerprint)
 
 
 def make_model(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron_nvlm.models.backends import Backend, get_backend
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.head_padding import HeadPadding, pad_heads
+from megatron_nvlm.models.hf_config import language_preset_of, vision_preset_of
 from megatron_nvlm.models.intern_vit import Holder, InternViTModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
 from megatron_nvlm.models.nvlm_model import NVLMModel
@@ -49,9 +51,9 @@ class ModelConfig:
     variant: str
     """d, x or h."""
     language: str
-    """A name of LANGUAGE_PRESETS."""
+    """A name of LANGUAGE_PRESETS, or a Hugging Face folder whose config.json gives the sizes."""
     vision: str
-    """A name of VISION_PRESETS."""
+    """A name of VISION_PRESETS, or a Hugging Face folder whose config.json gives the sizes."""
     backend: str = "local"
     """local (PyTorch, CPU or GPU) or te (Transformer Engine, GPU)."""
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
@@ -63,6 +65,12 @@ class ModelConfig:
     """Activations computed again in the backward pass: none, selective (core attention), full (each layer)."""
     max_sequence_length: int = 4096
     """Longest sample in decoder rows."""
+    weights: str | None = None
+    """Hugging Face folder of a whole NVLM that a new run starts with; null for new weights."""
+    language_weights: str | None = None
+    """Hugging Face folder of the language model that a new run starts with."""
+    vision_weights: str | None = None
+    """Hugging Face folder of the vision model that a new run starts with."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,12 @@ def find_parts(config: ModelConfig) -> ModelParts:
         raise UserError(f"model.recompute is {config.recompute!r}; choose one of {', '.join(RECOMPUTE)}")
     return ModelParts(
         VARIANTS[config.variant],
-        find_preset(LANGUAGE_PRESETS, config.language, "model.language"),
-        find_preset(VISION_PRESETS, config.vision, "model.vision"),
+        language_preset_of(Path(config.language))
+        if Path(config.language).is_dir()
+        else find_preset(LANGUAGE_PRESETS, config.language, "model.language"),
+        vision_preset_of(Path(config.vision))
+        if Path(config.vision).is_dir()
+        else find_preset(VISION_PRESETS, config.vision, "model.vision"),
     )
 
 
