@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_nvlm.checkpoint.hf_models import nvlm_d_rows
+from megatron_nvlm.checkpoint.hf_models import nvlm_rows
 from megatron_nvlm.checkpoint.load_weights import load_weights
 from megatron_nvlm.checkpoint.weight_map import convert
 from megatron_nvlm.models import presets
 from megatron_nvlm.models.build import ModelConfig, build_model
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.partition import PartitionConfig
@@ -28,11 +29,13 @@ from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
 from megatron_nvlm.sequence.assemble import IGNORED_LABEL
 from megatron_nvlm.sequence.micro_batch import MicroBatch
+from megatron_nvlm.sequence.variants import NVLM_D
 from megatron_nvlm.training.step import loss_function
 
 IMAGE_TOKEN = 990
 LANGUAGE = LanguagePreset(4, 128, 352, 4, 2, 1024, 1_000_000, qkv_bias=True)
 VISION = VisionPreset(3, 64, 160, 4, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56)
+ROWS = nvlm_rows(NVLM_D, LANGUAGE, VISION, CrossAttentionConfig())
 ABSOLUTE, LOSS, RELATIVE = 5e-5, 1e-5, 1e-4
 
 
@@ -60,7 +63,7 @@ def model(folder: Path, world_of_one: Device, monkeypatch: pytest.MonkeyPatch) -
         torch.float32,
         world_of_one.torch_device,
     )
-    load_weights(built, convert(nvlm_d_rows(LANGUAGE, VISION), read_weights(folder)))
+    load_weights(built, convert(ROWS, read_weights(folder)))
     yield built
 
 
@@ -127,7 +130,7 @@ def test_every_gradient(model: NVLMModel, folder: Path) -> None:
     loss.backward()
     stored = load_file(folder / "grads_case1.safetensors")
     stored.pop("__input__.pixel_values")
-    expected = convert(nvlm_d_rows(LANGUAGE, VISION), stored)
+    expected = convert(ROWS, stored)
     for name, parameter in named_parameters(model):
         assert parameter.grad is not None
         assert (parameter.grad - expected[name]).norm() <= RELATIVE * expected[name].norm(), name
@@ -138,7 +141,7 @@ def test_where_each_epsilon_stands(model: NVLMModel, folder: Path) -> None:
     weights = read_weights(folder)
     for name in json.loads((folder / "eps_probe.json").read_text())["scaled_tensors"]:
         weights[name] = weights[name] * 1e-3
-    load_weights(model, convert(nvlm_d_rows(LANGUAGE, VISION), weights))
+    load_weights(model, convert(ROWS, weights))
     expected = load_file(folder / "eps_probe_outputs.safetensors")
     loss, logits, features = run_case(model, load_file(folder / "inputs.safetensors"), "case1")
     torch.testing.assert_close(logits, expected["logits"][0], rtol=0, atol=ABSOLUTE)
@@ -159,7 +162,7 @@ def test_a_wrong_epsilon_would_be_seen(folder: Path, world_of_one: Device, monke
         torch.float32,
         world_of_one.torch_device,
     )
-    load_weights(model, convert(nvlm_d_rows(LANGUAGE, VISION), read_weights(folder)))
+    load_weights(model, convert(ROWS, read_weights(folder)))
     outputs = load_file(folder / "outputs.safetensors")
     _, logits, _ = run_case(model, load_file(folder / "inputs.safetensors"), "case1")
     assert (logits - outputs["case1.logits"][0]).abs().max() > ABSOLUTE
