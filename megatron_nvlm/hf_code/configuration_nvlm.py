@@ -160,7 +160,8 @@ class NVLMConfig(PretrainedConfig):
                 f"cross_attention is {'missing' if cross is None else 'given'} and this is NVLM-{self.variant.upper()}: "
                 "NVLM-X and NVLM-H have it, NVLM-D has none"
             )
-        sections = [("llm_config", vars(self.llm_config), _LANGUAGE_KEYS)]
+        sections: list[tuple[str, dict[str, Any], tuple[str, ...]]] = []
+        sections.append(("llm_config", vars(self.llm_config), _LANGUAGE_KEYS))
         sections.append(("vision_config", vars(self.vision_config), _VISION_KEYS))
         if cross is not None:
             sections.append(("cross_attention", cross, _CROSS_KEYS))

@@ -80,7 +80,9 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.groups * self.head, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head, hidden, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, is_causal: bool, cache: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, is_causal: bool, cache: Any
+    ) -> Tensor:
         """[b, r, h] -> [b, r, h]; keys and values join those of the cache."""
         query = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head)).transpose(1, 2), *turn)
         key = rotate(self.k_proj(x).unflatten(-1, (self.groups, self.head)).transpose(1, 2), *turn)

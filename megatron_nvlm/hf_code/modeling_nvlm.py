@@ -7,16 +7,16 @@
 
 Inputs, as the processor makes them (training's rows, token for token):
 
-| name                   | shape         | what                                                                              |
-|------------------------|---------------|-----------------------------------------------------------------------------------|
-| `input_ids`            | [b, r]        | ids; anything where a vision token stands                                         |
-| `attention_mask`       | [b, r]        | 0 for padding; on the left for `generate`                                         |
-| `pixel_values`         | [t, 3, S, S]  | normalised tiles of all samples in order, each image's thumbnail last             |
-| `num_tiles`            | [b]           | tiles of each sample, thumbnails included                                         |
-| `vision_index`         | [b, r]        | number in its sample of the vision token that stands here; -1 for text (D, H)     |
-| `context_input_ids`    | [b, c]        | ids of tags in the context (X, H)                                                 |
-| `context_vision_index` | [b, c]        | number in its sample of the vision token that stands here; -1 for tags (X, H)     |
-| `context_intervals`    | [b, r, 2]     | range [start, end) of context rows that a row sees (X, H)                         |
+| name                   | shape         | what                                                                          |
+|------------------------|---------------|-------------------------------------------------------------------------------|
+| `input_ids`            | [b, r]        | ids; anything where a vision token stands                                     |
+| `attention_mask`       | [b, r]        | 0 for padding; on the left for `generate`                                     |
+| `pixel_values`         | [t, 3, S, S]  | normalised tiles of all samples in order, each image's thumbnail last         |
+| `num_tiles`            | [b]           | tiles of each sample, thumbnails included                                     |
+| `vision_index`         | [b, r]        | number in its sample of the vision token that stands here; -1 for text (D, H) |
+| `context_input_ids`    | [b, c]        | ids of tags in the context (X, H)                                             |
+| `context_vision_index` | [b, c]        | number in its sample of the vision token that stands here; -1 for tags (X, H) |
+| `context_intervals`    | [b, r, 2]     | range [start, end) of context rows that a row sees (X, H)                     |
 
 Text alone needs `input_ids` only. Without `vision_index`, vision tokens go where `input_ids` is `img_context_token_id`, as
 in NVLM-D's release.
@@ -51,7 +51,7 @@ class NVLMOutput(CausalLMOutputWithPast):
 class NVLMModel(PreTrainedModel, GenerationMixin):
     """What the three variants share; use the class of a variant."""
 
-    config_class = NVLMConfig
+    config_class: type[NVLMConfig] = NVLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     _no_split_modules = ["DecoderLayer", "VisionLayer"]  # noqa: RUF012
@@ -83,12 +83,10 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         deviation = getattr(self.config.llm_config, "initializer_range", 0.02)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=deviation)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            self._zero_bias(module)
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            self._zero_bias(module)
         elif isinstance(module, VisionEmbeddings):
             nn.init.normal_(module.class_embedding)
             nn.init.normal_(module.position_embedding)
@@ -97,6 +95,11 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
                 nn.init.constant_(scale, getattr(self.config.vision_config, "initializer_factor", 0.1))
         elif isinstance(module, CrossAttention):
             nn.init.zeros_(module.gate)
+
+    @staticmethod
+    def _zero_bias(module: nn.Module) -> None:
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(bias)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of tokens."""
@@ -167,7 +170,9 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = DynamicCache()
         if getattr(cache, "is_compileable", False):
-            raise ValueError("NVLM generates with a cache that grows; leave cache_implementation out or set it to dynamic")
+            raise ValueError(
+                "NVLM generates with a cache that grows; leave cache_implementation out or set it to dynamic"
+            )
         rows_before = 0 if cache is None else int(cache.get_seq_length())
         here = slice(rows_before, rows_before + input_ids.shape[1])
         if attention_mask is not None and attention_mask.shape != (len(input_ids), here.stop):
@@ -176,16 +181,18 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
                 f"{[len(input_ids), here.stop]}"
             )
         if pixel_values is not None:
-            images = dict(pixel_values=pixel_values, num_tiles=num_tiles, image_flags=image_flags)
-            images |= dict(vision_index=vision_index, context_vision_index=context_vision_index)
-            vision_tokens, vision_index = self.encode_images(input_ids, **images)
+            vision_tokens, vision_index = self.encode_images(
+                input_ids, pixel_values, num_tiles, image_flags, vision_index, context_vision_index
+            )
         hidden = self._embed(input_ids, vision_tokens, None if vision_index is None else vision_index[:, here])
         context = None
         if self.config.variant != "d" and context_intervals is not None:
             embeddings = None
-            if not context_key_values:
+            if context_key_values:
+                num_rows = context_key_values[0][0].shape[2]
+            else:
                 embeddings = self._embed_context(context_input_ids, vision_tokens, context_vision_index)
-            num_rows = embeddings.shape[1] if embeddings is not None else context_key_values[0][0].shape[2]
+                num_rows = embeddings.shape[1]
             context = Context.of(embeddings, context_intervals[:, here], num_rows) if num_rows else None
         positions = _positions(attention_mask, here, input_ids) if position_ids is None else position_ids
         states, kept = self.language_model.model(hidden, positions, attention_mask, cache, context, context_key_values)
@@ -305,7 +312,9 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         mask = kwargs.get("attention_mask")
         if mask is not None and bool((mask[:, -1] == 0).any()):
-            raise ValueError("prompts are padded on the right; generate needs padding on the left, as the processor does it")
+            raise ValueError(
+                "prompts are padded on the right; generate needs padding on the left, as the processor does it"
+            )
         images = {name: kwargs.pop(name, None) for name in _IMAGE_INPUTS}
         if images["pixel_values"] is not None and input_ids is not None:
             kwargs["vision_tokens"], kwargs["vision_index"] = self.encode_images(input_ids, **images)

@@ -53,12 +53,12 @@ class VisionAttention(nn.Module):
         inner = self.heads * head
         self.qkv = nn.Linear(vision.hidden_size, 3 * inner, bias=bool(getattr(vision, "qkv_bias", False)))
         self.proj = nn.Linear(inner, vision.hidden_size)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
         if getattr(vision, "qk_normalization", False):
             # The mean runs over the real heads' channels; padding heads are zero and add nothing to the sum.
             self.q_norm = RMSNorm(inner, vision.layer_norm_eps, vision.hidden_size)
             self.k_norm = RMSNorm(inner, vision.layer_norm_eps, vision.hidden_size)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, p, v] -> [t, p, v]."""
