@@ -134,13 +134,16 @@ class NVLMConfig(PretrainedConfig):
             heads.append(("cross_attention", *(self.cross_attention[key] for key in _CROSS_KEYS[1:])))
             self._check_layers(self.cross_attention["layers"])
         for section, queries, groups in heads:
-            if language.hidden_size % queries or queries % groups:
+            if queries % groups:
                 raise ValueError(
-                    f"{section}: num_attention_heads {queries} must divide hidden_size {language.hidden_size} and be a "
-                    f"multiple of num_key_value_heads {groups}"
+                    f"{section}: num_attention_heads {queries} must be a multiple of num_key_value_heads {groups}"
                 )
-        if vision.hidden_size % vision.num_attention_heads:
-            raise ValueError("vision_config: hidden_size must be a multiple of num_attention_heads")
+        for section, part in (("llm_config", language), ("vision_config", vision)):
+            if part.hidden_size % part.num_attention_heads:
+                raise ValueError(
+                    f"{section}: hidden_size {part.hidden_size} must be a multiple of num_attention_heads "
+                    f"{part.num_attention_heads}"
+                )
         if vision.norm_type not in ("rms_norm", "layer_norm"):
             raise ValueError(f"vision_config.norm_type is {vision.norm_type!r}; it must be rms_norm or layer_norm")
         if self.tile_size != vision.image_size or self.tile_size % (2 * vision.patch_size):

@@ -100,7 +100,7 @@ class CrossAttention(nn.Module):
         cross, language = config.cross_attention or {}, config.llm_config
         self.heads, self.groups = cross["num_attention_heads"], cross["num_key_value_heads"]
         hidden = language.hidden_size
-        self.head = hidden // self.heads
+        self.head = hidden // language.num_attention_heads  # self-attention's, however many heads there are here
         self.q_proj = nn.Linear(hidden, self.heads * self.head, bias=False)
         self.k_proj = nn.Linear(hidden, self.groups * self.head, bias=False)
         self.v_proj = nn.Linear(hidden, self.groups * self.head, bias=False)
