@@ -90,6 +90,8 @@ def write_companions(
     if tag_format not in TAG_FORMATS:
         raise UserError(f"tiling.tag_format is {tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
     tokenizer = Tokenizer.load(tokenizer_file)
+    for name in {form.begin, *(mark for speech in form.roles.values() for mark in (speech.start, speech.end))} - {""}:
+        tokenizer.special_id(name)
     end_id = tokenizer.special_id(form.turn_end)
     vocabulary = _read_vocabulary(tokenizer_file)
     padding = next((token for token in _PADDING_TOKENS if token in vocabulary), form.turn_end)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_nvlm.checkpoint.hf_files import image_context_token_id, write_companions
+from megatron_nvlm.data.records import RawSample
 from megatron_nvlm.data.stages import PreparedSample
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf_code.processing_nvlm import NVLMProcessor
@@ -151,8 +152,6 @@ def test_images_of_every_kind_are_read_as_in_training(tmp_path: Path) -> None:
 
 
 def _with_image(prompt: Prompt, data: bytes) -> PreparedSample:
-    from megatron_nvlm.data.records import RawSample
-
     record = {"conversation": prompt.messages, "images": [{}]}
     return pipeline_of("d").prepare(RawSample("prompt", record, {"0.img": data}), open_answer=True)
 
