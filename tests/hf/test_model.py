@@ -197,3 +197,62 @@ def test_float32(world_of_one: Device, tmp_path: Path, variant: str) -> None:
     """The same within the tolerance where both round."""
     pair = make_pair(tmp_path / "folder", tiny_config(variant), world_of_one, torch.float32)
     test_logits(pair, "ragged batch", "left")
+
+
+def test_inputs_that_do_not_fit_are_refused_with_a_sentence(pair: Pair) -> None:
+    prompts = [PROMPTS["two images"], PROMPTS["text only"]]
+    inputs, right = pair.inputs(prompts), pair.inputs(prompts, padding_side="right")
+    few = {**inputs, "pixel_values": inputs["pixel_values"][:-1]}
+    swapped = {**inputs, "num_tiles": inputs["num_tiles"].flip(0)}
+    short = {**inputs, "attention_mask": inputs["attention_mask"][:, 1:]}
+    bad: list[tuple[Any, dict[str, Any], str]] = [
+        (pair.theirs, few, "give num_tiles as the folder's processor does"),
+        (pair.theirs.generate, few, "give num_tiles as the folder's processor does"),
+        (pair.theirs, swapped, "an index names vision tokens that its sample does not have"),
+        (pair.theirs, short, "attention_mask has shape"),
+        (pair.theirs, {**inputs, "labels": inputs["input_ids"][:, 1:]}, "labels have shape"),
+        (pair.theirs.generate, right, "padded on the right"),
+        (pair.theirs.generate, {**inputs, "cache_implementation": "static"}, "a cache that grows"),
+    ]
+    if pair.variant != "d":
+        bare = {name: inputs[name] for name in ("input_ids", "pixel_values", "num_tiles", "vision_index")}
+        bad.append((pair.theirs, bare, "needs context_input_ids, context_vision_index and context_intervals"))
+        without = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        bad.append((pair.theirs, without, "context_intervals needs"))
+    if pair.variant != "x":
+        unsaid = {name: value for name, value in inputs.items() if name != "vision_index"}
+        bad.append((pair.theirs, unsaid, "where vision tokens stand is not said"))
+    for function, arguments, words in bad:
+        with pytest.raises(ValueError, match=words) as caught:
+            function(**arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_placeholder_says_the_places_as_well(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the release has it: no vision_index, but the id that stands where vision tokens go."""
+    inputs = pair.inputs([PROMPTS["two images"], PROMPTS["text only"], PROMPTS["two turns"]])
+    monkeypatch.setattr(pair.theirs, "img_context_token_id", pair.processor.img_context_token_id)
+    without = {name: value for name, value in inputs.items() if name != "vision_index"}
+    if pair.variant == "d":
+        del without["num_tiles"]
+    with torch.no_grad():
+        assert torch.equal(pair.theirs(**inputs).logits, pair.theirs(**without).logits)
+
+
+def test_a_conversation_goes_on_with_the_cache(pair: Pair) -> None:
+    """generate with the cache of the turn before gives what it gives without."""
+    first = pair.inputs([PROMPTS["one tile"]])
+    once = pair.theirs.generate(
+        **first, max_new_tokens=3, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+    )
+    more = torch.cat([once["sequences"], torch.tensor([[11, 12]])], dim=1)
+    added = more.shape[1] - first["input_ids"].shape[1]
+    grown = {**first, "input_ids": more, "attention_mask": torch.ones_like(more)}
+    grown["vision_index"] = torch.nn.functional.pad(first["vision_index"], (0, added), value=-1)
+    if pair.variant != "d":
+        last = first["context_intervals"][:, -1:].expand(-1, added, -1)
+        grown["context_intervals"] = torch.cat([first["context_intervals"], last], dim=1)
+    options: dict[str, Any] = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    expected = pair.theirs.generate(**grown, **options)
+    cache = once["cache"] if "cache" in once else once["past_key_values"]
+    assert torch.equal(pair.theirs.generate(**grown, cache=cache, **options), expected)
