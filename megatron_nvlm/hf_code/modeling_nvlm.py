@@ -315,6 +315,9 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "prompts are padded on the right; generate needs padding on the left, as the processor does it"
             )
+        for name in ("cache", "past_key_values"):
+            if name in kwargs:
+                kwargs[_CACHE] = kwargs.pop(name)
         images = {name: kwargs.pop(name, None) for name in _IMAGE_INPUTS}
         if images["pixel_values"] is not None and input_ids is not None:
             kwargs["vision_tokens"], kwargs["vision_index"] = self.encode_images(input_ids, **images)
