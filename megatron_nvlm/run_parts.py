@@ -78,11 +78,11 @@ def make_pipeline(data: DataConfig, tiling: TilingConfig, model: ModelConfig, to
     )
 
 
-def make_identity(model: ModelConfig, tokenizer: Tokenizer) -> Identity:
-    """What a checkpoint of this run is of."""
+def make_identity(model: ModelConfig, tokenizer: Tokenizer | None) -> Identity:
+    """What a checkpoint of this run is of; weights that came without a tokenizer are of none."""
     parts = find_parts(model)
     language, vision = name_of(LANGUAGE_PRESETS, parts.language), name_of(VISION_PRESETS, parts.vision)
-    return Identity(model.variant, language, vision, tokenizer.fingerprint)
+    return Identity(model.variant, language, vision, tokenizer.fingerprint if tokenizer else "")
 
 
 def make_model(
