@@ -65,6 +65,13 @@ def image_context_token_id(tokenizer_file: Path, vocab_size: int) -> int | None:
     return unused if unused < vocab_size else None
 
 
+def write_code(folder: Path) -> None:
+    """The model's code, which needs torch and transformers alone."""
+    for name in CODE_FILES:
+        with as_file(files("megatron_nvlm.hf_code") / name) as source:
+            shutil.copyfile(source, folder / name)
+
+
 def write_companions(
     folder: Path,
     config: dict[str, Any],
@@ -99,9 +106,7 @@ def write_companions(
     if place_id is None:
         place_id = image_context_token_id(tokenizer_file, config["llm_config"]["vocab_size"])
     jinja = chat_template(form, system)
-    for name in CODE_FILES:
-        with as_file(files("megatron_nvlm.hf_code") / name) as source:
-            shutil.copyfile(source, folder / name)
+    write_code(folder)
     if tokenizer_file.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(jinja)

@@ -207,7 +207,9 @@ def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [t, 3, S, S] -> ImageNet-normalised pixels of `dtype` (the release's transform)."""
+    """uint8 [t, 3, S, S] -> ImageNet-normalised pixels of `dtype` (the release's transform); floats are such already."""
+    if tiles.is_floating_point():
+        return tiles.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     mean = torch.tensor(IMAGENET_MEAN, dtype=wide, device=tiles.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, dtype=wide, device=tiles.device).view(3, 1, 1)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.checkpoint.convert import Done, export_source, write_export
-from megatron_nvlm.checkpoint.hf_files import auto_map, image_context_token_id, write_companions
+from megatron_nvlm.checkpoint.hf_files import auto_map, image_context_token_id, write_code, write_companions
 from megatron_nvlm.checkpoint.tensor_source import TensorSource
 from megatron_nvlm.checkpoint.torch_dist_files import CheckpointWeights
 from megatron_nvlm.config.load import load_run
@@ -49,10 +49,8 @@ def export_folder(
         UserError: with what is wrong and how to mend it. CensusError: names or shapes that do not match.
     """
     run, checkpoint = open_run(path, overrides)
-    tokenizer = Path(run.data.tokenizer)
-    if not tokenizer.is_file():
-        raise UserError(f"there is no tokenizer at {tokenizer}; give data.tokenizer=FILE behind the options")
-    save_load.check_identity(checkpoint, make_identity(run.model, Tokenizer.load(tokenizer)))
+    tokenizer = _find_tokenizer(run, checkpoint)
+    save_load.check_identity(checkpoint, make_identity(run.model, Tokenizer.load(tokenizer) if tokenizer else None))
     ours = CheckpointWeights(checkpoint)
     source = export_source(run.model, ours, describe_our_model(run.model), dtype, str(checkpoint))
     types = {str(info.dtype).removeprefix("torch.") for info in source.infos.values()}
@@ -61,6 +59,9 @@ def export_folder(
     def write_others(folder: Path) -> None:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         tiling, data = run.tiling, run.data
+        if tokenizer is None:
+            write_code(folder)
+            return
         write_companions(
             folder,
             config,
@@ -76,14 +77,27 @@ def export_folder(
     mark = {"checkpoint": str(checkpoint.resolve()), "identity": identity, "dtype": str(dtype), "bytes": most_bytes}
     write_export(out, source, write_others, {**mark, "model": _plain(run)}, progress(source), most_bytes)
     count = sum(info.parameters for info in source.infos.values())
-    return f"{out}: NVLM-{run.model.variant.upper()}, {len(source.infos)} tensors, {count:,} numbers"
+    missing = (
+        "" if tokenizer else "; without tokenizer and processor, since the weights came without: give data.tokenizer="
+    )
+    return f"{out}: NVLM-{run.model.variant.upper()}, {len(source.infos)} tensors, {count:,} numbers{missing}"
+
+
+def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
+    """The run's tokenizer; None if its weights were imported without one."""
+    path = Path(run.data.tokenizer)
+    if path.is_file():
+        return path
+    if save_load.read_identity(checkpoint).tokenizer:
+        raise UserError(f"there is no tokenizer at {path}; give data.tokenizer=FILE behind the options")
+    return None
 
 
 def _plain(run: RunConfig) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(run.model)))
 
 
-def _config(run: RunConfig, tokenizer: Path, dtype: str) -> dict[str, Any]:
+def _config(run: RunConfig, tokenizer: Path | None, dtype: str) -> dict[str, Any]:
     parts = find_parts(run.model)
     config = describe_folder(
         parts.variant,
@@ -97,5 +111,5 @@ def _config(run: RunConfig, tokenizer: Path, dtype: str) -> dict[str, Any]:
         dtype,
     )
     config["auto_map"] = auto_map(run.model.variant)
-    place = image_context_token_id(tokenizer, parts.language.vocab_size)
+    place = image_context_token_id(tokenizer, parts.language.vocab_size) if tokenizer else None
     return config if place is None else {**config, "img_context_token_id": place}
