@@ -4,6 +4,7 @@ Each begins with a census of both sides, and writes into a folder whose name beg
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from torch import Tensor
 from megatron_nvlm.checkpoint.hf_folders import check_shapes, open_folders, refuse_missing_parts
 from megatron_nvlm.checkpoint.hf_models import nvlm_rows
 from megatron_nvlm.checkpoint.safetensors_files import file_names, plan_files, write_file, write_index
-from megatron_nvlm.checkpoint.tensor_source import Joined, Made, TensorInfo, TensorSource
+from megatron_nvlm.checkpoint.tensor_source import FirstRows, Joined, Made, TensorInfo, TensorSource
 from megatron_nvlm.checkpoint.torch_dist_files import write_checkpoint
 from megatron_nvlm.checkpoint.weight_map import Row, check_our_names
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.build import ModelConfig, find_parts
 from megatron_nvlm.models.initialise import Spread, keeps_first_value, new_weight
+from megatron_nvlm.models.sharding import VOCABULARY_SPLITS
 
 MARK_FILE = "conversion.json"
 Done = Callable[[int], object]
@@ -125,9 +127,18 @@ def export_source(
     """A checkpoint's weights under the names of a Hugging Face folder; CensusError unless it is of that model."""
     parts = find_parts(model)
     rows = nvlm_rows(parts.variant, parts.language, parts.vision, model.cross_attention)
+    vocabulary = parts.language.vocab_size
+    filled_up = {name: vocabulary for name, info in ours.infos.items() if is_filled_up(name, info, vocabulary)}
+    ours = FirstRows(ours, filled_up)
     theirs = AsTheirs(rows, ours, where)
     check_shapes(ours.infos, described.infos, where)
     return _Cast(theirs, dtype) if dtype else theirs
+
+
+def is_filled_up(name: str, info: TensorInfo, vocabulary: int) -> bool:
+    """Whether a checkpoint's embedding or output layer has zeros behind the vocabulary, for ranks that do not divide it."""
+    by_id = any(re.fullmatch(pattern, name) for pattern, _ in VOCABULARY_SPLITS)
+    return by_id and vocabulary < info.shape[0] < 2 * vocabulary
 
 
 def write_export(

@@ -83,6 +83,22 @@ class Made:
         return self._make(name)
 
 
+class FirstRows:
+    """A source of which some tensors have more rows than are wanted: zeros that fill a vocabulary up."""
+
+    def __init__(self, source: TensorSource, wanted: dict[str, int]) -> None:
+        self._source, self._wanted = source, wanted
+        self.infos = {
+            name: TensorInfo((wanted[name], *info.shape[1:]), info.dtype) if name in wanted else info
+            for name, info in source.infos.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, cut."""
+        tensor = self._source.read(name)
+        return tensor[: self._wanted[name]] if name in self._wanted else tensor
+
+
 class Joined:
     """Several sources that have no name in common."""
 

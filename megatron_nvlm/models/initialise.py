@@ -31,7 +31,8 @@ def named_parameters(model: NVLMModel | ModelChunks) -> Iterator[tuple[str, torc
 
 def split_of(name: str, model: NVLMModel | ModelChunks) -> Split | None:
     """How this model splits the parameter of that name over its tensor-parallel ranks."""
-    return find_split(name, chunks_of(model)[0].vision_heads)
+    first = chunks_of(model)[0]
+    return find_split(name, first.vision_heads, first.vocabulary)
 
 
 def _tensor_group(model: NVLMModel | ModelChunks) -> torch.distributed.ProcessGroup:

@@ -140,7 +140,7 @@ def _outputs(scored: Scored, case: Case, seen: dict[str, Tensor]) -> dict[str, T
         tokens_per_tile = scored.parts.vision.tokens_per_tile
         outputs["mlp1_out"] = seen["project"].view(-1, tokens_per_tile, seen["project"].shape[-1])
     if model.post_process:
-        logits = join(_gather(seen["forward"].detach(), get_groups().tp), Split(1))
+        logits = join(_gather(seen["forward"].detach(), get_groups().tp), Split(1, padding=model.vocabulary))
         padded = logits.new_zeros(*case.real.shape, logits.shape[-1])
         padded[case.real.to(padded.device)] = logits
         outputs["logits"] = padded
