@@ -1,6 +1,7 @@
 """The real model without memory: what a conversion's other side must be."""
 
 import torch
+import torch.distributed as dist
 
 from megatron_nvlm.checkpoint.convert import OurModel, describe_model
 from megatron_nvlm.models.build import ModelConfig, build_model
@@ -12,7 +13,8 @@ from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, st
 
 def describe_our_model(model: ModelConfig) -> OurModel:
     """Names and shapes of all parameters, and the entries without numbers, from the model that training builds."""
-    start_groups(PartitionConfig(), use_device(), seed=1)
+    if not dist.is_initialized():
+        start_groups(PartitionConfig(), use_device(), seed=1)
     built = build_model(
         model, PartitionConfig(), get_groups(), get_single_rank_groups(), torch.float32, torch.device("meta")
     )
