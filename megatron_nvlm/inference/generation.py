@@ -76,9 +76,7 @@ def generate(
             logits = _read_tokens(model, [tokens[place] for place in goes_on], cache, row_multiple)
 
 
-def _read_prompts(
-    model: NVLMModel, micro_batch: MicroBatch, cache: KeyValueCache, row_multiple: int
-) -> Tensor | None:
+def _read_prompts(model: NVLMModel, micro_batch: MicroBatch, cache: KeyValueCache, row_multiple: int) -> Tensor | None:
     """Logits [samples, vocabulary / TP] of each sample's last row, on the last stage."""
     last_rows = cache.last_rows
 

@@ -82,9 +82,7 @@ class _Attention(torch.nn.Module):
         if self.kept is None:
             starts, lengths = self.cache.own_rows if self.grows else self.cache.context_rows
             rows = key.shape[0]
-            self.kept = KeptRows(
-                key.view(rows, *key.shape[-2:]), value.view(rows, *value.shape[-2:]), starts, lengths
-            )
+            self.kept = KeptRows(key.view(rows, *key.shape[-2:]), value.view(rows, *value.shape[-2:]), starts, lengths)
             output: Tensor = self.inner(query, key, value, *args, **kwargs)
             return output
         open_samples = len(self.kept.lengths)

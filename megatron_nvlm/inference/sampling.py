@@ -60,7 +60,11 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     Tokens stand in the order of their probability; the one under the number, in the stretch that top-p leaves, is taken.
     """
     wide = logits.double()
-    likely, order = ((wide - wide.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1).sort(-1, True, stable=True)
+    likely, order = (
+        ((wide - wide.amax(-1, keepdim=True)) / sampling.temperature)
+        .softmax(-1)
+        .sort(dim=-1, descending=True, stable=True)
+    )
     up_to = likely.cumsum(-1)
     allowed = likely * (up_to - likely < sampling.top_p)  # those before it have not reached top-p; always the first
     ends = allowed.cumsum(-1)
