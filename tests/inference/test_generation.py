@@ -113,7 +113,12 @@ LAYOUTS = {
     "PP2, uneven": (2, PartitionConfig(pipeline_model_parallel_size=2, pipeline_layout="Et|t*3L")),
     "TP2 x PP2": (
         4,
-        PartitionConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+        PartitionConfig(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            sequence_parallel=True,
+            vision_placement="replicated",
+        ),
     ),
 }
 
