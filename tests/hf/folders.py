@@ -18,6 +18,7 @@ from megatron_nvlm.data.records import RawSample
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.build import ModelConfig, find_parts
+from megatron_nvlm.models.hf_config import describe_folder
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.sequence.variants import VARIANTS
@@ -70,56 +71,12 @@ def pipeline_of(variant: str, template: str = "chatml", tag_format: str = "1d") 
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
-    """What config.json holds."""
+    """What `export` writes into config.json."""
     parts = find_parts(model)
-    language, vision, variant = parts.language, parts.vision, model.variant
-    config: dict[str, Any] = {
-        "model_type": f"NVLM_{variant.upper()}",
-        "architectures": [f"NVLM_{variant.upper()}_Model"],
-        "auto_map": auto_map(variant),
-        "variant": variant,
-        "llm_config": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_size": language.hidden_size,
-            "intermediate_size": language.ffn_hidden_size,
-            "num_hidden_layers": language.num_layers,
-            "num_attention_heads": language.num_attention_heads,
-            "num_key_value_heads": language.num_query_groups,
-            "rms_norm_eps": language.layernorm_epsilon,
-            "rope_theta": language.rotary_base,
-            "vocab_size": language.vocab_size,
-            "attention_bias": language.qkv_bias,
-            "tie_word_embeddings": language.tied_embeddings,
-            "max_position_embeddings": 4096,
-        },
-        "vision_config": {
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_attention_heads": vision.num_attention_heads,
-            "num_hidden_layers": vision.num_layers,
-            "image_size": vision.tile_size,
-            "patch_size": vision.patch_size,
-            "norm_type": "rms_norm" if vision.normalization == "RMSNorm" else "layer_norm",
-            "qk_normalization": vision.qk_norm,
-            "qkv_bias": vision.qkv_bias,
-            "layer_norm_eps": vision.layernorm_epsilon,
-        },
-        "force_image_size": vision.tile_size,
-        "downsample_ratio": 0.5,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "torch_dtype": "float64",
-    }
-    cross = model.cross_attention
-    if VARIANTS[variant].needs_cross_attention:
-        config["cross_attention"] = {
-            "layers": sorted(cross.layers(language.num_layers)),
-            "num_attention_heads": cross.num_attention_heads or language.num_attention_heads,
-            "num_key_value_heads": cross.num_query_groups or language.num_query_groups,
-            "qk_norm": cross.qk_norm,
-        }
-    return config
+    described = describe_folder(
+        parts.variant, parts.language, parts.vision, model.cross_attention, 4096, 6, "1d", "chatml", "float64"
+    )
+    return {**described, "auto_map": auto_map(model.variant)}
 
 
 def weights_of(model: NVLMModel, config: ModelConfig) -> dict[str, Tensor]:
