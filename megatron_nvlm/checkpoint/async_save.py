@@ -73,6 +73,11 @@ class CheckpointSaver:
         finally:
             self._waited += time.monotonic() - began
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save has begun and not ended; the same on every rank."""
+        return self._flight is not None
+
     def poll(self) -> None:
         """End the save in flight if all ranks' writers are done; at once if none is."""
         if self._flight is None:
