@@ -156,7 +156,9 @@ def _has_parameters(optimizer: MegatronOptimizer) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """An error of core, within a sentence."""
+    """An error of core, within a sentence; of what several writers met, the first."""
+    for rank, (cause, _) in getattr(error, "failures", {}).items():
+        return f"writer of rank {rank}: {first_line(cause)}"
     return f"{type(error).__name__}: {error}".splitlines()[0][:500]
 
 

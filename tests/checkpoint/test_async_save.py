@@ -28,8 +28,8 @@ def state(world_of_one: Device):  # type: ignore[no-untyped-def]
     return chunks, *build_optimizer(settings, models, 5, torch.float32, use_distributed_optimizer=True)
 
 
-def saver_of(state, run_dir: Path, **keys: object) -> CheckpointSaver:  # type: ignore[no-untyped-def]
-    return CheckpointSaver(run_dir, CheckpointConfig(**keys), Identity("h", "tiny", "tiny", "0"), *state)
+def saver_of(state, run_dir: Path) -> CheckpointSaver:  # type: ignore[no-untyped-def]
+    return CheckpointSaver(run_dir, CheckpointConfig(), Identity("h", "tiny", "tiny", "0"), *state)
 
 
 def test_training_may_go_on_while_the_state_is_written(state, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

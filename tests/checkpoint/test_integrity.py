@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 from megatron_nvlm.checkpoint import integrity, retention
 from megatron_nvlm.checkpoint.save_load import find_checkpoint
@@ -15,7 +15,7 @@ from megatron_nvlm.errors import UserError
 
 def write_checkpoint(folder: Path) -> Path:
     """A real one of torch's format, with what ours adds."""
-    torch_checkpoint.save({"weight": torch.arange(1000.0)}, checkpoint_id=str(folder), no_dist=True)
+    torch_save({"weight": torch.arange(1000.0)}, checkpoint_id=str(folder), no_dist=True)
     (folder / integrity.IDENTITY_FILE).write_text(json.dumps({"model": {}, "progress": {}}))
     integrity.write_sums_of_rank(folder, 0)
     integrity.write_manifest(folder)
