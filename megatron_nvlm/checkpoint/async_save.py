@@ -168,6 +168,8 @@ def _make_anew(folder: Path) -> None:
 def _write_alone(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """What the writer's process does: core's part, then the sums of the files."""
     deaf_and_not_alone()
+    # Core forks further ones; left behind they would hold the lock of the run's folder, which they inherit.
+    os.register_at_fork(after_in_child=deaf_and_not_alone)
     write(*args, **kwargs)
     write_sums_of_rank(folder, rank)
 

@@ -77,9 +77,7 @@ def checkpoint_to_resume(run_dir: Path, verify: str) -> Path | None:
     dist.broadcast_object_list(found, src=0)
     damages: list[str] = []
     for path in found[0]:
-        shares: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(shares, find_damage(path, verify, (dist.get_rank(), dist.get_world_size())))
-        damage = next(filter(None, shares), "")
+        damage = _find_damage_together(path, verify)
         if not damage:
             if damages and dist.get_rank() == 0:
                 print(f"warning: the newest checkpoint is damaged ({'; '.join(damages)}); using {path}", flush=True)
@@ -93,14 +91,27 @@ def checkpoint_to_resume(run_dir: Path, verify: str) -> Path | None:
     return None
 
 
+def _find_damage_together(path: Path, verify: str) -> str:
+    """The ranks share the files and all get the same answer; without process groups, each looks at all of them."""
+    if not dist.is_initialized():
+        return find_damage(path, verify)
+    shares: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(shares, find_damage(path, verify, (dist.get_rank(), dist.get_world_size())))
+    return next(filter(None, shares), "")
+
+
 def find_checkpoint(path: Path, verify: str = "size") -> Path:
-    """A whole checkpoint by its own folder or by its run's; UserError if there is none or it is damaged."""
+    """A whole checkpoint by its own folder or by its run's; every rank calls it.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     found: Path | None = path
     if not (path / IDENTITY_FILE).is_file() and not (path / METADATA_FILE).is_file():
         found = read_latest(path / "checkpoints")
     if found is None:
         raise UserError(f"there is no checkpoint in {path}; name a run folder or a folder below its checkpoints/")
-    if damage := find_damage(found, verify):
+    if damage := _find_damage_together(found, verify):
         raise UserError(f"the checkpoint {found} is damaged ({damage}); restore it or name another one")
     return found
 
