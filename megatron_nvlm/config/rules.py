@@ -127,6 +127,16 @@ def shares_are_possible(run: RunConfig, world_size: int) -> None:
         raise UserError(f"data.cache.limit_gb is {run.data.cache.limit_gb}; it must be above 0")
 
 
+def weights_come_from_one_place(run: RunConfig, world_size: int) -> None:
+    """A new run starts from one thing."""
+    model = run.model
+    folders = [name for name in ("weights", "language_weights", "vision_weights") if getattr(model, name) is not None]
+    if folders and run.checkpoint.initial_weights is not None:
+        raise UserError(
+            f"model.{folders[0]} and checkpoint.initial_weights both say what a new run starts with; keep one of them"
+        )
+
+
 def schedule_is_possible(run: RunConfig, world_size: int) -> None:
     """Learning rates and steps make a schedule."""
     check_optimizer(run.optimizer, run.training.train_steps)
@@ -181,6 +191,7 @@ RULES: tuple[Callable[[RunConfig, int], None], ...] = (
     counts_are_positive,
     packed_rows_are_micro_batches,
     shares_are_possible,
+    weights_come_from_one_place,
     schedule_is_possible,
 )
 

@@ -1,15 +1,17 @@
-"""Greedy answers. Tiles are encoded once; the decoder reads its whole row again for each token (no key/value cache)."""
+"""Greedy answers in the plain form that `generation.py` is compared with: no key/value cache, the whole row for each token.
+
+Tiles are encoded once; the model is whole in depth."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nvlm.data.loader import build_micro_batch
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.inference.sampling import gather_vocabulary
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
 
@@ -49,7 +51,7 @@ def generate(
             vision_tokens = model.encode(micro_batch.tiles)
         logits = model(micro_batch, vision_tokens)
         last_rows = micro_batch.cu_seqlens[1 : len(samples) + 1].long() - 1
-        chosen = _likeliest(logits[last_rows], model.language_model.pg_collection.tp).tolist()
+        chosen = gather_vocabulary(logits[last_rows], model.language_model.pg_collection.tp).argmax(-1).tolist()
         for sample in list(open_samples):
             if chosen[sample] == stop_id:
                 open_samples.remove(sample)
@@ -71,12 +73,3 @@ def append_token(rows: AssembledSample, token: int) -> AssembledSample:
         decoder_vision_index=np.append(rows.decoder_vision_index, -1),
         context_intervals=np.concatenate([rows.context_intervals, rows.context_intervals[-1:]]),
     )
-
-
-def _likeliest(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[rows, vocabulary / TP] -> [rows] ids in the whole vocabulary, the lowest among equals."""
-    if group.size() > 1:
-        parts = [torch.empty_like(logits) for _ in range(group.size())]
-        dist.all_gather(parts, logits.contiguous(), group=group)
-        logits = torch.cat(parts, dim=-1)
-    return logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""A trained run opened for questions: its configuration, its pipeline and its weights, under any tensor-parallel layout."""
+"""A trained run opened for questions: its configuration, pipeline and weights, under any tensor and pipeline layout."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,13 +11,21 @@ from megatron_nvlm.config.rules import check_files, check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.inference.greedy import generate
+from megatron_nvlm.inference.generation import generate
+from megatron_nvlm.inference.sampling import GREEDY, Sampling
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, world_size_from_environment
 from megatron_nvlm.run_parts import make_identity, make_model, make_pipeline
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
+
+# Before the user's overrides: the depth in one stage, however it was trained.
+WHOLE_DEPTH = (
+    "parallelism.pipeline_model_parallel_size=1",
+    "parallelism.virtual_pipeline_model_parallel_size=1",
+    "parallelism.pipeline_layout=null",
+)
 
 
 @dataclass(frozen=True)
@@ -29,20 +37,19 @@ class TrainedRun:
     model: NVLMModel
     progress: save_load.Progress
 
-    def answer(self, samples: Sequence[PreparedSample], max_new_tokens: int) -> list[str]:
-        """Texts for samples prepared with `open_answer`; every rank of the tensor-parallel group calls it alike."""
+    def answer(self, samples: Sequence[PreparedSample], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:
+        """Texts for samples prepared with `open_answer`; every rank of a model replica calls it alike."""
         tokenizer = self.pipeline.tokenizer
         stop_id = tokenizer.special_id(TEMPLATES[self.run.data.template].turn_end)
         row_multiple = self.run.parallelism.row_multiple
-        ids = generate(self.model, samples, self.pipeline, stop_id, max_new_tokens, row_multiple)
+        ids = generate(self.model, samples, self.pipeline, stop_id, max_new_tokens, row_multiple, sampling)
         return [tokenizer.decode(answer) for answer in ids]
 
 
 def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: Sequence[str] = ()) -> TrainedRun:
     """Open the run of a folder at its newest checkpoint, or at a named one.
 
-    As many ranks as there are share the model by tensor parallelism in their replicas; pipeline stages of the training
-    are joined (a checkpoint loads under any layout).
+    A checkpoint loads under any layout: pipeline stages of the training are joined, unless overrides ask for some.
 
     Raises:
         UserError: no run or checkpoint is there, or the layout does not fit.
@@ -50,14 +57,16 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{run_dir} is no run: it holds no config.yaml; name the run_dir of a training")
-    run = load_run(config_file, overrides)
-    whole_depth = dataclasses.replace(
-        run.parallelism, pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=1, pipeline_layout=None
-    )
+    run = load_run(config_file, [*WHOLE_DEPTH, *overrides])
+    if run.parallelism.virtual_pipeline_model_parallel_size > 1:
+        raise UserError(
+            "parallelism.virtual_pipeline_model_parallel_size is for training; leave it out, "
+            "and set pipeline_model_parallel_size alone for stages that answer"
+        )
     # The batch is of no interest here, and ranks may be fewer than in training.
     world_size = world_size_from_environment()
     training = dataclasses.replace(run.training, micro_batch_size=1, global_batch_size=world_size)
-    run = dataclasses.replace(run, parallelism=whole_depth, training=training)
+    run = dataclasses.replace(run, training=training)
     check_run(run, world_size)
     check_files(run)
     path = save_load.find_checkpoint(checkpoint or run_dir)

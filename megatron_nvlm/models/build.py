@@ -243,11 +243,12 @@ def build_model(
     first = stage == 0 and not vp_stage
     last = stage == stages - 1 and vp_stage in (None, partition.virtual_pipeline_model_parallel_size - 1)
     language = language_config(config, parts.language, partition, dtype, on_cpu)
+    vocabulary = vocabulary_padding(parts.language, partition)
     with torch.device(device):
         language_model = GPTModel(
             language,
             _decoder_layers(config, parts, language, backend, stage, vp_stage),
-            vocab_size=parts.language.vocab_size,
+            vocab_size=vocabulary.padded if vocabulary else parts.language.vocab_size,
             max_sequence_length=config.max_sequence_length,
             pre_process=first,
             post_process=last,
@@ -272,7 +273,14 @@ def build_model(
         vision_heads(parts.vision, partition),
         partition.vision_tiles_at_once,
         partition.vision_placement == "replicated",
+        vocabulary,
     )
+
+
+def vocabulary_padding(preset: LanguagePreset, partition: PartitionConfig) -> HeadPadding | None:
+    """How the rows of the vocabulary are filled up for the tensor-parallel ranks; None where they divide them."""
+    ranks = partition.tensor_model_parallel_size
+    return pad_heads(preset.vocab_size, ranks) if preset.vocab_size % ranks else None
 
 
 def vision_heads(preset: VisionPreset, partition: PartitionConfig) -> HeadPadding | None:

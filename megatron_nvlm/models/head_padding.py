@@ -93,6 +93,12 @@ def shard_heads(
     template = whole.data
 
     def build(key: str, data: Tensor, replica_id: Any, flattened_range: slice | None) -> dict[str, ShardedTensor]:
+        if not real_here:
+            # Core forgets entries without pieces. A copy of another rank's head, never the one that is saved, holds the
+            # place; what is loaded into it is thrown away.
+            place = data.narrow(dim, 0, size).clone()
+            offset = (dim, padding.real - 1, padding.real)
+            return {"place": ShardedTensor.from_rank_offsets(key, place, offset, replica_id=(0, 1 + rank, replica))}
         return {
             f"head_{first + head}": ShardedTensor.from_rank_offsets(
                 key,

@@ -180,19 +180,14 @@ def describe_folder(
 ) -> dict[str, Any]:
     """The config.json of an NVLM folder: NVLM-D with the release's keys, NVLM-X and NVLM-H with ours beside them.
 
+    What names code files and tokens is added by checkpoint/hf_files.py, which writes those.
+
     Args:
         max_sequence_length: rows of the decoder. dtype: torch's name of the weights' type.
     """
     letter = variant.name.upper()
-    architecture = f"NVLM_{letter}_Model"
     config: dict[str, Any] = {
-        "architectures": [architecture],
-        "auto_map": {
-            "AutoConfig": f"configuration_nvlm.NVLM_{letter}_Config",
-            "AutoModel": f"modeling_nvlm.{architecture}",
-            "AutoModelForCausalLM": f"modeling_nvlm.{architecture}",
-            "AutoProcessor": "processing_nvlm.NVLMProcessor",
-        },
+        "architectures": [f"NVLM_{letter}_Model"],
         "model_type": f"NVLM_{letter}",
         "variant": variant.name,
         "downsample_ratio": 0.5,

@@ -4,6 +4,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -30,7 +31,8 @@ def named_parameters(model: NVLMModel | ModelChunks) -> Iterator[tuple[str, torc
 
 def split_of(name: str, model: NVLMModel | ModelChunks) -> Split | None:
     """How this model splits the parameter of that name over its tensor-parallel ranks."""
-    return find_split(name, chunks_of(model)[0].vision_heads)
+    first = chunks_of(model)[0]
+    return find_split(name, first.vision_heads, first.vocabulary)
 
 
 def _tensor_group(model: NVLMModel | ModelChunks) -> torch.distributed.ProcessGroup:
@@ -56,22 +58,38 @@ def initialise(model: NVLMModel | ModelChunks, seed: int) -> None:
     """
     group = _tensor_group(model)
     ranks, rank = group.size(), group.rank()
-    std = model.config.init_method_std
-    residual_std = std / math.sqrt(2 * model.config.num_layers)
+    spread = Spread(model.config.init_method_std, model.config.num_layers)
     for name, parameter in named_parameters(model):
-        last = name.rsplit(".", 1)[-1]
-        if last in ("gate", "scale") or "norm" in name:
+        if keeps_first_value(name):
             continue
-        if last == "bias":
-            parameter.zero_()
-            continue
-        # A generator per parameter: what one stage or layout draws does not shift what another one gets.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         split = split_of(name, model)
-        writes_residual = "linear_proj" in name or ("linear_fc2" in name and not name.startswith("vision_projection"))
-        full = torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
-        full *= residual_std if writes_residual else 1.0 if name in _UNIT_DEVIATION else std
+        full = new_weight(name, full_shape(parameter.shape, split, ranks), spread, seed)
         parameter.copy_(cut(full, split, rank, ranks))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far new weights spread: their standard deviation, and the layers that those of the residual stream share."""
+
+    std: float
+    num_layers: int
+
+
+def keeps_first_value(name: str) -> bool:
+    """Whether a parameter keeps what its module gives it: gates, norms and layer-scales."""
+    return name.rsplit(".", 1)[-1] in ("gate", "scale") or "norm" in name
+
+
+def new_weight(name: str, shape: list[int], spread: Spread, seed: int) -> torch.Tensor:
+    """The first value of a whole parameter that does not keep its module's."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    # A generator per parameter: what one stage or layout draws does not shift what another one gets.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    full = torch.randn(shape, generator=generator)
+    writes_residual = "linear_proj" in name or ("linear_fc2" in name and not name.startswith("vision_projection"))
+    residual_std = spread.std / math.sqrt(2 * spread.num_layers)
+    return full * (residual_std if writes_residual else 1.0 if name in _UNIT_DEVIATION else spread.std)
 
 
 def count_parameters(model: NVLMModel | ModelChunks) -> dict[str, int]:

@@ -38,6 +38,7 @@ class NVLMModel(MegatronModule):
         vision_heads: of a tensor-parallel encoder; None where each rank holds it whole.
         tiles_at_once: most tiles that pass through the encoder together.
         encodes_ahead: whether all stages encode the tiles of a step before its pipeline starts (parallel/spread_vision.py).
+        vocabulary: how its rows are filled up, where the tensor-parallel ranks do not divide them.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class NVLMModel(MegatronModule):
         vision_heads: HeadPadding | None = None,
         tiles_at_once: int = 8,
         encodes_ahead: bool = False,
+        vocabulary: HeadPadding | None = None,
     ) -> None:
         super().__init__(config=language_model.config)
         self.language_model = language_model
@@ -58,6 +60,7 @@ class NVLMModel(MegatronModule):
         self.vision_heads = vision_heads
         self.tiles_at_once = tiles_at_once
         self.encodes_ahead = encodes_ahead
+        self.vocabulary = vocabulary
         self.vision_clock = VisionClock()
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -103,9 +106,16 @@ class NVLMModel(MegatronModule):
             extra_block_kwargs=block_kwargs,
         )
         if self.post_process:
-            logits: Tensor = output[0]
-            return logits
+            return self._without_padding(output[0])
         return self._join_payload(micro_batch, output, context)
+
+    def _without_padding(self, logits: Tensor) -> Tensor:
+        """Columns that stand for no id can neither be chosen nor take a share of the softmax, and get no gradient."""
+        if self.vocabulary is None:
+            return logits
+        first = self.language_model.pg_collection.tp.rank() * logits.shape[-1]
+        columns = torch.arange(first, first + logits.shape[-1], device=logits.device)
+        return logits.masked_fill(columns >= self.vocabulary.real, torch.finfo(logits.dtype).min)
 
     def encode(self, tiles: Tensor) -> Tensor:
         """uint8 tiles [t, 3, S, S] -> vision tokens [t * tokens per tile, h], the same on all tensor-parallel ranks."""
@@ -207,7 +217,9 @@ def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [t, 3, S, S] -> ImageNet-normalised pixels of `dtype` (the release's transform)."""
+    """uint8 [t, 3, S, S] -> ImageNet-normalised pixels of `dtype` (the release's transform); floats are such already."""
+    if tiles.is_floating_point():
+        return tiles.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     mean = torch.tensor(IMAGENET_MEAN, dtype=wide, device=tiles.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, dtype=wide, device=tiles.device).view(3, 1, 1)

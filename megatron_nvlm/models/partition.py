@@ -71,7 +71,6 @@ def check_partition(
         ("query groups of the language model", language.num_query_groups),
         ("attention heads of the language model", language.num_attention_heads),
         ("feed-forward columns of the language model", language.ffn_hidden_size),
-        ("rows of the padded vocabulary", language.vocab_size),
         ("attention heads of the gated cross-attention", heads),
         ("query groups of the gated cross-attention", groups),
     ):

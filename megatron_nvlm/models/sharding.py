@@ -16,13 +16,11 @@ class Split:
     dim: int
     blocks: int = 1
     padding: HeadPadding | None = None
-    """Zeros that stand behind the whole tensor before it is cut, in units of heads."""
+    """Zeros that stand behind the whole tensor before it is cut, in units of heads, or of rows of the vocabulary."""
 
 
 # (pattern of a parameter's name within NVLMModel, how it is split); what matches nothing is whole on every rank.
 SPLITS: tuple[tuple[str, Split], ...] = (
-    (r"language_model\.embedding\.word_embeddings\.weight", Split(0)),
-    (r"language_model\.output_layer\.weight", Split(0)),
     (r"language_model\.decoder\..*\.linear_(qkv|q|kv)\.(weight|bias)", Split(0)),
     (r"language_model\.decoder\..*\.linear_proj\.weight", Split(1)),
     (r"language_model\.decoder\..*\.linear_fc1\.weight", Split(0, blocks=2)),
@@ -30,6 +28,13 @@ SPLITS: tuple[tuple[str, Split], ...] = (
     (r"vision_projection\.mlp\.linear_fc1\.weight", Split(0)),
     (r"vision_projection\.mlp\.linear_fc2\.weight", Split(1)),
     (r"vision_projection\.linear\.weight", Split(0)),
+)
+
+
+# One row for each id; zeros fill up to a multiple of the ranks.
+VOCABULARY_SPLITS: tuple[tuple[str, Split], ...] = (
+    (r"language_model\.embedding\.word_embeddings\.weight", Split(0)),
+    (r"language_model\.output_layer\.weight", Split(0)),
 )
 
 
@@ -45,12 +50,18 @@ VISION_SPLITS: tuple[tuple[str, Split], ...] = (
 )
 
 
-def find_split(name: str, vision_heads: HeadPadding | None = None) -> Split | None:
+def find_split(
+    name: str, vision_heads: HeadPadding | None = None, vocabulary: HeadPadding | None = None
+) -> Split | None:
     """How the parameter of that name is split; None if it is whole on every rank.
 
     Args:
         vision_heads: of a tensor-parallel encoder; None where each rank holds the encoder whole.
+        vocabulary: how its rows are filled up; None where the ranks divide them.
     """
+    for pattern, split in VOCABULARY_SPLITS:
+        if re.fullmatch(pattern, name):
+            return replace(split, padding=vocabulary)
     for pattern, split in SPLITS:
         if re.fullmatch(pattern, name):
             return split

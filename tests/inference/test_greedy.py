@@ -1,19 +1,16 @@
-"""Greedy answers: those of a fresh forward pass of the plain form for each token, under tensor parallelism too."""
+"""The cacheless reference: its tokens are those of a fresh forward pass of the independent plain form."""
 
 import pytest
-import torch
 
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference.greedy import generate
 from megatron_nvlm.models.partition import PartitionConfig
-from megatron_nvlm.parallel.device import Device, use_device
-from megatron_nvlm.parallel.groups import start_groups
+from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.support.plain_nvlm import PlainConfig, forward
-from tests.support.ranks import run_ranks
 from tests.support.tiny import PlainSample, TextRun, assemble_plain, plain_samples, tiles_of, tiny_config, tiny_model
 
 NEW_TOKENS = 4
@@ -36,12 +33,6 @@ def answers_of(variant: str, device: Device, partition: PartitionConfig, stop_id
     return generate(model, prepared(variant), pipeline_of(variant), stop_id, NEW_TOKENS, partition.row_multiple)
 
 
-def answers_on_rank(partition: PartitionConfig) -> list[list[int]]:
-    device = use_device()
-    start_groups(partition, device, seed=1)
-    return answers_of("h", device, partition)
-
-
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
 def test_equals_the_plain_form_token_by_token(world_of_one: Device, variant: str) -> None:
     answers = answers_of(variant, world_of_one, PartitionConfig())
@@ -61,12 +52,3 @@ def test_an_answer_ends_before_the_stop_token(world_of_one: Device) -> None:
     stopped = answers_of("h", world_of_one, PartitionConfig(), stop_id=stop)
     assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in free]
     assert stopped[0] == free[0][: free[0].index(stop)]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_tensor_parallel_ranks_give_the_same_answers(world_of_one: Device, sequence_parallel: bool) -> None:
-    partition = PartitionConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
-    one, other = run_ranks(2, answers_on_rank, partition)
-    torch.testing.assert_close(one, other)
-    assert one == answers_of("h", world_of_one, PartitionConfig())

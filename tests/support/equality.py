@@ -131,10 +131,10 @@ class KeepDouble(TorchFunctionMode):
 
 
 class Recorder:
-    """Stands where `run_step` has an optimizer and notes the gradients before each update."""
+    """Stands where `run_step` has an optimizer, updates in double precision and, if `keep`, notes the gradients before."""
 
-    def __init__(self, optimizer: MegatronOptimizer, chunks: ModelChunks, own: Layout) -> None:
-        self.optimizer, self.chunks, self.own = optimizer, chunks, own
+    def __init__(self, optimizer: MegatronOptimizer, chunks: ModelChunks, own: Layout, keep: bool) -> None:
+        self.optimizer, self.chunks, self.own, self.keep = optimizer, chunks, own, keep
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def zero_grad(self) -> None:
@@ -143,12 +143,13 @@ class Recorder:
 
     def step(self) -> Any:
         """Note, then pass on."""
-        gradients = {
-            name: whole(split_of(name, self.chunks), name, self._gradient(parameter))
-            for name, parameter in named_parameters(self.chunks)
-            if parameter.requires_grad
-        }
-        self.gradients.append(gradients)
+        if self.keep:
+            gradients = {
+                name: whole(split_of(name, self.chunks), name, self._gradient(parameter))
+                for name, parameter in named_parameters(self.chunks)
+                if parameter.requires_grad
+            }
+            self.gradients.append(gradients)
         with KeepDouble():
             return self.optimizer.step()
 
@@ -190,7 +191,7 @@ def train(case: Case, own: Layout, device: torch.device, steps: int = STEPS, kee
     optimizer, scheduler = build_optimizer(
         settings, models, steps, DTYPES[case.precision], own.partition.use_distributed_optimizer
     )
-    recorder = Recorder(optimizer, chunks, own) if keep else optimizer
+    recorder = Recorder(optimizer, chunks, own, keep)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     record = Record()
     for step in range(steps):
@@ -207,7 +208,7 @@ def train(case: Case, own: Layout, device: torch.device, steps: int = STEPS, kee
         scheduler.step(increment=1)
         note(record, result)
     if keep:
-        record.gradients = recorder.gradients  # type: ignore[union-attr]
+        record.gradients = recorder.gradients
         record.weights = {
             name: whole(split_of(name, chunks), name, parameter) for name, parameter in named_parameters(chunks)
         }

@@ -16,8 +16,10 @@ def command(module: str, ranks: int, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the package importable and one thread a rank."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    """This process's without its own world of one, with the package importable and one thread a rank."""
+    own_world = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in own_world}
+    return {**inherited, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def launch(module: str, ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

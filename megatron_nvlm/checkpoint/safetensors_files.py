@@ -1,0 +1,174 @@
+"""Folders of safetensors files: read without loading them (memory-mapped), and written one tensor at a time.
+
+The format is eight bytes with the header's length, the header in JSON (name -> dtype, shape, place), and the numbers.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_nvlm.checkpoint.tensor_source import TensorInfo
+from megatron_nvlm.errors import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class SafetensorsFolder:
+    """All tensors of a folder. `read` gives views of the mapped files: only pages that are used come into memory.
+
+    Raises:
+        UserError: there are no safetensors files, one is broken or missing, or a tensor is in two of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, Any] = {}
+        for path in self._paths():
+            try:
+                opened = safe_open(path, framework="pt")
+                for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    part = opened.get_slice(name)
+                    if name in self._file_of:
+                        raise UserError(f"{folder} holds {name} twice; remove the files that its index does not name")
+                    self.infos[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
+                    self._file_of[name] = opened
+            except (SafetensorError, OSError, KeyError) as error:
+                raise UserError(f"{path} is broken ({error}); fetch it again") from error
+        self._check_index()
+
+    def _paths(self) -> list[Path]:
+        if (self.folder / INDEX_FILE).is_file():
+            paths = [self.folder / name for name in sorted(set(self._index().values()))]
+        else:
+            paths = sorted(self.folder.glob("*.safetensors"))
+        if not paths:
+            found = "only .bin files, which are not read; " if list(self.folder.glob("*.bin")) else ""
+            raise UserError(
+                f"{self.folder} holds no safetensors files; {found}name a folder with {INDEX_FILE} or model.safetensors"
+            )
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{self.folder / INDEX_FILE} names {len(missing)} files that are not there, {missing[0]} among them"
+            )
+        return paths
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX_FILE
+        try:
+            return dict(json.loads(path.read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no index of safetensors files ({error}); fetch it again") from error
+
+    def _check_index(self) -> None:
+        if (self.folder / INDEX_FILE).is_file():
+            missing = sorted(set(self._index()) - set(self.infos))
+            if missing:
+                raise UserError(
+                    f"{self.folder / INDEX_FILE} names {len(missing)} tensors that its files lack, {missing[0]} among them"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file; copy what is to be changed."""
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+
+def plan_files(infos: dict[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Tensors in order, parted into files of at most `most_bytes` (a larger tensor is alone in its file)."""
+    files: list[dict[str, TensorInfo]] = []
+    size = 0
+    for name, info in infos.items():
+        if not files or (size + info.num_bytes > most_bytes and size):
+            files.append({})
+            size = 0
+        files[-1][name] = info
+        size += info.num_bytes
+    return files
+
+
+def write_index(folder: Path, files: list[dict[str, TensorInfo]]) -> None:
+    """The index that names each tensor's file."""
+    names = file_names(len(files))
+    weight_map = {tensor: names[number] for number, file in enumerate(files) for tensor in file}
+    total = sum(info.num_bytes for file in files for info in file.values())
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def file_names(count: int) -> list[str]:
+    """Hugging Face's names of so many files."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_file(
+    path: Path, infos: dict[str, TensorInfo], read: Callable[[str], Tensor], done: Callable[[int], object] | None = None
+) -> None:
+    """One file, a tensor at a time; complete or not there.
+
+    Args:
+        read: gives each tensor. done: is told the bytes of each tensor once written.
+    """
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    described: dict[str, Any] = dict(header)
+    for name, info in infos.items():
+        described[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [place, place + info.num_bytes],
+        }
+        place += info.num_bytes
+    encoded = json.dumps(described, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # numbers begin at a multiple of eight
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for name, info in infos.items():
+            tensor = read(name)
+            if TensorInfo.of(tensor) != info:
+                raise AssertionError(f"{name} is {TensorInfo.of(tensor)}, announced as {info}")
+            for part in _bytes_of(tensor):
+                file.write(part)
+            if done is not None:
+                done(info.num_bytes)
+    os.replace(partial, path)
+
+
+_BYTES_AT_ONCE = 64 << 20
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[bytes | memoryview]:
+    """A tensor's bytes in pieces, so that a view over a mapped file is not copied as a whole."""
+    if tensor.dim() == 0:
+        yield tensor.reshape(1).view(torch.uint8).numpy().data
+        return
+    row_bytes = max(1, tensor[0].numel() * tensor.element_size()) if len(tensor) else 1
+    rows = max(1, _BYTES_AT_ONCE // row_bytes)
+    for part in tensor.split(rows):
+        yield part.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,142 @@
+"""Questions from a file of JSON lines, answers to another; a run that was interrupted goes on.
+
+A line in: {"id", "question", "images": [paths]} or {"id", "conversation": [turns], "images": [paths]}, the turns as stored
+samples have them. A line out: the same and "answer", or {"id", "error"} with one sentence.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nvlm.data.records import RawSample
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.inference.questions import make_sample, read_image, with_images
+from megatron_nvlm.text.conversation import read_turns
+
+
+@dataclass(frozen=True)
+class Request:
+    """A line of the questions."""
+
+    line: int
+    """From 1."""
+    id: str
+    fields: dict[str, Any]
+    error: str = ""
+    """Why it is no question; empty if it is one."""
+
+
+def read_requests(path: Path) -> list[Request]:
+    """All lines but empty ones; what is wrong with a line is kept with it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"the questions {path} cannot be read ({error.strerror}); correct --inputs") from error
+    found: list[Request] = []
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        request = _parse(number, line)
+        if request.id in line_of:
+            reason = f"its id {request.id!r} is that of line {line_of[request.id]} too"
+            request = Request(number, f"line {number}", {}, reason)
+        line_of[request.id] = number
+        found.append(request)
+    return found
+
+
+def _parse(number: int, line: bytes) -> Request:
+    name = f"line {number}"
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Request(number, name, {}, f"it is no JSON ({error})")
+    if not isinstance(fields, dict):
+        return Request(number, name, {}, "it is no JSON object")
+    if not isinstance(fields.get("id", ""), str | int):
+        return Request(number, name, {}, "its 'id' is neither text nor a number")
+    name = str(fields.get("id", name))
+    if isinstance(fields.get("question"), str) == ("conversation" in fields):
+        return Request(number, name, fields, "it needs either 'question', a text, or 'conversation', a list of turns")
+    images = fields.get("images", [])
+    if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
+        return Request(number, name, fields, "its 'images' is no list of paths")
+    return Request(number, name, fields)
+
+
+def load_request(request: Request, folder: Path) -> RawSample:
+    """The request with its pictures.
+
+    Args:
+        folder: relative paths of pictures begin here.
+
+    Raises:
+        UserError: it is no question, or a picture cannot be read.
+    """
+    if request.error:
+        raise UserError(request.error)
+    images = [read_image(folder / path) for path in request.fields.get("images", [])]
+    if "question" in request.fields:
+        turns = [{"from": "human", "value": with_images(request.fields["question"], len(images))}]
+    else:
+        read_turns(request.fields)
+        turns = request.fields["conversation"]
+    return make_sample(request.id, turns, images)
+
+
+class AnswerFile:
+    """The answers of a run, appended as they come.
+
+    Opening it takes out what is to be asked again: errors, and a last line that an interrupted run left half written.
+
+    Raises:
+        UserError: the file holds something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: set[str] = set()
+        """Ids with an answer."""
+        try:
+            kept = self._read_kept()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_bytes(b"".join(kept))
+            os.replace(partial, path)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise UserError(f"the answers {path} cannot be written ({error.strerror}); correct --outputs") from error
+
+    def _read_kept(self) -> list[bytes]:
+        kept: list[bytes] = []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                fields = json.loads(line)
+                known = "id" in fields and ("answer" in fields or "error" in fields)
+            except (ValueError, TypeError):
+                known = False
+            if not known:
+                if number == len(lines) and not line.endswith(b"\n"):
+                    break
+                raise UserError(f"line {number} of {self.path} is no answer; name another file with --outputs")
+            if "answer" in fields and line.endswith(b"\n"):
+                kept.append(line)
+                self.done.add(str(fields["id"]))
+        return kept
+
+    def write(self, results: Sequence[tuple[Request, str, str]]) -> None:
+        """Append (request, answer, error) each; the error is empty if there is an answer."""
+        for request, answer, error in results:
+            told = {"id": request.fields.get("id", request.id)}
+            line = {**told, "error": error} if error else {**told, **request.fields, "answer": answer}
+            self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        self._file.flush()
