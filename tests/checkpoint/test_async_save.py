@@ -25,7 +25,11 @@ def state(world_of_one: Device):  # type: ignore[no-untyped-def]
     chunks = make_chunks(Case("h", "mixed", precision="fp32"), layout(1, dist_opt=True), world_of_one.torch_device)
     models = wrap_model(chunks, use_distributed_optimizer=True)
     settings = OptimizerConfig(max_lr=1e-3, min_lr=1e-3, warmup_steps=0)
-    return chunks, *build_optimizer(settings, models, 5, torch.float32, use_distributed_optimizer=True)
+    optimizer, scheduler = build_optimizer(settings, models, 5, torch.float32, use_distributed_optimizer=True)
+    for model in models:
+        model.zero_grad_buffer()
+    optimizer.step()  # makes the moments
+    return chunks, optimizer, scheduler
 
 
 def saver_of(state, run_dir: Path) -> CheckpointSaver:  # type: ignore[no-untyped-def]
