@@ -88,8 +88,8 @@ def run_core_on_cpu() -> None:
     _installed_mode.__enter__()
 
 
-def _deaf_and_not_alone() -> None:
-    """In the process that core keeps for its saves: no request to stop is for it, and it ends with its rank (Linux)."""
+def deaf_and_not_alone() -> None:
+    """In a process that works for a save: no request to stop is for it, and it ends with its rank (Linux)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):
@@ -108,7 +108,7 @@ def keep_checkpoint_process() -> None:
     if getattr(filesystem_async, "_results_queue", True) is not None:
         return  # it is there already, or this release of core has none
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(initializer=_deaf_and_not_alone)
+    manager.start(initializer=deaf_and_not_alone)
     patched: Any = filesystem_async
     patched._results_queue = manager.Queue()
     patched._nvlm_manager = manager  # it shuts down when nobody holds it

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.checkpoint import save_load
+from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_files, check_run
 from megatron_nvlm.config.run import RunConfig
@@ -33,7 +34,7 @@ def run_training(run: RunConfig) -> None:
     lock = lock_run(run_dir) if global_rank() == 0 else None
     device = use_device()
     start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
-    checkpoint = save_load.latest_checkpoint(run_dir)
+    checkpoint = save_load.checkpoint_to_resume(run_dir, run.checkpoint.verify)
     initial = _initial_weights(run) if checkpoint is None else None
     if checkpoint is None:
         check_folders(run.model)
@@ -70,10 +71,8 @@ def run_training(run: RunConfig) -> None:
     writer = MetricsWriter(run_dir, run.logging, start.step, run.training.train_steps)
     samples = SampleWriter(run_dir, start.step, run.data.ledger)
 
-    def save(progress: save_load.Progress) -> None:
-        save_load.save(run_dir, run.checkpoint, progress, identity, *state)
-
-    outcome = train(trainer, start, writer, samples, stop, save)
+    saver = CheckpointSaver(run_dir, run.checkpoint, identity, *state)
+    outcome = train(trainer, start, writer, samples, stop, saver)
     writer.close()
     samples.close()
     trainer.loader.close()
@@ -90,7 +89,7 @@ def run_training(run: RunConfig) -> None:
 
 def _initial_weights(run: RunConfig) -> Path | None:
     path = run.checkpoint.initial_weights
-    return None if path is None else save_load.find_checkpoint(Path(path))
+    return None if path is None else save_load.find_checkpoint(Path(path), run.checkpoint.verify)
 
 
 @user_errors_end_the_process

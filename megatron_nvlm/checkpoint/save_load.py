@@ -1,13 +1,11 @@
 """Checkpoints: Megatron-core's `torch_dist` format, which loads under any layout; complete or not there at all.
 
 A run's `checkpoints/` holds `step_00000100/` and so on, and `latest`, the name of the newest complete one. A checkpoint
-is written under another name and renamed when every rank is done.
+is written under another name and renamed when every rank is done (async_save.py).
 """
 
 import json
 import logging
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,15 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, find_damage
+from megatron_nvlm.checkpoint.retention import LATEST_FILE, candidates, read_latest
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.nvlm_model import NVLMModel
 
+METADATA_FILE = "metadata.json"
+"""Of core."""
 logger = logging.getLogger(__name__)
-
-LATEST_FILE = "latest"
-IDENTITY_FILE = "nvlm.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,12 @@ class CheckpointConfig:
     save_every_steps: int = 500
     keep_last: int = 2
     """Complete checkpoints that stay; older ones are removed."""
+    keep_every_steps: int | None = None
+    """Checkpoints of every so many steps stay for good; null for none."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    verify: str = "size"
+    """What is checked of a checkpoint before it is loaded: size of its files, or checksum, which reads them all."""
     initial_weights: str | None = None
     """Run folder or checkpoint whose weights a new run starts with (SFT after pretraining); null for random weights."""
 
@@ -60,24 +65,54 @@ class Identity:
     """Fingerprint."""
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
-    name_file = run_dir / "checkpoints" / LATEST_FILE
-    if not name_file.is_file():
-        return None
-    path = name_file.parent / name_file.read_text().strip()
-    if not path.is_dir():
-        raise UserError(f"{name_file} names {path.name}, which is not there; write the name of a checkpoint beside it")
-    return path
+def checkpoint_to_resume(run_dir: Path, verify: str) -> Path | None:
+    """The newest checkpoint of a run that is whole, if the run has any; every rank calls it, and all get the same.
+
+    One that is damaged is passed over with a warning, for the one before it.
+
+    Raises:
+        UserError: there are checkpoints and none is whole.
+    """
+    found = [candidates(run_dir / "checkpoints")]
+    dist.broadcast_object_list(found, src=0)
+    damages: list[str] = []
+    for path in found[0]:
+        damage = _find_damage_together(path, verify)
+        if not damage:
+            if damages and dist.get_rank() == 0:
+                print(f"warning: the newest checkpoint is damaged ({'; '.join(damages)}); using {path}", flush=True)
+            return path
+        damages.append(f"{path}: {damage}")
+    if damages:
+        raise UserError(
+            f"no checkpoint of {run_dir} is whole ({'; '.join(damages)}); restore one of them, or remove "
+            f"{run_dir / 'checkpoints'} to begin anew"
+        )
+    return None
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint by its own folder or by its run's; UserError if there is none."""
-    if (path / IDENTITY_FILE).is_file():
-        return path
-    found = latest_checkpoint(path)
+def _find_damage_together(path: Path, verify: str) -> str:
+    """The ranks share the files and all get the same answer; without process groups, each looks at all of them."""
+    if not dist.is_initialized():
+        return find_damage(path, verify)
+    shares: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(shares, find_damage(path, verify, (dist.get_rank(), dist.get_world_size())))
+    return next(filter(None, shares), "")
+
+
+def find_checkpoint(path: Path, verify: str = "size") -> Path:
+    """A whole checkpoint by its own folder or by its run's; every rank calls it.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    found: Path | None = path
+    if not (path / IDENTITY_FILE).is_file() and not (path / METADATA_FILE).is_file():
+        found = read_latest(path / "checkpoints")
     if found is None:
         raise UserError(f"there is no checkpoint in {path}; name a run folder or a folder below its checkpoints/")
+    if damage := _find_damage_together(found, verify):
+        raise UserError(f"the checkpoint {found} is damaged ({damage}); restore it or name another one")
     return found
 
 
@@ -115,59 +150,10 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def save(
-    run_dir: Path,
-    config: CheckpointConfig,
-    progress: Progress,
-    identity: Identity,
-    model: NVLMModel | ModelChunks,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-) -> None:
-    """Write a checkpoint; every rank calls it.
-
-    Raises:
-        UserError: on every rank, if any of them could not write; earlier checkpoints are as they were.
-    """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step_{progress.step:08d}"
-    partial = folder / f".{final.name}.partial"
-    first = dist.get_rank() == 0
-    error = ""
-    if first:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as cause:
-            error = str(cause)
-    _agree(error, partial)
-    # Ranks agree before core's own collectives begin: whoever failed alone would answer them with something else.
-    try:
-        state = _state_to_save(progress, model, optimizer, scheduler)
-    except Exception as cause:  # core raises many types
-        error = _first_line(cause)
-    _agree(error, partial)
-    try:
-        dist_checkpointing.save(state, str(partial))
-    except (Exception, CheckpointException) as cause:  # what core's writers met; the latter is no Exception
-        error = _first_line(cause)
-    _agree(error, partial)
-    if first:
-        try:
-            (partial / IDENTITY_FILE).write_text(json.dumps({"model": vars(identity), "progress": vars(progress)}))
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(partial, final)
-            _write_latest(folder, final.name)
-            _remove_old(folder, config.keep_last, final)
-        except OSError as cause:
-            error = str(cause)
-    _agree(error, partial)
-
-
-def _state_to_save(
+def state_to_save(
     progress: Progress, model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> dict[str, Any]:
+    """What `dist_checkpointing.save` gets; every rank calls it."""
     model_state = model.sharded_state_dict(metadata=_metadata())
     state = {"model": model_state, "scheduler": scheduler.state_dict(), "progress": vars(progress)}
     if _has_parameters(optimizer):
@@ -180,36 +166,11 @@ def _has_parameters(optimizer: MegatronOptimizer) -> bool:
     return any(group["params"] for group in optimizer.param_groups)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error of core, within a sentence; of what several writers met, the first."""
+    for rank, (cause, _) in getattr(error, "failures", {}).items():
+        return f"writer of rank {rank}: {first_line(cause)}"
     return f"{type(error).__name__}: {error}".splitlines()[0][:500]
-
-
-def _agree(error: str, partial: Path) -> None:
-    """Raise on every rank what any rank met."""
-    errors: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank, message in enumerate(errors):
-        if message:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"the checkpoint {partial.parent} could not be saved (rank {rank}: {message}); "
-                "make room or mend the folder and start again: the run goes on from its last complete checkpoint"
-            )
-
-
-def _write_latest(folder: Path, name: str) -> None:
-    partial = folder / f"{LATEST_FILE}.partial"
-    partial.write_text(name)
-    os.replace(partial, folder / LATEST_FILE)
-
-
-def _remove_old(folder: Path, keep_last: int, newest: Path) -> None:
-    complete = sorted(path for path in folder.glob("step_*") if path != newest)
-    for path in complete[: max(0, len(complete) - (keep_last - 1))]:
-        shutil.rmtree(path)
-    for leftover in folder.glob(".step_*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_model(path: Path, model: NVLMModel | ModelChunks) -> Progress:
@@ -249,6 +210,6 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
         return loaded
     except (Exception, CheckpointException) as error:  # core raises many types for a damaged folder
         raise UserError(
-            f"the checkpoint {path} cannot be loaded ({_first_line(error)}); if it is damaged, write the name of another "
-            f"one into {path.parent / LATEST_FILE}"
+            f"the checkpoint {path} cannot be loaded ({first_line(error)}); if it is damaged, write the name of another "
+            f"one into {path.parent / LATEST_FILE}; checkpoint.verify=checksum finds and passes over damaged ones"
         ) from error

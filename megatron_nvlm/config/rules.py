@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_nvlm.checkpoint.integrity import VERIFY_CHOICES
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
@@ -79,6 +80,8 @@ def names_are_known(run: RunConfig, world_size: int) -> None:
     run.stage.trainable_parts()
     if run.training.precision not in DTYPES:
         raise UserError(f"training.precision is {run.training.precision!r}; choose one of {', '.join(DTYPES)}")
+    if run.checkpoint.verify not in VERIFY_CHOICES:
+        raise UserError(f"checkpoint.verify is {run.checkpoint.verify!r}; choose one of {', '.join(VERIFY_CHOICES)}")
     if run.data.template not in TEMPLATES:
         raise UserError(f"data.template is {run.data.template!r}; choose one of {', '.join(TEMPLATES)}")
 
@@ -89,6 +92,10 @@ def counts_are_positive(run: RunConfig, world_size: int) -> None:
         ("training.train_steps", run.training.train_steps),
         ("checkpoint.save_every_steps", run.checkpoint.save_every_steps),
         ("checkpoint.keep_last", run.checkpoint.keep_last),
+        (
+            "checkpoint.keep_every_steps",
+            1 if run.checkpoint.keep_every_steps is None else run.checkpoint.keep_every_steps,
+        ),
         ("logging.log_every_steps", run.logging.log_every_steps),
         ("data.sequence_length", run.data.sequence_length),
         ("training.timeout_seconds", run.training.timeout_seconds),

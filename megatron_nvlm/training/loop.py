@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import Progress
 from megatron_nvlm.data.loader import DataConfig, MicroBatchLoader
 from megatron_nvlm.data.plan import DataPosition
@@ -72,16 +72,16 @@ def train(
     writer: MetricsWriter,
     samples: SampleWriter,
     stop: StopRequest,
-    save: Callable[[Progress], None],
+    saver: CheckpointSaver,
 ) -> Outcome:
     """Train from `start` to the last step, or to a request to stop.
 
     Args:
         samples: writes down which samples were bad and, if asked, which were used.
-        save: called with the progress to write a checkpoint.
+        saver: has no save in flight when this returns, nor when it raises UserError.
     """
     with Watchdog(trainer.config.timeout_seconds) as watchdog:
-        return _train(trainer, start, writer, samples, stop, save, watchdog)
+        return _train(trainer, start, writer, samples, stop, saver, watchdog)
 
 
 def _train(
@@ -90,7 +90,7 @@ def _train(
     writer: MetricsWriter,
     samples: SampleWriter,
     stop: StopRequest,
-    save: Callable[[Progress], None],
+    saver: CheckpointSaver,
     watchdog: Watchdog,
 ) -> Outcome:
     progress, bad_samples, seen = start, 0, 0
@@ -114,14 +114,21 @@ def _train(
         after = trainer.loader.after(position)
         progress = Progress(number, after.consumed_samples, after.packs_taken)
         bad = samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
-        writer.write(_record(progress, totals, bad, learning_rate, time.monotonic() - began, trainer))
+        record = _record(progress, totals, bad, learning_rate, time.monotonic() - began, trainer)
+        record["save_wait_seconds"] = saver.take_waited()  # of saves after earlier steps
+        writer.write(record)
         bad_samples += totals.bad_samples
         seen += totals.samples + totals.bad_samples
-        _check(totals, progress, bad_samples, seen, trainer.data.max_bad_fraction)
+        try:
+            _check(totals, progress, bad_samples, seen, trainer.data.max_bad_fraction)
+        except UserError:  # on every rank, so all can end the save that is in flight
+            saver.finish()
+            raise
+        watchdog.beat(number, "saving a checkpoint")
+        saver.poll()
         done = progress.step == trainer.config.train_steps
         if done or totals.stop or progress.step % trainer.save_every_steps == 0:
-            watchdog.beat(number, "saving a checkpoint")
-            save(progress)
+            saver.save(progress, wait=done or totals.stop)
         if totals.stop:
             return Outcome(progress, done)
     return Outcome(progress, True)

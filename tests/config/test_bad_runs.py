@@ -62,6 +62,8 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("optimizer.warmup_steps=100000", "must be fewer than"),
         ("checkpoint.save_every_steps=0", "checkpoint.save_every_steps is 0"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
+        ("checkpoint.keep_every_steps=0", "checkpoint.keep_every_steps is 0"),
+        ("checkpoint.verify=hash", "checkpoint.verify is 'hash'; choose one of size, checksum"),
         ("logging.log_every_steps=0", "logging.log_every_steps is 0"),
         ("training.timeout_seconds=0", "training.timeout_seconds is 0"),
     ],
