@@ -67,7 +67,7 @@ def page(server: str) -> Iterator[Any]:
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(server)
-        page.wait_for_function("document.getElementById('title').textContent === 'NVLM-H'")
+        page.get_by_role("heading", name="NVLM-H").wait_for()
         yield page
         browser.close()
     assert not faults
@@ -78,7 +78,7 @@ def ask(page: Any, question: str) -> str:
     before = page.locator(".answer.done").count()
     page.fill("#question", question)
     page.press("#question", "Enter")
-    page.wait_for_function(f"document.querySelectorAll('.answer.done').length === {before + 1}")
+    page.locator(".answer.done").nth(before).wait_for()
     return str(page.locator(".answer.done").last.inner_text())
 
 
@@ -102,12 +102,10 @@ def test_an_image_is_dropped_its_tiles_shown_and_questions_answered(page: Any) -
 
 def test_what_is_wrong_is_said(page: Any) -> None:
     page.set_input_files("#file", {"name": "half.png", "mimeType": "image/png", "buffer": picture(300, 200)[:400]})
-    page.wait_for_function(
-        "document.getElementById('notice').textContent.includes('half.png: the image cannot be decoded')"
-    )
+    page.get_by_text("half.png: the image cannot be decoded").wait_for()
     assert not page.locator("#pending .image").count()
     page.evaluate("const file = new File([new Uint8Array(33 * 2 ** 20)], 'large.png'); addFiles([file]).then(() => {})")
-    page.wait_for_function("document.getElementById('notice').textContent.includes('large.png: it has over 32 MB')")
+    page.get_by_text("large.png: it has over 32 MB").wait_for()
     page.fill("#temperature", "-1")
     page.fill("#question", "What is 3?")
     page.evaluate("ask()")
@@ -121,7 +119,7 @@ def test_another_checkpoint_is_loaded(page: Any) -> None:
     assert names == ["step_00000002", "step_00000003"]
     for step in (2, 3):
         page.select_option("#checkpoint", f"step_0000000{step}")
-        page.wait_for_function(f"document.getElementById('run').textContent.endsWith('step {step}')")
+        page.locator("#run", has_text=f"step {step}").wait_for()
     ask(page, "What is 3?")
 
 
