@@ -35,7 +35,7 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("training.train_steps=many", "training.train_steps has a value of the wrong type"),
         ("training", "is no override; write section.key=value"),
         ("model.variant=z", "model.variant is 'z'; choose one of d, x, h"),
-        ("model.language=qwen", "model.language is 'qwen', which is no preset; choose one of qwen2_72b"),
+        ("model.language=qwen", "model.language is 'qwen', which is no preset and no folder; choose one of qwen2_72b"),
         ("model.backend=cuda", "model.backend is 'cuda'; choose one of local, te"),
         ("model.recompute=all", "model.recompute is 'all'; choose one of none, selective, full"),
         ("model.cross_attention.interval=9", "gives no cross-attention layer among the 4 of tiny"),
