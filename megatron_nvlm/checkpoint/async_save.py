@@ -1,7 +1,8 @@
 """Saves that training does not wait for: it waits for the copy of its state, a process of each rank writes.
 
-Core plans the save and copies tensors of a GPU to memory of the host; the writer is forked from the rank, so it has the
-tensors of the host as they were (the kernel copies what training changes meanwhile). At most one save is in flight.
+Core plans the save and copies tensors of a GPU, and parts of larger buffers, to memory of the host; the writer is forked
+from the rank, so it has all else as it was (the kernel copies what training changes meanwhile). At most one save is in
+flight.
 """
 
 import json

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_nvlm.checkpoint import async_save, save_load
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
@@ -29,7 +30,15 @@ def state(world_of_one: Device):  # type: ignore[no-untyped-def]
     for model in models:
         model.zero_grad_buffer()
     optimizer.step()  # makes the moments
+    with torch.no_grad():
+        for number, tensor in enumerate(moments(optimizer)):
+            tensor.fill_(number / 100)
     return chunks, optimizer, scheduler
+
+
+def moments(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    (part,) = optimizer.chained_optimizers
+    return [one[name] for one in part.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
 
 def saver_of(state, run_dir: Path) -> CheckpointSaver:  # type: ignore[no-untyped-def]
@@ -39,11 +48,11 @@ def saver_of(state, run_dir: Path) -> CheckpointSaver:  # type: ignore[no-untype
 def test_training_may_go_on_while_the_state_is_written(state, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     chunks = state[0]
     saver = saver_of(state, tmp_path)
-    at_save = [parameter.detach().clone() for parameter in chunks.parameters()]
+    at_save = [tensor.clone() for tensor in [*chunks.parameters(), *moments(state[1])]]
     saver.save(Progress(2, 8))
     with torch.no_grad():
-        for parameter in chunks.parameters():
-            parameter.fill_(7.0)
+        for tensor in [*chunks.parameters(), *moments(state[1])]:
+            tensor.fill_(7.0)
     assert not (tmp_path / "checkpoints" / "latest").exists()
     saver.save(Progress(4, 16), wait=True)  # ends the first one before it begins
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -54,8 +63,8 @@ def test_training_may_go_on_while_the_state_is_written(state, tmp_path: Path) ->
     path = save_load.checkpoint_to_resume(tmp_path, "checksum")
     assert path is not None and path.name == "step_00000004"
     assert save_load.load(path.with_name("step_00000002"), *state) == Progress(2, 8)
-    for parameter, expected in zip(chunks.parameters(), at_save, strict=True):
-        assert torch.equal(parameter, expected)
+    for tensor, expected in zip([*chunks.parameters(), *moments(state[1])], at_save, strict=True):
+        assert torch.equal(tensor, expected)
     assert saver.take_waited() > 0 == saver.take_waited()
 
 
