@@ -138,7 +138,7 @@ def test_random_sizes_of_every_family(
         assert convert("import", *parts, "--variant", "d", "--out", base / "run") == 0
         ids = torch.randint(0, sizes["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
         pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2))
-        scored = open_scored_here(base / "run")
+        scored = open_scored(base / "run", None, 1, 1, "fp32")
         found = score_case(scored, Case("text", {"input_ids": ids, "labels": ids}, None), gradients=False)
         with torch.no_grad():
             theirs = language(input_ids=ids, labels=ids)
@@ -158,17 +158,6 @@ def test_random_sizes_of_every_family(
                 else:  # the release's folders have heads of zeros behind the real ones
                     assert is_6b and "attn" in name
             assert {name for name in out.infos if name.startswith(prefix)} == {prefix + name for name in stored.infos}
-
-
-def open_scored_here(run: Path) -> Any:
-    """The model in this process, whose groups are there."""
-    import tools.conversion.score_model as module
-
-    started, module.start_groups = module.start_groups, lambda *given, **options: None
-    try:
-        return open_scored(run, None, 1, 1, "fp32")
-    finally:
-        module.start_groups = started
 
 
 @pytest.mark.distributed

@@ -74,7 +74,8 @@ def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipel
     check_model(config, partition)
     check_folders(config)
     device = use_device()
-    start_groups(partition, device, seed=1)
+    if not dist.is_initialized():
+        start_groups(partition, device, seed=1)
     chunks = make_chunks(config, partition, precision, device.torch_device, seed=1)
     if path is not None:
         save_load.load_model(path, chunks)
