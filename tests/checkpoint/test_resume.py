@@ -102,11 +102,13 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(kill
     whole, run_dir = tmp_path / "uninterrupted", tmp_path / "run"
     launch(TRAIN, 2, *arguments(run_file, whole))
     moments = random.Random(20261125)
-    killed, in_flight = 0, 0
+    killed, in_flight, resumed = 0, 0, 0
     for _ in range(kills):
         process = start(TRAIN, 2, *arguments(run_file, run_dir), log=tmp_path / "log")
         begun_at = time.time()
-        further = moments.randint(1, 4)
+        further = moments.randint(
+            1, 12
+        )  # a save takes as long as many of these tiny steps, and the next one waits for it
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
             file = run_dir / "metrics.jsonl"
@@ -126,7 +128,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(kill
         in_flight += any((run_dir / "checkpoints").glob(".step_*.partial"))
         log = (tmp_path / "log").read_text()
         assert "error" not in log.lower(), log
-    print(f"killed {killed} times, {in_flight} of them while a save was in flight")
+        resumed += "going on from step" in log
+    print(f"killed {killed} times, {in_flight} of them while a save was in flight; {resumed} went on")
+    assert in_flight and resumed, "the moments show nothing"
     assert killed == kills, "it was over too soon to prove anything"
     launch(TRAIN, 2, *arguments(run_file, run_dir))
     assert losses(run_dir) == losses(whole)
