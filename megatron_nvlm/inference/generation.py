@@ -131,7 +131,7 @@ def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, row_
                 decoder_input=message,
                 extra_block_kwargs=kwargs,
             )
-        return output[0] if model.post_process else output
+        return model.without_padding(output[0]) if model.post_process else output
 
     output = pass_through(model, rows, compute)
     return None if output is None else output[: len(tokens)]

@@ -106,10 +106,10 @@ class NVLMModel(MegatronModule):
             extra_block_kwargs=block_kwargs,
         )
         if self.post_process:
-            return self._without_padding(output[0])
+            return self.without_padding(output[0])
         return self._join_payload(micro_batch, output, context)
 
-    def _without_padding(self, logits: Tensor) -> Tensor:
+    def without_padding(self, logits: Tensor) -> Tensor:
         """Columns that stand for no id can neither be chosen nor take a share of the softmax, and get no gradient."""
         if self.vocabulary is None:
             return logits
