@@ -76,13 +76,14 @@ def answers_on_rank(config: ModelConfig, partition: PartitionConfig, ids: np.nda
 
 @pytest.mark.distributed
 def test_columns_without_an_id_are_never_chosen(tmp_path: Path) -> None:
-    """The language model's logits are pushed below zero, where zeros of a filled-up vocabulary would win."""
+    """All logits are below zero, so that the zeros of a filled-up vocabulary would win."""
     sizes = dict(
         hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     language = language_folder(tmp_path / "language", "qwen2", vocab_size=43, **sizes)
     with torch.no_grad():
-        language.lm_head.weight.mul_(0.01)  # logits near zero: an added column's exact zero is often the largest
+        language.model.embed_tokens.weight[:, 0] = 9  # every row points there, and every column away from it
+        language.lm_head.weight[:, 0] = -9
     language.save_pretrained(tmp_path / "language")
     small = dict(num_attention_heads=2, num_hidden_layers=1, image_size=(28, 28), patch_size=(14, 14))
     vision_folder(tmp_path / "vision", True, hidden_size=16, intermediate_size=20, **small)
