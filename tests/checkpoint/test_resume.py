@@ -94,10 +94,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert done.returncode != 0 and "is whole (" in done.stderr and "Traceback" not in done.stderr.split("error: ")[0]
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(kills: int, tmp_path: Path) -> None:
     """SIGKILL to the launcher, the ranks and whatever writes for them, all at once; saves are in flight half the time."""
-    steps = 25 * kills
+    steps = 40 + 12 * kills
     run_file = write_run(tmp_path, training={"train_steps": steps})
     whole, run_dir = tmp_path / "uninterrupted", tmp_path / "run"
     launch(TRAIN, 2, *arguments(run_file, whole))
