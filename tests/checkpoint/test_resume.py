@@ -95,7 +95,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
+@slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(kills: int, tmp_path: Path) -> None:
     """SIGKILL to the launcher, the ranks and whatever writes for them, all at once; saves are in flight half the time."""
     steps = 40 + 12 * kills

@@ -124,7 +124,9 @@ LAYOUTS = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("PP4", "PP2, uneven") else name for name in LAYOUTS]
+)
 def test_layouts_give_the_same_answers(world_of_one: Device, name: str) -> None:
     """Greedy and drawn, on every rank; with a stop token, so that the number of open samples becomes odd."""
     ranks, partition = LAYOUTS[name]
