@@ -22,7 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, write_manifest, write_sums_of_rank
+from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, find_damage, write_manifest, write_sums_of_rank
 from megatron_nvlm.checkpoint.retention import remove_checkpoint, remove_old, step_folder, sync_folder, write_latest
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progress, first_line, state_to_save
 from megatron_nvlm.core_compat import deaf_and_not_alone
@@ -148,7 +148,8 @@ class CheckpointSaver:
             remove_checkpoint(flight.final)
         os.replace(flight.partial, flight.final)
         write_latest(self._folder, flight.final.name)
-        remove_old(self._folder, self.config.keep_last, self.config.keep_every_steps, flight.final)
+        config = self.config
+        remove_old(self._folder, config.keep_last, config.keep_every_steps, flight.final, _is_whole)
 
     @staticmethod
     def _on_first_rank(flight: _Flight, work: Callable[[], None]) -> None:
@@ -156,9 +157,13 @@ class CheckpointSaver:
         if dist.get_rank() == 0:
             try:
                 work()
-            except OSError as cause:
+            except (OSError, ValueError) as cause:  # the latter for sums that a writer could not finish
                 error = str(cause)
         _agree(error, flight)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return not find_damage(checkpoint, "size")
 
 
 def _make_anew(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 LATEST_FILE = "latest"
@@ -55,12 +56,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_old(folder: Path, keep_last: int, keep_every_steps: int | None, newest: Path) -> None:
+def remove_old(
+    folder: Path,
+    keep_last: int,
+    keep_every_steps: int | None,
+    newest: Path,
+    is_whole: Callable[[Path], bool] = Path.is_dir,
+) -> None:
     """Remove all but the last `keep_last` checkpoints up to `newest` and those of every `keep_every_steps`-th step.
 
-    Later ones than `newest` (a run that went back) stay until the run comes to them and writes them anew.
+    Damaged ones go as well: counted, they would push out those that a run can still go back to. Later ones than `newest`
+    (a run that went back) stay until the run comes to them and writes them anew.
     """
-    complete = sorted((path for path in folder.glob("step_*") if 0 <= step_of(path) < step_of(newest)), key=step_of)
+    earlier = sorted((path for path in folder.glob("step_*") if 0 <= step_of(path) < step_of(newest)), key=step_of)
+    complete = [path for path in earlier if is_whole(path)]
+    for path in set(earlier) - set(complete):
+        remove_checkpoint(path)
     for path in complete[: max(0, len(complete) - (keep_last - 1))]:
         if keep_every_steps is None or step_of(path) % keep_every_steps:
             remove_checkpoint(path)

@@ -94,6 +94,16 @@ def test_a_run_that_went_back_does_not_lose_what_it_went_back_to(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [retention.step_folder(step) for step in (4, 6, 8)]
 
 
+def test_a_damaged_checkpoint_pushes_out_no_good_one(tmp_path: Path) -> None:
+    for step in (2, 4, 5):
+        (tmp_path / retention.step_folder(step)).mkdir()
+    good = {retention.step_folder(step) for step in (2, 5)}
+    retention.remove_old(
+        tmp_path, 2, None, tmp_path / retention.step_folder(5), is_whole=lambda path: path.name in good
+    )
+    assert {path.name for path in tmp_path.iterdir()} == good
+
+
 def test_candidates_begin_with_latest_and_go_back(tmp_path: Path) -> None:
     assert retention.candidates(tmp_path) == []
     for step in (2, 4, 10):
