@@ -102,7 +102,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(kill
     steps = 40 + 12 * kills
     run_file = write_run(tmp_path, training={"train_steps": steps})
     whole, run_dir = tmp_path / "uninterrupted", tmp_path / "run"
-    launch(TRAIN, 2, *arguments(run_file, whole))
+    launch(TRAIN, 2, *arguments(run_file, whole), timeout=1200)
     moments = random.Random(20261125)
     killed, in_flight, resumed = 0, 0, 0
     for _ in range(kills):
@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(kill
     if kills > 3:  # few moments may all fall before the first checkpoint is complete
         assert in_flight and resumed, "the moments show nothing"
     assert killed == kills, "it was over too soon to prove anything"
-    launch(TRAIN, 2, *arguments(run_file, run_dir))
+    launch(TRAIN, 2, *arguments(run_file, run_dir), timeout=1200)
     assert losses(run_dir) == losses(whole)
 
 

@@ -22,10 +22,12 @@ def environment() -> dict[str, str]:
     return {**inherited, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
-def launch(module: str, ranks: int, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def launch(
+    module: str, ranks: int, *arguments: str, check: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; a failure shows what was printed."""
     done = subprocess.run(
-        command(module, ranks, *arguments), env=environment(), capture_output=True, text=True, timeout=300
+        command(module, ranks, *arguments), env=environment(), capture_output=True, text=True, timeout=timeout
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
