@@ -4,6 +4,7 @@ Transforms only move numbers, so the same rows carry gradients, and a way there 
 layer's number on both sides.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,16 +15,16 @@ from typing_extensions import override
 from megatron_nvlm.errors import UserError
 
 
-class Transform:
+class Transform(ABC):
     """From the tensors of a folder to one of ours and back."""
 
+    @abstractmethod
     def to_ours(self, tensors: Sequence[Tensor]) -> Tensor:
         """One of our tensors from theirs, in the row's order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
         """Their tensors from ours; the inverse of `to_ours`."""
-        raise NotImplementedError
 
     def for_part(self, ranks: int) -> "Transform | None":
         """What turns each rank's equal part of their tensors into its part of ours; None if parts do not fit together."""
