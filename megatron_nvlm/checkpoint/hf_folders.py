@@ -1,7 +1,8 @@
 """Hugging Face folders as sources of our parameters: a whole NVLM, or a language model and a vision model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from megatron_nvlm.checkpoint.hf_models import language_rows, nvlm_rows, vision_rows
 from megatron_nvlm.checkpoint.safetensors_files import SafetensorsFolder
 from megatron_nvlm.checkpoint.tensor_source import AsOurs, Joined, TensorInfo, TensorSource
-from megatron_nvlm.checkpoint.weight_map import CensusError, Row
+from megatron_nvlm.checkpoint.weight_map import CensusError, Row, check_their_names
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.build import ModelConfig, ModelParts, find_parts
 from megatron_nvlm.models.hf_config import (
@@ -73,7 +74,9 @@ def open_folders(model: ModelConfig) -> FolderWeights | None:
     wanted = set(expected_names(model, parts))
     rows, theirs, ours = [], [], []
     for found, source, where in opened:
-        AsOurs(found, source, where)  # the whole folder is accounted for, also what this variant leaves out
+        check_their_names(
+            found, source.infos, where
+        )  # the whole folder is accounted for, also what this variant leaves out
         _refuse_mixed_dtypes(found, source, where)
         kept = [row for row in found if row.ours in wanted]
         rows += kept
@@ -88,12 +91,23 @@ def expected_names(model: ModelConfig, parts: ModelParts) -> list[str]:
     return [row.ours for row in rows]
 
 
+def folder_rows(folder: Path) -> list[Row]:
+    """The rows of a folder by its own config.json: a whole NVLM, an InternViT, or a language model."""
+    config = read_config(folder)
+    if is_whole_folder(config):
+        variant, cross = variant_of(config, folder), cross_attention_of(config, folder)
+        language, vision = language_preset_of(folder), vision_preset_of(folder)
+        return nvlm_rows(variant, language, vision, cross, padding_heads_of(config))
+    if str(config.get("model_type", "")).startswith("intern_vit"):
+        return vision_rows(vision_preset_of(folder))
+    return language_rows(language_preset_of(folder))
+
+
 def _whole(folder: Path, model: ModelConfig, parts: ModelParts) -> tuple[list[Row], TensorSource, str]:
     config = read_config(folder)
     if not is_whole_folder(config):
         raise UserError(f"{folder} holds no whole NVLM; name it as model.language_weights or model.vision_weights")
     variant = variant_of(config, folder)
-    cross = model.cross_attention
     if variant.needs_cross_attention:
         if variant != parts.variant:
             raise UserError(
@@ -113,27 +127,25 @@ def _whole(folder: Path, model: ModelConfig, parts: ModelParts) -> tuple[list[Ro
             )
     _same_language(folder, parts.language)
     _same_vision(folder, parts.vision)
-    rows = nvlm_rows(variant, parts.language, parts.vision, cross, padding_heads_of(config))
-    return rows, SafetensorsFolder(folder), str(folder)
+    return folder_rows(folder), SafetensorsFolder(folder), str(folder)
 
 
 def _language(folder: Path, preset: LanguagePreset) -> tuple[list[Row], TensorSource, str]:
     _same_language(folder, preset)
-    if is_whole_folder(read_config(folder)):
-        return language_rows(preset, "language_model."), _below(folder, "language_model."), str(folder)
-    return language_rows(preset), SafetensorsFolder(folder), str(folder)
-
-
-def _below(folder: Path, prefix: str) -> TensorSource:
-    source = SafetensorsFolder(folder)
-    return _Some(source, [name for name in source.infos if name.startswith(prefix)])
+    return _part(folder, partial(language_rows, preset), "language_model.")
 
 
 def _vision(folder: Path, preset: VisionPreset) -> tuple[list[Row], TensorSource, str]:
     _same_vision(folder, preset)
-    if is_whole_folder(read_config(folder)):
-        return vision_rows(preset, "vision_model."), _below(folder, "vision_model."), str(folder)
-    return vision_rows(preset), SafetensorsFolder(folder), str(folder)
+    return _part(folder, partial(vision_rows, preset), "vision_model.")
+
+
+def _part(folder: Path, rows: Callable[[str], list[Row]], prefix: str) -> tuple[list[Row], TensorSource, str]:
+    """A part in a folder of its own, or below its prefix in a whole one."""
+    source = SafetensorsFolder(folder)
+    if not is_whole_folder(read_config(folder)):
+        return rows(""), source, str(folder)
+    return rows(prefix), _Some(source, [name for name in source.infos if name.startswith(prefix)]), str(folder)
 
 
 def _same_language(folder: Path, preset: LanguagePreset) -> None:

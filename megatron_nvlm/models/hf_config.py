@@ -145,7 +145,9 @@ def padding_heads_of(config: Mapping[str, Any]) -> int | None:
 
 
 def cross_attention_of(config: Mapping[str, Any], folder: Path) -> CrossAttentionConfig:
-    """Where a folder of ours has cross-attention; UserError unless its layers are evenly spaced."""
+    """Where a whole folder has cross-attention (NVLM-D: nowhere); UserError unless its layers are evenly spaced."""
+    if not variant_of(config, folder).needs_cross_attention:
+        return CrossAttentionConfig()
     found = config.get("cross_attention")
     if not isinstance(found, dict) or not found.get("layers"):
         raise UserError(

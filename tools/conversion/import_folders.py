@@ -22,7 +22,6 @@ from megatron_nvlm.models.hf_config import (
     is_whole_folder,
     language_preset_of,
     read_config,
-    variant_of,
     vision_preset_of,
 )
 from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS, name_of
@@ -108,8 +107,7 @@ def _describe_run(request: ImportRequest) -> RunConfig:
         model["weights"] = str(request.whole)
         if not is_whole_folder(config):
             raise UserError(f"{request.whole} holds no whole NVLM; name it with --language-model or --vision-model")
-        if variant_of(config, request.whole).needs_cross_attention:
-            model["cross_attention"] = dataclasses.asdict(cross_attention_of(config, request.whole))
+        model["cross_attention"] = dataclasses.asdict(cross_attention_of(config, request.whole))
     else:
         model |= {"language_weights": str(request.language), "vision_weights": str(request.vision)}
     settings = _processor_settings(language)

@@ -3,22 +3,12 @@
 from pathlib import Path
 
 from megatron_nvlm.checkpoint import save_load
-from megatron_nvlm.checkpoint.hf_models import language_rows, nvlm_rows, vision_rows
+from megatron_nvlm.checkpoint.hf_folders import folder_rows
 from megatron_nvlm.checkpoint.safetensors_files import SafetensorsFolder
 from megatron_nvlm.checkpoint.tensor_source import AsOurs, TensorInfo, TensorSource
 from megatron_nvlm.checkpoint.torch_dist_files import CheckpointWeights
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.hf_config import (
-    CONFIG_FILE,
-    cross_attention_of,
-    is_whole_folder,
-    language_preset_of,
-    padding_heads_of,
-    read_config,
-    variant_of,
-    vision_preset_of,
-)
+from megatron_nvlm.models.hf_config import CONFIG_FILE, read_config
 
 
 def is_folder(path: Path) -> bool:
@@ -45,16 +35,7 @@ def open_pair(first: Path, second: Path) -> tuple[TensorSource, TensorSource]:
 
 
 def _as_ours(folder: Path, theirs: TensorSource) -> TensorSource:
-    config = read_config(folder)
-    if is_whole_folder(config):
-        variant = variant_of(config, folder)
-        cross = cross_attention_of(config, folder) if variant.needs_cross_attention else CrossAttentionConfig()
-        rows = nvlm_rows(variant, language_preset_of(folder), vision_preset_of(folder), cross, padding_heads_of(config))
-    elif str(config.get("model_type", "")).startswith("intern_vit"):
-        rows = vision_rows(vision_preset_of(folder))
-    else:
-        rows = language_rows(language_preset_of(folder))
-    return AsOurs(rows, theirs, str(folder))
+    return AsOurs(folder_rows(folder), theirs, str(folder))
 
 
 def inspect(path: Path, source: TensorSource) -> str:

@@ -16,7 +16,6 @@ from megatron_nvlm.checkpoint.weight_map import convert_to_theirs
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.build import ModelConfig, ModelParts, check_model, find_parts
 from megatron_nvlm.models.chunks import ModelChunks
-from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.hf_config import cross_attention_of, read_config, variant_of
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
@@ -86,8 +85,7 @@ def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipel
 
 def _config_of(folder: Path) -> ModelConfig:
     described = read_config(folder)
-    variant = variant_of(described, folder)
-    cross = cross_attention_of(described, folder) if variant.needs_cross_attention else CrossAttentionConfig()
+    variant, cross = variant_of(described, folder), cross_attention_of(described, folder)
     return ModelConfig(variant.name, str(folder), str(folder), cross_attention=cross, weights=str(folder))
 
 
