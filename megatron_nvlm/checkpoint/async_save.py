@@ -5,7 +5,6 @@ from the rank, so it has all else as it was (the kernel copies what training cha
 flight.
 """
 
-import json
 import os
 import shutil
 import time
@@ -22,9 +21,16 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, find_damage, write_manifest, write_sums_of_rank
+from megatron_nvlm.checkpoint.integrity import find_damage, write_manifest, write_sums_of_rank
 from megatron_nvlm.checkpoint.retention import remove_checkpoint, remove_old, step_folder, sync_folder, write_latest
-from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progress, first_line, state_to_save
+from megatron_nvlm.checkpoint.save_load import (
+    CheckpointConfig,
+    Identity,
+    Progress,
+    first_line,
+    state_to_save,
+    write_identity,
+)
 from megatron_nvlm.core_compat import deaf_and_not_alone
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
@@ -137,8 +143,7 @@ class CheckpointSaver:
 
     def _publish(self, flight: _Flight) -> None:
         """Make the files a checkpoint: what it is, its manifest, its name, `latest`, in this order."""
-        content = {"model": vars(self._identity), "progress": vars(flight.progress)}
-        (flight.partial / IDENTITY_FILE).write_text(json.dumps(content))
+        write_identity(flight.partial, self._identity, flight.progress)
         write_manifest(flight.partial)
         for path in flight.partial.iterdir():
             with path.open("rb") as file:

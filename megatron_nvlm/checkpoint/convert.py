@@ -17,7 +17,16 @@ from torch import Tensor
 from megatron_nvlm.checkpoint.hf_folders import check_shapes, open_folders, refuse_missing_parts
 from megatron_nvlm.checkpoint.hf_models import nvlm_rows
 from megatron_nvlm.checkpoint.safetensors_files import file_names, plan_files, write_file, write_index
-from megatron_nvlm.checkpoint.tensor_source import FirstRows, Joined, Made, TensorInfo, TensorSource
+from megatron_nvlm.checkpoint.save_load import Identity, Progress, write_identity
+from megatron_nvlm.checkpoint.tensor_source import (
+    FirstRows,
+    Joined,
+    Made,
+    TensorInfo,
+    TensorSource,
+    as_bytes,
+    in_pieces,
+)
 from megatron_nvlm.checkpoint.torch_dist_files import write_checkpoint
 from megatron_nvlm.checkpoint.weight_map import Row, check_our_names
 from megatron_nvlm.errors import UserError
@@ -85,13 +94,13 @@ class _Cast:
 
 
 def write_import(
-    folder: Path, source: TensorSource, ours: OurModel, identity: dict[str, Any], mark: dict[str, Any], done: Done
+    folder: Path, source: TensorSource, ours: OurModel, identity: Identity, mark: dict[str, Any], done: Done
 ) -> None:
     """A checkpoint in `folder`, which must not exist; goes on where a call with the same `mark` was interrupted."""
     partial = begin(folder, mark)
-    progress = {"step": 0, "consumed_samples": 0, "packs_taken": 0}
-    write_checkpoint(partial, source, ours.object_names, {"progress": progress}, done)
-    (partial / "nvlm.json").write_text(json.dumps({"model": identity, "progress": progress}))
+    progress = Progress(step=0, consumed_samples=0)
+    write_checkpoint(partial, source, ours.object_names, {"progress": vars(progress)}, done)
+    write_identity(partial, identity, progress)
     finish(partial, folder)
 
 
@@ -173,10 +182,11 @@ def begin(folder: Path, mark: dict[str, Any]) -> Path:
         raise UserError(f"{folder} is there already; name another folder, or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
     marked = partial / MARK_FILE
-    if partial.exists() and (not marked.is_file() or json.loads(marked.read_text()) != mark):
+    content = json.dumps(mark)
+    if partial.exists() and (not marked.is_file() or marked.read_text() != content):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    marked.write_text(json.dumps(mark))
+    marked.write_text(content)
     return partial
 
 
@@ -217,17 +227,11 @@ _NUMBERS_AT_ONCE = 16 << 20
 def _compare_numbers(one: Tensor, other: Tensor) -> str:
     """What differs, or nothing."""
     differing, largest = 0, 0.0
-    rows = max(1, _NUMBERS_AT_ONCE // max(1, one[0].numel())) if one.dim() and len(one) else 1
-    for left, right in zip(
-        one.split(rows) if one.dim() else [one], other.split(rows) if other.dim() else [other], strict=True
-    ):
-        same = torch.equal(_bits(left), _bits(right)) if left.dtype == right.dtype else bool((left == right).all())
+    for left, right in zip(in_pieces(one, _NUMBERS_AT_ONCE), in_pieces(other, _NUMBERS_AT_ONCE), strict=True):
+        alike = left.dtype == right.dtype
+        same = torch.equal(as_bytes(left), as_bytes(right)) if alike else bool((left == right).all())
         if not same:
             gap = (left.double() - right.double()).abs()
             differing += int((gap > 0).sum())
             largest = max(largest, float(gap.max()))
     return f"{differing} of {one.numel()} numbers differ, by {largest:.3g} at most" if differing else ""
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

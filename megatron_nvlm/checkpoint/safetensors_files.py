@@ -6,7 +6,7 @@ The format is eight bytes with the header's length, the header in JSON (name -> 
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_nvlm.checkpoint.tensor_source import TensorInfo
+from megatron_nvlm.checkpoint.tensor_source import TensorInfo, as_bytes, in_pieces
 from megatron_nvlm.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,6 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BYTES_AT_ONCE = 64 << 20
 
 
 class SafetensorsFolder:
@@ -134,8 +135,8 @@ def write_file(
     Args:
         read: gives each tensor. done: is told the bytes of each tensor once written.
     """
-    header, place = {"__metadata__": {"format": "pt"}}, 0
-    described: dict[str, Any] = dict(header)
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
     for name, info in infos.items():
         described[name] = {
             "dtype": _NAMES[info.dtype],
@@ -153,22 +154,9 @@ def write_file(
             tensor = read(name)
             if TensorInfo.of(tensor) != info:
                 raise AssertionError(f"{name} is {TensorInfo.of(tensor)}, announced as {info}")
-            for part in _bytes_of(tensor):
-                file.write(part)
+            # In pieces, so that a view over a mapped file is not copied as a whole.
+            for part in in_pieces(tensor, _BYTES_AT_ONCE // tensor.element_size()):
+                file.write(as_bytes(part).numpy().data)
             if done is not None:
                 done(info.num_bytes)
     os.replace(partial, path)
-
-
-_BYTES_AT_ONCE = 64 << 20
-
-
-def _bytes_of(tensor: Tensor) -> Iterator[bytes | memoryview]:
-    """A tensor's bytes in pieces, so that a view over a mapped file is not copied as a whole."""
-    if tensor.dim() == 0:
-        yield tensor.reshape(1).view(torch.uint8).numpy().data
-        return
-    row_bytes = max(1, tensor[0].numel() * tensor.element_size()) if len(tensor) else 1
-    rows = max(1, _BYTES_AT_ONCE // row_bytes)
-    for part in tensor.split(rows):
-        yield part.contiguous().reshape(-1).view(torch.uint8).numpy().data

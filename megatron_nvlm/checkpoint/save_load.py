@@ -116,6 +116,11 @@ def find_checkpoint(path: Path, verify: str = "size") -> Path:
     return found
 
 
+def write_identity(path: Path, identity: Identity, progress: Progress) -> None:
+    """Say in a checkpoint's folder what it is of and how far it is."""
+    (path / IDENTITY_FILE).write_text(json.dumps({"model": vars(identity), "progress": vars(progress)}))
+
+
 def read_identity(path: Path) -> Identity:
     """What the checkpoint is of; UserError if the folder is no checkpoint of ours."""
     try:

@@ -38,6 +38,18 @@ class TensorInfo:
         return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
 
+def in_pieces(tensor: Tensor, most_numbers: int) -> Sequence[Tensor]:
+    """Views of a tensor along its first axis, of at most so many numbers (a row at least); a scalar as it is."""
+    if not tensor.dim() or not len(tensor):
+        return [tensor]
+    return tensor.split(max(1, most_numbers // max(1, tensor[0].numel())))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8 [bytes]."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 class TensorSource(Protocol):
     """A folder, a checkpoint, or another view of one."""
 

@@ -75,7 +75,9 @@ def export_folder(
 
     identity = (checkpoint / save_load.IDENTITY_FILE).read_text()
     mark = {"checkpoint": str(checkpoint.resolve()), "identity": identity, "dtype": str(dtype), "bytes": most_bytes}
-    write_export(out, source, write_others, {**mark, "model": _plain(run)}, progress(source), most_bytes)
+    write_export(
+        out, source, write_others, {**mark, "model": dataclasses.asdict(run.model)}, progress(source), most_bytes
+    )
     count = sum(info.parameters for info in source.infos.values())
     missing = (
         "" if tokenizer else "; without tokenizer and processor, since the weights came without: give data.tokenizer="
@@ -91,10 +93,6 @@ def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
     if save_load.read_identity(checkpoint).tokenizer:
         raise UserError(f"there is no tokenizer at {path}; give data.tokenizer=FILE behind the options")
     return None
-
-
-def _plain(run: RunConfig) -> Any:
-    return json.loads(json.dumps(dataclasses.asdict(run.model)))
 
 
 def _config(run: RunConfig, tokenizer: Path | None, dtype: str) -> dict[str, Any]:

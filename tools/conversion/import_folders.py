@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from megatron_nvlm.checkpoint.convert import Done, imported_source, write_import
+from megatron_nvlm.checkpoint.retention import step_folder, write_latest
 from megatron_nvlm.checkpoint.tensor_source import TensorSource
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.run import RunConfig
@@ -30,7 +31,7 @@ from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tools.conversion.our_model import describe_our_model
 
-STEP = "step_00000000"
+STEP = step_folder(0)
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Do
     source = imported_source(run.model, ours, request.seed, request.dtype)
     tokenizer = _find_tokenizer(request)
     checkpoint = request.out / "checkpoints" / STEP
-    identity = vars(make_identity(run.model, Tokenizer.load(tokenizer) if tokenizer else None))
+    identity = make_identity(run.model, Tokenizer.load(tokenizer) if tokenizer else None)
     mark = {"model": dataclasses.asdict(run.model), "seed": request.seed, "dtype": str(request.dtype)}
-    write_import(checkpoint, source, ours, identity, json.loads(json.dumps(mark)), progress(source))
+    write_import(checkpoint, source, ours, identity, mark, progress(source))
     if tokenizer is not None:
         shutil.copyfile(tokenizer, request.out / "tokenizer.json")
     kept = dataclasses.replace(run.model, weights=None, language_weights=None, vision_weights=None)
     (request.out / "config.yaml").write_text(dump_run(dataclasses.replace(run, model=kept)))
-    (checkpoint.parent / "latest").write_text(STEP)
+    write_latest(checkpoint.parent, checkpoint.name)
     count = sum(info.parameters for info in source.infos.values())
     missing = "" if tokenizer else "; no tokenizer.json was found: give --tokenizer to ask it questions or to export it"
     return f"{request.out}: NVLM-{request.variant.upper()}, {len(source.infos)} weights, {count:,} parameters{missing}"
