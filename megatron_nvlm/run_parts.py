@@ -5,8 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_nvlm.checkpoint.hf_folders import expected_names, open_folders, refuse_missing_parts
-from megatron_nvlm.checkpoint.load_weights import load_folder_weights
+from megatron_nvlm.checkpoint.hf_folders import FolderWeights, expected_names, open_folders, refuse_missing_parts
 from megatron_nvlm.checkpoint.save_load import Identity
 from megatron_nvlm.data.loader import DataConfig
 from megatron_nvlm.data.order import BlendedOrder
@@ -101,21 +100,16 @@ def make_chunks(
     return _with_new_weights(built, seed)
 
 
-def start_from_folders(model: ModelConfig, chunks: ModelChunks) -> bool:
-    """Take the weights of the Hugging Face folders that the model names; False if it names none."""
-    weights = open_folders(model)
-    if weights is None:
-        return False
-    load_folder_weights(chunks, weights)
-    return True
+def open_weights(model: ModelConfig) -> FolderWeights | None:
+    """The Hugging Face folders that the model names; None if it names none.
 
-
-def check_folders(model: ModelConfig) -> None:
-    """Whatever can be wrong with the folders that the model names, before work begins."""
+    Raises:
+        UserError: whatever can be wrong with them, before work begins.
+    """
     weights = open_folders(model)
     if weights is not None:
-        names = expected_names(model, find_parts(model))
-        refuse_missing_parts(list(weights.ours.infos), names, "the run")
+        refuse_missing_parts(list(weights.ours.infos), expected_names(model, find_parts(model)), "the run")
+    return weights
 
 
 def _with_new_weights(built: Built, seed: int) -> Built:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
+from megatron_nvlm.checkpoint.load_weights import load_folder_weights
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_files, check_run
 from megatron_nvlm.config.run import RunConfig
@@ -14,7 +15,7 @@ from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.entry import global_rank, say, user_errors_end_the_process
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups, world_size_from_environment
-from megatron_nvlm.run_parts import check_folders, make_identity, open_data, start_from_folders
+from megatron_nvlm.run_parts import make_identity, open_data, open_weights
 from megatron_nvlm.training import setup
 from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest, lock_run, stop_with_launcher
 from megatron_nvlm.training.loop import train
@@ -36,8 +37,7 @@ def run_training(run: RunConfig) -> None:
     start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
     checkpoint = save_load.checkpoint_to_resume(run_dir, run.checkpoint.verify)
     initial = _initial_weights(run) if checkpoint is None else None
-    if checkpoint is None:
-        check_folders(run.model)
+    folders = open_weights(run.model) if checkpoint is None else None
     for path in (checkpoint, initial):
         if path is not None:
             save_load.check_identity(path, identity)
@@ -65,7 +65,8 @@ def run_training(run: RunConfig) -> None:
         save_load.load_model(initial, trainer.bare_model)
         trainer.optimizer.reload_model_params()
         say(f"starting with the weights of {initial}")
-    elif start_from_folders(run.model, trainer.bare_model):
+    elif folders is not None:
+        load_folder_weights(trainer.bare_model, folders)
         trainer.optimizer.reload_model_params()
         say("starting with the weights of the Hugging Face folders that model names; what they lack is new")
     writer = MetricsWriter(run_dir, run.logging, start.step, run.training.train_steps)

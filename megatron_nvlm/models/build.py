@@ -27,6 +27,7 @@ from megatron_nvlm.models.presets import (
     LANGUAGE_PRESETS,
     VISION_PRESETS,
     LanguagePreset,
+    Preset,
     VisionPreset,
     find_preset,
 )
@@ -90,13 +91,14 @@ def find_parts(config: ModelConfig) -> ModelParts:
         raise UserError(f"model.recompute is {config.recompute!r}; choose one of {', '.join(RECOMPUTE)}")
     return ModelParts(
         VARIANTS[config.variant],
-        language_preset_of(Path(config.language))
-        if Path(config.language).is_dir()
-        else find_preset(LANGUAGE_PRESETS, config.language, "model.language"),
-        vision_preset_of(Path(config.vision))
-        if Path(config.vision).is_dir()
-        else find_preset(VISION_PRESETS, config.vision, "model.vision"),
+        _find_sizes(LANGUAGE_PRESETS, config.language, "model.language", language_preset_of),
+        _find_sizes(VISION_PRESETS, config.vision, "model.vision", vision_preset_of),
     )
+
+
+def _find_sizes(presets: dict[str, Preset], name: str, key: str, read: Callable[[Path], Preset]) -> Preset:
+    """Of a preset, or read from the folder of that name."""
+    return read(Path(name)) if Path(name).is_dir() else find_preset(presets, name, key)
 
 
 def check_model(config: ModelConfig, partition: PartitionConfig) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_nvlm.checkpoint.load_weights import load_folder_weights
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference import generation, greedy
@@ -15,7 +16,7 @@ from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
-from megatron_nvlm.run_parts import make_chunks, start_from_folders
+from megatron_nvlm.run_parts import make_chunks, open_weights
 from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
 from megatron_nvlm.sequence.variants import NVLM_D
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
@@ -51,7 +52,9 @@ def pipeline_of(tile_size: int, tokens_per_tile: int) -> SamplePipeline:
 
 def model_of(config: ModelConfig, partition: PartitionConfig, device: Device) -> Any:
     chunks = make_chunks(config, partition, "fp32", device.torch_device, seed=1)
-    start_from_folders(config, chunks)
+    weights = open_weights(config)
+    assert weights is not None
+    load_folder_weights(chunks, weights)
     return next(iter(chunks)).eval()
 
 

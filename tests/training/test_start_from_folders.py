@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_nvlm.checkpoint.load_weights import load_folder_weights
 from megatron_nvlm.checkpoint.safetensors_files import SafetensorsFolder
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
@@ -14,7 +15,7 @@ from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.models.sharding import Split, cut
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, start_groups
-from megatron_nvlm.run_parts import make_chunks, start_from_folders
+from megatron_nvlm.run_parts import make_chunks, open_weights
 from tests.support.folders import language_folder, vision_folder
 from tests.support.launch import launch
 from tests.support.ranks import run_ranks
@@ -56,7 +57,9 @@ def weights_on_rank(
     device = use_device()
     start_groups(partition, device, seed=1)
     chunks = make_chunks(model, partition, "fp32", device.torch_device, seed=5)
-    assert start_from_folders(model, chunks)
+    weights = open_weights(model)
+    assert weights is not None
+    load_folder_weights(chunks, weights)
     group = get_groups().tp
     named = {name: (split_of(name, chunks), parameter.detach()) for name, parameter in named_parameters(chunks)}
     return group.rank(), group.size(), named

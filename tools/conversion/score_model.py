@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.checkpoint.hf_models import nvlm_rows
+from megatron_nvlm.checkpoint.load_weights import load_folder_weights
 from megatron_nvlm.checkpoint.weight_map import convert_to_theirs
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.build import ModelConfig, ModelParts, check_model, find_parts
@@ -24,7 +25,7 @@ from megatron_nvlm.models.sharding import Split, join
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, start_groups, world_size_from_environment
-from megatron_nvlm.run_parts import check_folders, make_chunks, start_from_folders
+from megatron_nvlm.run_parts import make_chunks, open_weights
 from megatron_nvlm.training.step import run_step, wrap_model
 from tools.conversion.export_run import open_run
 from tools.conversion.score_cases import Case, to_micro_batch
@@ -71,15 +72,15 @@ def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipel
         assert folder is not None
         config = _config_of(folder)
     check_model(config, partition)
-    check_folders(config)
+    weights = open_weights(config) if path is None else None  # a run's checkpoint has taken its folders' weights
     device = use_device()
     if not dist.is_initialized():
         start_groups(partition, device, seed=1)
     chunks = make_chunks(config, partition, precision, device.torch_device, seed=1)
     if path is not None:
         save_load.load_model(path, chunks)
-    else:
-        start_from_folders(config, chunks)
+    if weights is not None:
+        load_folder_weights(chunks, weights)
     return Scored(config, chunks, wrap_model(chunks, use_distributed_optimizer=False), device.torch_device)
 
 
