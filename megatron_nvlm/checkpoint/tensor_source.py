@@ -28,6 +28,16 @@ class TensorInfo:
         """Bytes of its numbers."""
         return self.parameters * self.dtype.itemsize
 
+    @property
+    def rows(self) -> int:
+        """Along the first axis; 1 of a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.num_bytes // max(self.rows, 1)
+
     def meta(self) -> Tensor:
         """A tensor like it without numbers."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")

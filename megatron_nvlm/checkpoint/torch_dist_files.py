@@ -46,9 +46,7 @@ def plan_pieces(infos: dict[str, TensorInfo], most_bytes: int = _PIECE_BYTES) ->
     files: list[list[Piece]] = []
     room = 0
     for name, info in infos.items():
-        rows = info.shape[0] if info.shape else 1
-        row_bytes = max(1, info.num_bytes // max(rows, 1))
-        first = 0
+        rows, row_bytes, first = info.rows, max(1, info.row_bytes), 0
         while first < rows:
             if room < row_bytes or not files:
                 files.append([])
@@ -85,7 +83,7 @@ def write_checkpoint(
         if places is None:
             places = _write_pieces(path, pieces, lambda name: _read_once(held, source, name), done)
         elif done is not None:
-            done(sum(_piece_bytes(source.infos[name], first, last) for name, first, last in pieces))
+            done(sum(source.infos[name].row_bytes * (last - first) for name, first, last in pieces))
         for (name, first, _), (offset, length) in zip(pieces, places, strict=True):
             first_rows.setdefault(name, []).append(first)
             storage[MetadataIndex(name, _offsets(source.infos[name], first))] = _StorageInfo(path.name, offset, length)
@@ -142,21 +140,16 @@ def _places_of_complete(path: Path) -> list[tuple[int, int]] | None:
     return places if sum(places[-1]) == path.stat().st_size else None
 
 
-def _piece_bytes(info: TensorInfo, first: int, last: int) -> int:
-    return info.num_bytes // max(info.shape[0] if info.shape else 1, 1) * (last - first)
-
-
 def _offsets(info: TensorInfo, first: int) -> tuple[int, ...]:
     return (first, *([0] * (len(info.shape) - 1))) if info.shape else ()
 
 
 def _described(info: TensorInfo, firsts: list[int]) -> TensorStorageMetadata:
-    rows = info.shape[0] if info.shape else 1
     chunks = [
         ChunkStorageMetadata(
             torch.Size(_offsets(info, first)), torch.Size((last - first, *info.shape[1:]) if info.shape else ())
         )
-        for first, last in zip(firsts, [*firsts[1:], rows], strict=True)
+        for first, last in zip(firsts, [*firsts[1:], info.rows], strict=True)
     ]
     return TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), chunks)
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.sharding import gather_parts
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 def gather_vocabulary(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[rows, vocabulary / TP] -> [rows, vocabulary] on every rank of the group."""
-    if group.size() == 1:
-        return logits
-    parts = [torch.empty_like(logits) for _ in range(group.size())]
-    dist.all_gather(parts, logits.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
+    return torch.cat(gather_parts(logits, group), dim=-1)
 
 
 def _seed_of(seed: int, key: str) -> int:

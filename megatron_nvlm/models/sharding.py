@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nvlm.models.head_padding import HeadPadding
@@ -92,6 +93,15 @@ def join(parts: list[Tensor], split: Split | None) -> Tensor:
     blocks = [part.chunk(split.blocks, split.dim) for part in parts]
     full = torch.cat([torch.cat([part[b] for part in blocks], split.dim) for b in range(split.blocks)], split.dim)
     return full if split.padding is None else split.padding.unpad(full, split.dim)
+
+
+def gather_parts(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The parts of all ranks of a group, in order, on each of them."""
+    if group.size() == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts
 
 
 def full_shape(local: torch.Size, split: Split | None, ranks: int) -> list[int]:

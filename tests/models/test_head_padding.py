@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import dist_checkpointing, parallel_state
@@ -16,7 +15,7 @@ from megatron_nvlm.models.head_padding import HeadPadding, pad_heads
 from megatron_nvlm.models.intern_vit import InternViTModel
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.models.presets import VISION_PRESETS, VisionPreset
-from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape, join
+from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape, gather_parts, join
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from tests.support.ranks import run_ranks
@@ -77,8 +76,7 @@ def whole(encoder: InternViTModel, heads: HeadPadding | None, of: str) -> dict[s
     for name, parameter in encoder.named_parameters():
         part = parameter.detach() if of == "weights" else parameter.grad
         assert part is not None
-        parts = [torch.empty_like(part) for _ in range(group.size())]
-        dist.all_gather(parts, part.contiguous(), group=group)
+        parts = gather_parts(part, group)
         split = find_split(f"vision_model.{name}", heads)
         if split is not None and split.padding is not None:
             padded = torch.cat(parts, split.dim)

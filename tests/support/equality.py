@@ -22,7 +22,7 @@ from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
-from megatron_nvlm.models.sharding import Split, cut, full_shape, join
+from megatron_nvlm.models.sharding import Split, cut, full_shape, gather_parts, join
 from megatron_nvlm.parallel.device import DTYPES, use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
@@ -171,10 +171,7 @@ class Recorder:
 def whole(split: Split | None, name: str, part: torch.Tensor) -> torch.Tensor:
     """The whole tensor from the parts of the tensor-parallel ranks; what is not split must be the same on all."""
     group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1:
-        return join([part.detach().clone()], split)
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    dist.all_gather(parts, part.detach().contiguous(), group=group)
+    parts = gather_parts(part.detach(), group)
     if split is None:
         for other in parts[1:]:
             torch.testing.assert_close(other, parts[0], rtol=1e-9, atol=1e-12, msg=f"{name} differs by rank")

@@ -21,7 +21,7 @@ from megatron_nvlm.models.hf_config import cross_attention_of, read_config, vari
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.partition import PartitionConfig
-from megatron_nvlm.models.sharding import Split, join
+from megatron_nvlm.models.sharding import Split, gather_parts, join
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, start_groups, world_size_from_environment
@@ -140,17 +140,11 @@ def _outputs(scored: Scored, case: Case, seen: dict[str, Tensor]) -> dict[str, T
         tokens_per_tile = scored.parts.vision.tokens_per_tile
         outputs["mlp1_out"] = seen["project"].view(-1, tokens_per_tile, seen["project"].shape[-1])
     if model.post_process:
-        logits = join(_gather(seen["forward"].detach(), get_groups().tp), Split(1, padding=model.vocabulary))
+        logits = join(gather_parts(seen["forward"].detach(), get_groups().tp), Split(1, padding=model.vocabulary))
         padded = logits.new_zeros(*case.real.shape, logits.shape[-1])
         padded[case.real.to(padded.device)] = logits
         outputs["logits"] = padded
     return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in outputs.items()}
-
-
-def _gather(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return parts
 
 
 def _on_rank_0(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,7 +161,7 @@ def _gradients(scored: Scored) -> dict[str, Tensor]:
     for name, parameter in named_parameters(scored.chunks):
         gradient = parameter.main_grad  # type: ignore[attr-defined]
         split = split_of(name, scored.chunks)
-        ours[name] = (gradient if split is None else join(_gather(gradient, group), split)).float().cpu().clone()
+        ours[name] = (gradient if split is None else join(gather_parts(gradient, group), split)).float().cpu().clone()
     whole = _on_rank_0(ours)
     parts = scored.parts
     rows = nvlm_rows(parts.variant, parts.language, parts.vision, scored.config.cross_attention)
