@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.plain_copy import copy_file
 from megatron_nvlm.checkpoint.hf_models import nvlm_rows
 from megatron_nvlm.checkpoint.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.checkpoint.tensor_source import TensorInfo
@@ -32,8 +33,6 @@ from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.hf_config import describe_folder
 from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS
 from tools.conversion.our_model import describe_our_model
-
-COPY_BYTES = 16 << 20
 
 
 def make_folder(folder: Path, layers: int, vision_layers: int) -> None:
@@ -72,13 +71,10 @@ def make_folder(folder: Path, layers: int, vision_layers: int) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Read and write every file in pieces, flushed to the disk as a careful copy does."""
+    """Every file, flushed to the disk."""
     target.mkdir()
     for path in source.iterdir():
-        with path.open("rb") as reader, (target / path.name).open("wb") as writer:
-            shutil.copyfileobj(reader, writer, COPY_BYTES)
-            writer.flush()
-            os.fsync(writer.fileno())
+        copy_file(path, target / path.name)
 
 
 class MemoryWatch:

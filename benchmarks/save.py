@@ -8,7 +8,6 @@ shown apart, since it plans. A plain copy of the written files, with fsync, show
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.plain_copy import copy_file
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progress
@@ -78,11 +78,7 @@ def main() -> None:
 def _seconds_to_write(files: list[Path], copy: Path) -> float:
     began = time.monotonic()
     for path in files:
-        with path.open("rb") as source, copy.open("wb") as target:
-            while chunk := source.read(1 << 24):
-                target.write(chunk)
-            target.flush()
-            os.fsync(target.fileno())
+        copy_file(path, copy)
     return time.monotonic() - began
 
 
