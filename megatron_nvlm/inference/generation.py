@@ -1,6 +1,6 @@
 """Answers with a key/value cache: the prompts pass through the model once, then one row per open sample and step.
 
-Gives the same tokens as `greedy.py`, which reads the whole row again for each. Works under tensor, sequence and pipeline
+Gives the tokens that reading the whole row again for each would give. Works under tensor, sequence and pipeline
 parallelism; every rank of a model replica calls it with the same samples and gets the same answers.
 """
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from megatron_nvlm.checkpoint.hf_files import CODE_FILES
 from megatron_nvlm.data.loader import build_micro_batch
 from megatron_nvlm.hf_code import configuration_nvlm
-from megatron_nvlm.inference.greedy import generate
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES, config_of, pipeline_of, rows_of, write_folder
+from tests.support.cacheless import generate
 from tests.support.tiny import tiny_config, tiny_model
 
 NEW_TOKENS = 4

@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron_nvlm.data.loader import build_micro_batch
 from megatron_nvlm.hf_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Model, NVLM_X_Model, NVLMModel
 from megatron_nvlm.hf_code.processing_nvlm import NVLMProcessor
-from megatron_nvlm.inference.greedy import generate
 from megatron_nvlm.models import presets
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
@@ -20,6 +19,7 @@ from megatron_nvlm.models.nvlm_model import NVLMModel as MegatronModel
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES, Prompt, pipeline_of, rows_of, write_folder
 from tests.hf.processors import load_processor
+from tests.support.cacheless import generate
 from tests.support.tiny import tiny_config, tiny_model
 
 CLASSES = {"d": NVLM_D_Model, "x": NVLM_X_Model, "h": NVLM_H_Model}

@@ -8,7 +8,6 @@ import torch
 from megatron_nvlm.data.loader import build_micro_batch
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.inference import greedy
 from megatron_nvlm.inference.generation import generate
 from megatron_nvlm.inference.sampling import GREEDY, Sampling
 from megatron_nvlm.models.partition import PartitionConfig
@@ -17,6 +16,7 @@ from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
+from tests.support import cacheless
 from tests.support.batches import Draw
 from tests.support.ranks import run_ranks
 from tests.support.tiny import PlainSample, assemble_plain, tiles_of, tiny_config, tiny_model
@@ -73,14 +73,14 @@ def test_each_step_equals_a_fresh_forward_pass(world_of_one: Device, variant: st
     answers = generate(
         model, samples, pipeline, -1, NEW_TOKENS, on_logits=lambda numbers, logits: cached.append(logits)
     )
-    assert answers == greedy.generate(model, samples, pipeline, -1, NEW_TOKENS)
+    assert answers == cacheless.generate(model, samples, pipeline, -1, NEW_TOKENS)
     assert len(cached) == NEW_TOKENS
     for step in range(NEW_TOKENS):
         longer = []
         for sample, answer in zip(samples, answers, strict=True):
             rows = sample.rows
             for token in answer[:step]:
-                rows = greedy.append_token(rows, token)
+                rows = cacheless.append_token(rows, token)
             longer.append(dataclasses.replace(sample, rows=rows))
         micro_batch = build_micro_batch(longer, pipeline)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_nvlm.checkpoint.load_weights import load_folder_weights
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.inference import generation, greedy
+from megatron_nvlm.inference import generation
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import Device, use_device
@@ -21,6 +21,7 @@ from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
 from megatron_nvlm.sequence.variants import NVLM_D
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
+from tests.support import cacheless
 from tests.support.folders import language_folder, vision_folder
 from tests.support.ranks import run_ranks
 
@@ -58,7 +59,7 @@ def model_of(config: ModelConfig, partition: PartitionConfig, device: Device) ->
     return next(iter(chunks)).eval()
 
 
-@pytest.mark.parametrize("form", [generation.generate, greedy.generate])
+@pytest.mark.parametrize("form", [generation.generate, cacheless.generate])
 def test_the_original_codes_tokens(reference: Path, world_of_one: Device, form: Any) -> None:
     folder = reference / "nvlm_d_tiny"
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")

@@ -4,12 +4,12 @@ import pytest
 
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.inference.greedy import generate
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
+from tests.support.cacheless import generate
 from tests.support.plain_nvlm import PlainConfig, forward
 from tests.support.tiny import PlainSample, TextRun, assemble_plain, plain_samples, tiles_of, tiny_config, tiny_model
 

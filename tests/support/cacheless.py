@@ -1,6 +1,4 @@
-"""Greedy answers in the plain form that `generation.py` is compared with: no key/value cache, the whole row for each token.
-
-Tiles are encoded once; the model is whole in depth."""
+"""Greedy answers in the plain form that inference/generation.py is compared with: no cache, the whole row for each token."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ def generate(
     Every rank of the tensor-parallel group calls it with the same samples and gets the same answers.
 
     Args:
-        model: whole in depth (one pipeline stage), in evaluation mode.
+        model: whole in depth (one pipeline stage), in evaluation mode. Its tiles are encoded once.
         samples: prepared with `open_answer`.
         stop_id: token that ends an answer; not part of it.
         row_multiple: as in `pack`.
