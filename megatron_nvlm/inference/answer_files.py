@@ -73,20 +73,35 @@ def answer_file(
     failed = 0
     for start in range(0, from_first_rank(len(requests)), at_once):
         some = requests[start : start + at_once]
-        results = _answer(trained, from_first_rank([_load(one, inputs) for one in some]), max_new_tokens, sampling)
+        raws = from_first_rank([_load(one, inputs.parent) for one in some])
+        results = _answer(trained, raws, max_new_tokens, sampling)
         failed += sum(error != "" for _, error in results)
         if first:
-            answers.write([(request, *result) for request, result in zip(some, results, strict=True)])
+            answers.write(
+                [
+                    (request, text, _named(request, inputs, error))
+                    for request, (text, error) in zip(some, results, strict=True)
+                ]
+            )
             progress.add(len(some))
     return failed
 
 
-def _load(request: Request, inputs: Path) -> RawSample | str:
-    """The question, or the sentence that says why it is none."""
+def _named(request: Request, inputs: Path, error: str) -> str:
+    """The reason with its line, told on the terminal too; empty if there is none."""
+    if not error:
+        return ""
+    named = f"line {request.line} of {inputs}: {error}"
+    print(named, file=sys.stderr, flush=True)
+    return named
+
+
+def _load(request: Request, folder: Path) -> RawSample | str:
+    """The question, or why it is none."""
     try:
-        return load_request(request, inputs.parent)
+        return load_request(request, folder)
     except UserError as error:
-        return f"line {request.line} of {inputs}: {error}"
+        return str(error)
 
 
 def _answer(
@@ -104,7 +119,7 @@ def _answer(
         try:
             prepared[number] = trained.pipeline.prepare(raw, open_answer=True)
         except UserError as error:
-            own[number] = "", f"the question {raw.key}: {error}"
+            own[number] = "", str(error)
     texts = trained.answer(list(prepared.values()), max_new_tokens, sampling)
     own |= {number: (text, "") for number, text in zip(prepared, texts, strict=True)}
     parts: list[dict[int, tuple[str, str]]] = [{} for _ in range(replicas.size())]

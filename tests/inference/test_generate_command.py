@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.inference.chat import HELP
 from megatron_nvlm.inference.request_files import AnswerFile, read_requests
 from tests.support.launch import command, environment, launch
 from tests.support.trained import train_demo
@@ -64,8 +65,9 @@ def test_a_file_of_questions_under_two_layouts(run_dir: Path, image: Path, tmp_p
     found = lines_of(tmp_path / "joined.jsonl")
     assert [line["id"] for line in found] == ["text", 2, "broken", "truth is left out", "two", "places", "line 8"]
     assert found[0]["note"] == "kept" and all("answer" in found[place] for place in (0, 1, 3, 4))
-    assert "broken" in found[2]["error"] and "cannot be decoded" in found[2]["error"]
-    assert "2 images" in found[5]["error"] and found[6]["error"].startswith(f"line 8 of {inputs}: it is no JSON")
+    for place, line, reason in ((2, 3, "cannot be decoded"), (5, 6, "2 images"), (6, 8, "it is no JSON")):
+        assert re.match(f"line {line} of {inputs}: .*{reason}", found[place]["error"])
+        assert found[place]["error"] in joined.stderr
 
     # What has an answer is not asked again, and what was half written is forgotten; the rest is as if it had been alone.
     staged = tmp_path / "staged.jsonl"
@@ -81,11 +83,12 @@ def test_a_file_of_questions_under_two_layouts(run_dir: Path, image: Path, tmp_p
 
 
 @pytest.mark.distributed
-def test_a_conversation_on_the_terminal(run_dir: Path, image: Path) -> None:
-    """On two ranks; a picture that is not there and a placeholder without picture end nothing."""
+def test_a_conversation_on_the_terminal(run_dir: Path, image: Path, tmp_path: Path) -> None:
+    """On two ranks: a question goes with what was said before; a picture that is not there, or too few, end nothing."""
     said = ["/image nothing.png", f"/image {image}", "Read red.", "And <image>?", "And blue?", "/new", "What is 3?"]
+    settings = ("--run-dir", str(run_dir), "--max-new-tokens", "8")
     done = subprocess.run(
-        command(MODULE, 2, "--run-dir", str(run_dir), "--chat", "--max-new-tokens", "3"),
+        command(MODULE, 2, *settings, "--chat"),
         input="\n".join(said) + "\n",
         env=environment(),
         capture_output=True,
@@ -93,9 +96,26 @@ def test_a_conversation_on_the_terminal(run_dir: Path, image: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "error: the image nothing.png cannot be read" in done.stdout
-    assert "1 with the next question" in done.stdout and "begun again" in done.stdout
-    assert re.search("error: its conversation has 2 <image> for 1 images", done.stdout)
+    told = done.stdout[done.stdout.index(HELP) :].splitlines()[1:]
+    assert told[0].startswith("error: the image nothing.png cannot be read")
+    assert told[1] == "1 with the next question" and told[3].startswith("error: its conversation has 2 <image>")
+    first, second, third = told[2], told[4], told[6]
+    assert told[5] == "begun again" and first and second and third
+
+    # The same as questions of a file, the second with the first and its answer before it, and alone.
+    asked: list[dict[str, str]] = [{"from": "human", "value": "<image>\nRead red."}]
+    both = [*asked, {"from": "gpt", "value": first}, {"from": "human", "value": "And blue?"}]
+    lines = [
+        {"id": "first", "conversation": asked, "images": [str(image)]},
+        {"id": "second", "conversation": both, "images": [str(image)]},
+        {"id": "alone", "question": "And blue?"},
+        {"id": "third", "question": "What is 3?"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    launch(MODULE, 1, *settings, "--inputs", str(tmp_path / "in.jsonl"), "--outputs", str(tmp_path / "out.jsonl"))
+    answers = {line["id"]: line["answer"] for line in lines_of(tmp_path / "out.jsonl")}
+    assert (answers["first"], answers["second"], answers["third"]) == (first, second, third)
+    assert answers["alone"] != second
 
 
 @pytest.mark.distributed
