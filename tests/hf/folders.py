@@ -64,9 +64,11 @@ PROMPTS = {
 }
 
 
-def pipeline_of(variant: str, template: str = "chatml", tag_format: str = "1d") -> SamplePipeline:
+def pipeline_of(
+    variant: str, template: str = "chatml", tag_format: str = "1d", base_tokens: int = BASE_TOKENS
+) -> SamplePipeline:
     tiling = TilingConfig(tile_size=TILE_SIZE, tag_format=tag_format)
-    tokenizer = Tokenizer(qwen2_tokenizer(BASE_TOKENS))
+    tokenizer = Tokenizer(qwen2_tokenizer(base_tokens))
     return SamplePipeline(tokenizer, tiling, VARIANTS[variant], TOKENS_PER_TILE, 4096, template, SYSTEM)
 
 
@@ -99,8 +101,8 @@ def write_folder(
     return folder
 
 
-def write_tokenizer(path: Path) -> None:
-    qwen2_tokenizer(BASE_TOKENS).save(str(path))
+def write_tokenizer(path: Path, base_tokens: int = BASE_TOKENS) -> None:
+    qwen2_tokenizer(base_tokens).save(str(path))
 
 
 def opened(images: list[bytes]) -> list[Image.Image]:

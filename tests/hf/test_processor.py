@@ -34,15 +34,18 @@ from tests.hf.folders import (
 from tests.hf.processors import load_processor
 from tests.support.tiny import tiny_config
 
-PLACE_ID = 303
-"""The first id behind the tokenizer's."""
+BASE_TOKENS = 2000
+"""So many that `><` is one token, which `chatml_hf` lets span wrapper and tag."""
+END_ID, PLACE_ID = BASE_TOKENS + 2, BASE_TOKENS + 3
+"""<|im_end|>, and the first id behind the tokenizer's."""
 TEMPLATES_HERE = [name for name in TEMPLATES if name != "chatml_yi"]  # which needs Yi's begin token
 
 
 def make_processor(folder: Path, variant: str, template: str = "chatml", tag_format: str = "1d") -> NVLMProcessor:
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder / "tokenizer.json")
+    write_tokenizer(folder / "tokenizer.json", BASE_TOKENS)
     config = config_of(tiny_config(variant))
+    config["llm_config"]["vocab_size"] = BASE_TOKENS + 50
     write_companions(folder, config, folder / "tokenizer.json", template, SYSTEM, tag_format, 6)
     return load_processor(folder)
 
@@ -84,7 +87,7 @@ def test_every_template_and_tag(tmp_path: Path, variant: str, template: str, tag
     processor = make_processor(tmp_path / "folder", variant, template, tag_format)
     prompts = list(PROMPTS.values())
     inputs = processor([prompt.images for prompt in prompts], [prompt.messages for prompt in prompts])
-    pipeline = pipeline_of(variant, template, tag_format)
+    pipeline = pipeline_of(variant, template, tag_format, BASE_TOKENS)
     check(inputs, [prompt.prepare(pipeline) for prompt in prompts], variant)
 
 
@@ -120,7 +123,7 @@ def prompts(draw: st.DrawFn) -> Prompt:
 def test_any_conversation(case: tuple[str, str, NVLMProcessor], batch: list[Prompt]) -> None:
     """Sizes of any shape, several images and turns, ragged batches, text that spells special tokens or tags."""
     variant, template, processor = case
-    pipeline = pipeline_of(variant, template)
+    pipeline = pipeline_of(variant, template, base_tokens=BASE_TOKENS)
     samples = [prompt.prepare(pipeline) for prompt in batch]
     inputs = processor([prompt.images for prompt in batch], [prompt.messages for prompt in batch])
     check(inputs, samples, variant)
@@ -153,7 +156,9 @@ def test_images_of_every_kind_are_read_as_in_training(tmp_path: Path) -> None:
 
 def _with_image(prompt: Prompt, data: bytes) -> PreparedSample:
     record = {"conversation": prompt.messages, "images": [{}]}
-    return pipeline_of("d").prepare(RawSample("prompt", record, {"0.img": data}), open_answer=True)
+    return pipeline_of("d", base_tokens=BASE_TOKENS).prepare(
+        RawSample("prompt", record, {"0.img": data}), open_answer=True
+    )
 
 
 def test_four_ways_to_ask_the_same(tmp_path: Path) -> None:
@@ -196,12 +201,13 @@ def test_the_tokenizers_own_template_spells_the_same(tmp_path: Path) -> None:
 
 
 def test_where_an_answer_ends_and_what_stands_for_vision_tokens(tmp_path: Path) -> None:
-    make_processor(tmp_path / "folder", "x")
+    processor = make_processor(tmp_path / "folder", "x")
+    assert processor.tokenizer.padding_side == "left"  # of batches of text made without the processor
     generation = json.loads((tmp_path / "folder" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == 302 and generation["pad_token_id"] == 300
+    assert generation["eos_token_id"] == END_ID and generation["pad_token_id"] == BASE_TOKENS
     tokenizer_file = tmp_path / "folder" / "tokenizer.json"
-    assert image_context_token_id(tokenizer_file, 1152) == PLACE_ID
-    assert image_context_token_id(tokenizer_file, 303) is None
+    assert image_context_token_id(tokenizer_file, PLACE_ID + 1) == PLACE_ID
+    assert image_context_token_id(tokenizer_file, PLACE_ID) is None
     fast = qwen2_tokenizer(300)
     fast.add_special_tokens(["<|vision_start|>", "<|vision_pad|>"])
     fast.save(str(tmp_path / "with_pad.json"))
@@ -256,3 +262,21 @@ def test_bad_exports_are_refused_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no tokenizer\.json"):
         (tmp_path / "broken.json").write_text("{}")
         image_context_token_id(tmp_path / "broken.json", 10)
+
+
+def test_a_token_spans_wrapper_and_tag(tmp_path: Path) -> None:
+    """What the tests above rely on to tell `chatml_hf` from `chatml`."""
+    encoder = make_processor(tmp_path / "folder", "d")._encoder
+    assert len(encoder.encode("<Image><tile_1>")) == len(encoder.encode("<Image>") + encoder.encode("<tile_1>")) - 1
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_an_answers_first_newline_stays_apart_from_its_header(tmp_path: Path, variant: str) -> None:
+    """Training tokenises the header alone: two newlines in a row are two tokens here and one within a text."""
+    talk = Prompt((("user", "\n<image>"), ("assistant", "\nHi\n\n<image>"), ("user", "\nso?")), ((50, 50), (120, 60)))
+    processor = make_processor(tmp_path / "folder", variant)
+    check(
+        processor([talk.images], [talk.messages]),
+        [talk.prepare(pipeline_of(variant, base_tokens=BASE_TOKENS))],
+        variant,
+    )
