@@ -13,6 +13,7 @@ from megatron_nvlm.checkpoint.tensor_source import AsOurs, Joined, TensorInfo, T
 from megatron_nvlm.checkpoint.weight_map import CensusError, Row, check_their_names
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.build import ModelConfig, ModelParts, find_parts
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.hf_config import (
     cross_attention_of,
     is_whole_folder,
@@ -81,7 +82,7 @@ def open_folders(model: ModelConfig) -> FolderWeights | None:
         kept = [row for row in found if row.ours in wanted]
         rows += kept
         theirs.append(source)
-        ours.append(AsOurs(kept, _Some(source, (name for row in kept for name in row.theirs))))
+        ours.append(AsOurs(kept, _Some(source, (name for row in kept for name in row.theirs)), where))
     return FolderWeights({row.ours: row for row in rows}, Joined(theirs), Joined(ours))
 
 
@@ -114,17 +115,7 @@ def _whole(folder: Path, model: ModelConfig, parts: ModelParts) -> tuple[list[Ro
                 f"{folder} holds NVLM-{variant.name.upper()} and model.variant is {parts.variant.name}; set model.variant="
                 f"{variant.name}, or name its base models as model.language_weights and model.vision_weights"
             )
-        cross = cross_attention_of(config, folder)
-        layers = parts.language.num_layers
-        if (
-            cross.layers(layers) != model.cross_attention.layers(layers)
-            or cross.qk_norm != model.cross_attention.qk_norm
-        ):
-            raise UserError(
-                f"{folder} has cross-attention in layers {sorted(cross.layers(layers))} and model.cross_attention in "
-                f"{sorted(model.cross_attention.layers(layers))}; set interval={cross.interval}, offset={cross.offset} "
-                f"and qk_norm={str(cross.qk_norm).lower()}"
-            )
+        _same_cross_attention(folder, cross_attention_of(config, folder), model.cross_attention, parts.language)
     _same_language(folder, parts.language)
     _same_vision(folder, parts.vision)
     return folder_rows(folder), SafetensorsFolder(folder), str(folder)
@@ -156,6 +147,30 @@ def _same_language(folder: Path, preset: LanguagePreset) -> None:
 def _same_vision(folder: Path, preset: VisionPreset) -> None:
     found = {**vars(vision_preset_of(folder)), "layer_scale_init": preset.layer_scale_init}
     _same_sizes(folder, found, vars(preset), "model.vision")
+
+
+def _same_cross_attention(
+    folder: Path, found: CrossAttentionConfig, wanted: CrossAttentionConfig, language: LanguagePreset
+) -> None:
+    there, here = _describe(found, language), _describe(wanted, language)
+    if there != here:
+        layers, heads, groups, qk_norm = there
+        raise UserError(
+            f"{folder} has cross-attention in layers {layers} with {heads} heads, {groups} groups and qk_norm {qk_norm} "
+            f"and model.cross_attention in {here[0]} with {here[1]}, {here[2]} and {here[3]}; set "
+            f"interval={found.interval}, offset={found.offset}, num_attention_heads={heads}, num_query_groups={groups} and "
+            f"qk_norm={str(qk_norm).lower()}"
+        )
+
+
+def _describe(config: CrossAttentionConfig, language: LanguagePreset) -> tuple[list[int], int, int, bool]:
+    """(layers, heads, key/value groups, qk_norm)."""
+    return (
+        sorted(config.layers(language.num_layers)),
+        config.num_attention_heads or language.num_attention_heads,
+        config.num_query_groups or language.num_query_groups,
+        config.qk_norm,
+    )
 
 
 def _same_sizes(folder: Path, found: dict[str, object], wanted: dict[str, object], key: str) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_nvlm.checkpoint.weight_map import Row, check_their_names
+from megatron_nvlm.checkpoint.weight_map import CensusError, Row, check_their_names
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,27 @@ class AsOurs:
     """A folder's tensors under our names and layouts, each made when it is read.
 
     Raises:
-        CensusError: when made, unless the rows and the source match name for name.
+        CensusError: when made, unless the rows and the source match name for name and shapes make sense.
     """
 
     def __init__(self, rows: Sequence[Row], theirs: TensorSource, where: str = "the folder") -> None:
         check_their_names(rows, theirs.infos, where)
         self._rows = {row.ours: row for row in rows}
         self._theirs = theirs
-        self.infos = {
-            row.ours: TensorInfo.of(row.transform.to_ours([theirs.infos[name].meta() for name in row.theirs]))
-            for row in rows
-        }
+        self.infos: dict[str, TensorInfo] = {}
+        impossible: list[str] = []
+        for row in rows:
+            parts = {name: theirs.infos[name].meta() for name in row.theirs}
+            try:
+                self.infos[row.ours] = TensorInfo.of(row.transform.to_ours(list(parts.values())))
+            except (RuntimeError, IndexError, ValueError):  # torch's, for a shape that cannot be taken apart
+                shapes = " and ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
+                impossible.append(f"{shapes} cannot make {row.ours}")
+        if impossible:
+            raise CensusError(
+                f"{where} has {len(impossible)} weights of impossible shapes: {impossible[0]}; is this another model?",
+                impossible,
+            )
 
     def read(self, name: str) -> Tensor:
         """One of our tensors."""

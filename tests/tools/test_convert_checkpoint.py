@@ -231,6 +231,19 @@ def test_verify_says_what_differs(
         ({"config": {"tie_word_embeddings": True}}, "ties its embeddings"),
         ({"config": {"vocab_size": 48}}, "tensors of other shapes, language_model.embedding"),
         ({"config": {"num_hidden_layers": 3}}, "lacks 12 tensors"),
+        (
+            {
+                "shapes": {
+                    "model.layers.0.self_attn.q_proj.weight": (15, 16),
+                    "model.layers.1.mlp.up_proj.weight": (24, 9),
+                }
+            },
+            r"2 weights of impossible shapes: model.layers.0.self_attn.q_proj.weight \[15, 16\] and .* cannot make",
+        ),
+        (
+            {"shapes": {"model.layers.0.self_attn.o_proj.weight": (16, 8)}},
+            "tensors of other shapes, language_model.decoder",
+        ),
         ({"config": {"architectures": ["GPT2LMHeadModel"]}}, "is of GPT2LMHeadModel, which is not supported"),
         (
             {"config": {"rope_parameters": {"rope_type": "yarn"}, "architectures": ["LlamaForCausalLM"]}},
@@ -254,6 +267,7 @@ def test_another_model_is_refused(
         del stored[change["drop"]]
     if "add" in change:
         stored[change["add"]] = torch.ones(2)
+    stored |= {name: torch.ones(shape) for name, shape in change.get("shapes", {}).items()}
     save_file(stored, path, {"format": "pt"})
     config.write_text(json.dumps({**json.loads(config.read_text()), **change.get("config", {})}))
     assert convert("import", *parts, "--variant", "d", "--out", tmp_path / "run") == 2
@@ -280,6 +294,9 @@ def test_what_is_asked_for_has_to_make_sense(
     capsys.readouterr()
     assert convert("import", "--hf", tmp_path / "x", "--variant", "h", "--out", tmp_path / "h") == 2
     assert "holds NVLM-X and model.variant is h" in capsys.readouterr().err
+    heads = "model.cross_attention.num_attention_heads=2"
+    assert convert("import", "--hf", tmp_path / "x", "--variant", "x", "--out", tmp_path / "h", heads) == 2
+    assert "has cross-attention in layers [1] with 4 heads, 2 groups and qk_norm False" in capsys.readouterr().err
     (tmp_path / "language" / "model.safetensors").write_bytes(b"broken")
     assert convert("import", *parts, "--variant", "d", "--out", tmp_path / "d") == 2
     assert "is broken" in capsys.readouterr().err
