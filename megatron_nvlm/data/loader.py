@@ -2,10 +2,10 @@
 
 A bad sample is skipped: its place of the order stays empty, so every other sample still comes exactly once an epoch, and
 ranks need not agree on anything, since each sees the same bytes. (Taking the next sample in its place, as other loaders
-do, would show that one twice.) Its row is shorter; a row without any sample is one token that is no target.
+do, would show that one twice.) Its row is shorter; a row without any sample is one token that is no target. Ranks that
+share the tiles of a step do agree (sharing_loader.py).
 """
 
-import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from megatron_nvlm.data.cache import CacheConfig
-from megatron_nvlm.data.fetch import BadRecord, fetch
+from megatron_nvlm.data.fetch import BadRecord, SampleRequest
+from megatron_nvlm.data.in_place import InPlace, Preparers
 from megatron_nvlm.data.order import WINDOW_SHARDS, BlendedOrder
 from megatron_nvlm.data.packing import PackingConfig
 from megatron_nvlm.data.plan import DataPosition, PackedPlan, Plan, UnpackedPlan
@@ -66,7 +67,7 @@ class DataConfig:
     num_workers: int = 0
     """Processes of each rank that read and decode ahead; 0 does it in place."""
     prefetch_samples: int = PREFETCH_SAMPLES
-    """Samples that workers prepare ahead on each rank."""
+    """Samples that workers prepare ahead on each rank; where ranks share the tiles of a step, memory for so many."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     max_bad_fraction: float = 0.01
     """Share of bad samples among those consumed past which the run stops."""
@@ -125,13 +126,14 @@ class MicroBatchLoader:
         self.bad: list[BadRecord] = []
         """Bad samples of the step that was drawn last, on this rank."""
         self.prefetch_samples = prefetch_samples
-        self._pool: WorkerPool | None = None
+        self.preparers: Preparers = InPlace(sets, pipeline)
+        """Who reads and decodes."""
         if num_workers:
             tile_bytes = 3 * pipeline.tiling.tile_size**2
             room = prefetch_samples * _TILES_OF_A_SAMPLE * tile_bytes if with_pixels else 0
-            self._pool = WorkerPool(sets, pipeline, num_workers, room, with_pixels, cache)
+            self.preparers = WorkerPool(sets, pipeline, num_workers, room, with_pixels, cache)
         self._ahead: deque[tuple[int, ...]] = deque()
-        """Rows that were asked for, as numbers in the pool."""
+        """Rows that were asked for, as the preparers' numbers."""
         self._rows: Iterator[tuple[int, ...]] = iter(())
         self._expected: tuple[DataPosition, int] | None = None
 
@@ -172,42 +174,44 @@ class MicroBatchLoader:
 
     def close(self) -> None:
         """End the workers."""
-        if self._pool is not None:
-            self._pool.close()
+        self.preparers.close()
 
     def _start_at(self, position: DataPosition) -> None:
-        if self._pool is not None:
-            self._pool.forget([ticket for tickets in self._ahead for ticket in tickets])
+        self.preparers.forget([ticket for tickets in self._ahead for ticket in tickets])
         self._ahead.clear()
         self._rows = self._rows_from(position)
 
     def _rows_from(self, position: DataPosition) -> Iterator[tuple[int, ...]]:
         """This rank's rows, without end."""
         while True:
-            step = self.plan.step(position)
-            yield from itertools.islice(step.rows, self.rank, None, self.size)
-            position = step.after
+            yield from self.rows_of(position)
+            position = self.after(position)
+
+    def rows_of(self, position: DataPosition) -> tuple[tuple[int, ...], ...]:
+        """This rank's rows of the step that begins there, as places of the order."""
+        return self.plan.step(position).rows[self.rank :: self.size]
 
     def _next(self) -> MicroBatch:
-        if self._pool is None:
-            samples = self._keep(self._fetch_here(place) for place in next(self._rows))
-            return build_micro_batch(samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory)
         waiting = sum(len(row) for row in self._ahead)
-        while not self._ahead or waiting < self.prefetch_samples:
-            tickets = self._ask(self._pool, next(self._rows))
+        while not self._ahead or (self.preparers.works_ahead and waiting < self.prefetch_samples):
+            tickets = self._ask(next(self._rows))
             self._ahead.append(tickets)
             waiting += max(1, len(tickets))
         tickets = self._ahead.popleft()
-        samples = self._keep(self._pool.collect(ticket) for ticket in tickets)
-        micro_batch = build_micro_batch(
-            samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory, keep_tiles=False
-        )
+        samples = self._keep(self.preparers.collect(ticket) for ticket in tickets)
+        micro_batch = self.build(samples, keep_tiles=not self.preparers.works_ahead)
         for ticket in tickets:  # only now, since tiles were copied straight from the shared memory
-            self._pool.release(ticket)
+            self.preparers.release(ticket)
         return micro_batch
 
-    def _ask(self, pool: WorkerPool, places: tuple[int, ...]) -> tuple[int, ...]:
-        """Numbers of the row's samples in the pool."""
+    def build(self, samples: Sequence[PreparedSample], keep_tiles: bool = True, first_tile: int = 0) -> MicroBatch:
+        """A row of samples; see `build_micro_batch`."""
+        return build_micro_batch(
+            samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory, keep_tiles, first_tile
+        )
+
+    def _ask(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        """The preparers' numbers of the row's samples."""
         tickets = []
         row_room = 0
         for place in places:
@@ -215,30 +219,32 @@ class MicroBatchLoader:
             index = self.sets[sample.dataset].index
             room = self._counter.most_tiles(index, sample.number) if self.with_pixels else 0
             row_room += room
-            if row_room > pool.most_tiles:
+            if row_room > self.preparers.most_tiles:
                 room = 0  # the whole row must have room at once; what has none comes through the pipe
-            tickets.append(pool.submit(sample, self._expected_rows(place), room))
+            tickets.append(self.preparers.submit(self.request(place), room))
         return tuple(tickets)
 
-    def _fetch_here(self, place: int) -> PreparedSample | BadRecord:
-        return fetch(self.sets, self.pipeline, self.order(place), self._expected_rows(place))
-
-    def _expected_rows(self, place: int) -> int | None:
-        """With packing, the decoder rows that the packed row has room for."""
-        if self.packing is None:
-            return None
+    def request(self, place: int, part: tuple[int, int] | None = None) -> SampleRequest:
+        """The sample at a place of the order; with packing it must be as long as the packed row has room for."""
         sample = self.order(place)
-        return int(self._counter.sizes(self.sets[sample.dataset].index, [sample.number]).rows[0])
+        if self.packing is None:
+            return SampleRequest(sample, part=part)
+        sizes = self._counter.sizes(self.sets[sample.dataset].index, [sample.number])
+        return SampleRequest(sample, int(sizes.rows[0]), part)
 
     def _keep(self, results: Iterator[PreparedSample | BadRecord]) -> list[PreparedSample]:
         good = []
         for result in results:
             if isinstance(result, BadRecord):
-                self.bad.append(result)
-                logger.warning("skipped sample %s of %s: %s", result.key or result.number, result.shard, result.reason)
+                self.skip(result)
             else:
                 good.append(result)
         return good
+
+    def skip(self, bad: BadRecord) -> None:
+        """Count and name a bad sample."""
+        self.bad.append(bad)
+        logger.warning("skipped sample %s of %s: %s", bad.key or bad.number, bad.shard, bad.reason)
 
 
 def build_micro_batch(
@@ -248,11 +254,13 @@ def build_micro_batch(
     with_pixels: bool = True,
     pin_memory: bool = False,
     keep_tiles: bool = True,
+    first_tile: int = 0,
 ) -> MicroBatch:
     """Prepared samples, or none, as one ragged row.
 
     Args:
         keep_tiles: the micro-batch may keep the memory of a lone sample's tiles; else they are copied.
+        first_tile: number of the first tile that the samples hold, if they do not hold all.
     """
     size = pipeline.tiling.tile_size
     number = sum(len(sample.tiles) for sample in samples) if with_pixels else 0
@@ -269,6 +277,7 @@ def build_micro_batch(
         pipeline.tokens_per_tile,
         row_multiple,
         pipeline.variant.needs_cross_attention,
+        first_tile,
     )
     return micro_batch.pin() if pin_memory else micro_batch
 

@@ -120,7 +120,8 @@ def _measure(data: bytes) -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
-                turned = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+                # Pillow says a TIFF's size as it is once upright.
+                turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _SIDEWAYS
     except Exception:  # Pillow's readers raise many kinds on broken headers, and each means the same here
         return 0, 0
     return (height, width) if turned else (width, height)

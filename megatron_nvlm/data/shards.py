@@ -73,6 +73,11 @@ class ShardSet:
                 f"sample {number} of {self.folder / self.shard_of(number)} cannot be read ({error})"
             ) from error
 
+    def image_sizes(self, number: int) -> list[tuple[int, int]]:
+        """(width, height) of each image of a sample, upright, from the index; (0, 0) where unknown."""
+        first, count = int(self.samples[number]["first_image"]), int(self.samples[number]["num_images"])
+        return [(width, height) for width, height, _, _ in self.index.images[first : first + count].tolist()]
+
     @property
     def shard_paths(self) -> list[Path]:
         """Files of the shards, in order."""

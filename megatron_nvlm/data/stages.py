@@ -1,6 +1,6 @@
 """One function per arrow: a stored sample -> pictures -> rows. `SamplePipeline` is all of them, with its settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,7 +27,7 @@ class PreparedSample:
     key: str
     rows: AssembledSample
     tiles: np.ndarray
-    """uint8 [tiles, 3, S, S]."""
+    """uint8 [tiles, 3, S, S]: all of the sample's, or the part that was asked for."""
     source: str
 
 
@@ -50,11 +50,13 @@ class BadSample(UserError):
 
 @dataclass(frozen=True)
 class _StoredImage:
-    """An image of a sample, by number: whole (decoded), or cut in advance on a grid."""
+    """An image of a sample, by number: stored whole (its member, its size, and decoded if that was unknown) or on a grid."""
 
     number: int
-    picture: Image.Image | None
-    grid: Grid | None
+    member: str = ""
+    size: tuple[int, int] = (0, 0)
+    picture: Image.Image | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -69,30 +71,39 @@ class SamplePipeline:
     template: str
     system: str | None
 
-    def prepare(self, raw: RawSample, open_answer: bool = False, allocate: AllocateTiles = new_tiles) -> PreparedSample:
+    def prepare(
+        self,
+        raw: RawSample,
+        open_answer: bool = False,
+        allocate: AllocateTiles = new_tiles,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> PreparedSample:
         """Everything in one go.
 
         Args:
             open_answer: leave the last answer out and end where the model is to write it.
             allocate: gives the memory for the tiles.
+            sizes: (width, height) of each image, upright, as the index knows them; (0, 0) where it does not. Images of
+                unknown size are decoded to learn it.
+            part: range [start, end) of the sample's tiles to decode; all by default. What has no tile in it stays unread.
 
         Raises:
-            BadSample: with the kind of fault: record, image, conversation or too_long.
+            BadSample: with the kind of fault: record, image, conversation, too_long or index.
         """
         images = self._step("record", number_of_images, raw)
         turns = self._step("conversation", read_turns, raw.record)
         if open_answer and turns[-1].role == "assistant":
             turns = turns[:-1]
-        stored = [self._step("image", self._open_image, raw, image) for image in range(images)]
+        stored = [
+            self._step("image", self._find_image, raw, image, sizes[image] if sizes else (0, 0))
+            for image in range(images)
+        ]
         for limit in tile_limits(self.tiling.max_tiles):
             grids = [self._step("image", self._choose_grid, image, limit) for image in stored]
             rows = self._step("conversation", self._assemble, turns, grids, open_answer)
             if len(rows.tokens) <= self.sequence_length:
-                tiles = allocate(sum(grid.num_pictures for grid in grids), self.tiling.tile_size)
-                first = 0
-                for image, grid in zip(stored, grids, strict=True):
-                    self._step("image", self._fill, raw, image, grid, tiles[first : first + grid.num_pictures])
-                    first += grid.num_pictures
+                tiles = self._decode(raw, stored, grids, part or (0, rows.num_tiles), allocate)
                 return PreparedSample(raw.key, rows, tiles, str(raw.record.get("source", "unknown")))
         raise BadSample(
             "too_long", f"it has {len(rows.tokens)} rows, over data.sequence_length of {self.sequence_length}"
@@ -102,33 +113,70 @@ class SamplePipeline:
     def _step(kind: str, function, *args):  # type: ignore[no-untyped-def]
         try:
             return function(*args)
+        except BadSample:
+            raise
         except UserError as error:
             raise BadSample(kind, str(error)) from error
 
     @staticmethod
-    def _open_image(raw: RawSample, image: int) -> "_StoredImage":
-        """The whole picture, decoded, or the grid of tiles cut in advance."""
+    def _find_image(raw: RawSample, image: int, size: tuple[int, int]) -> "_StoredImage":
+        """What is known of an image without decoding it, if its size is known."""
         whole = [name for name in raw.pictures if name.split(".")[0] == str(image) and is_whole(name)]
-        if whole:
-            return _StoredImage(image, decode_image(raw.pictures[whole[0]]), None)
-        return _StoredImage(image, None, stored_grid(raw, image))
+        if not whole:
+            return _StoredImage(image, grid=stored_grid(raw, image))
+        if all(size):
+            return _StoredImage(image, whole[0], size)
+        picture = decode_image(raw.pictures[whole[0]])
+        return _StoredImage(image, whole[0], picture.size, picture)
 
     def _choose_grid(self, image: "_StoredImage", limit: int) -> Grid:
-        if image.picture is not None:
-            return choose_grid(*image.picture.size, limit, self.tiling.tile_size)
-        assert image.grid is not None
-        return grid_under_limit(image.grid, limit)
+        if image.grid is not None:
+            return grid_under_limit(image.grid, limit)
+        return choose_grid(*image.size, limit, self.tiling.tile_size)
 
-    def _fill(self, raw: RawSample, image: "_StoredImage", grid: Grid, tiles: np.ndarray) -> None:
-        """Pixels of one image, cut now or in advance; tiles [grid's pictures, 3, S, S]."""
-        if image.picture is not None:
-            pictures = cut_tiles(image.picture, grid, self.tiling.tile_size)
-            for place, tile in enumerate(pictures):
-                write_array(tile, tiles[place])
+    def _decode(
+        self,
+        raw: RawSample,
+        stored: Sequence["_StoredImage"],
+        grids: Sequence[Grid],
+        part: tuple[int, int],
+        allocate: AllocateTiles,
+    ) -> np.ndarray:
+        """Tiles [start, end) of a sample."""
+        start, end = part
+        tiles = allocate(end - start, self.tiling.tile_size)
+        first = 0
+        for image, grid in zip(stored, grids, strict=True):
+            last = first + grid.num_pictures
+            wanted = range(max(start, first), min(end, last))
+            if wanted:
+                out = tiles[wanted.start - start : wanted.stop - start]
+                numbers = range(wanted.start - first, wanted.stop - first)
+                self._step("image", self._fill, raw, image, grid, numbers, out)
+            first = last
+        return tiles
+
+    def _fill(
+        self, raw: RawSample, image: "_StoredImage", grid: Grid, numbers: Sequence[int], tiles: np.ndarray
+    ) -> None:
+        """Pixels of the tiles with these numbers in one image, cut now or in advance; tiles [numbers, 3, S, S]."""
+        if image.member:
+            picture = image.picture or decode_image(raw.pictures[image.member])
+            if picture.size != image.size:
+                width, height = image.size
+                raise BadSample(
+                    "index",
+                    f"its {image.member} has {picture.width}x{picture.height} pixels and its index says "
+                    f"{width}x{height}; index it again",
+                )
+            pictures = cut_tiles(picture, grid, self.tiling.tile_size)
+            for place, number in enumerate(numbers):
+                write_array(pictures[number], tiles[place])
             return
         names = [f"tile_{number}" for number in range(1, grid.num_tiles + 1)] if grid.num_tiles > 1 else []
-        for place, name in enumerate([*names, "thumbnail"]):
-            member = f"{image.number}.{name}.jpg"
+        names.append("thumbnail")
+        for place, number in enumerate(numbers):
+            member = f"{image.number}.{names[number]}.jpg"
             if member not in raw.pictures:
                 raise UserError(f"its {member} is missing")
             tile = decode_image(raw.pictures[member])

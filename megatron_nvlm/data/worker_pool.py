@@ -17,8 +17,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
 from megatron_nvlm.data.cache import CacheConfig
-from megatron_nvlm.data.fetch import BadRecord
-from megatron_nvlm.data.order import SampleId
+from megatron_nvlm.data.fetch import BadRecord, SampleRequest
 from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.data.tile_memory import Ring, TileMemory
@@ -33,8 +32,7 @@ _TASKS_OF_A_WORKER = 3
 class Ticket:
     """A sample that was asked for."""
 
-    sample: SampleId
-    expected_rows: int | None
+    request: SampleRequest
     room: int
     """Tiles to keep room for; more come back another way."""
     offset: int | None = None
@@ -67,6 +65,8 @@ class WorkerPool:
         memory_bytes: of the shared memory for tiles.
     """
 
+    works_ahead = True
+
     def __init__(
         self,
         sets: Sequence[ShardSet],
@@ -95,11 +95,15 @@ class WorkerPool:
         """Of the workers."""
         return [worker.process.pid for worker in self._workers]
 
-    def submit(self, sample: SampleId, expected_rows: int | None, room: int) -> int:
-        """Ask for a sample; its number is for `collect` or `forget`. Ask in the order of use."""
+    def submit(self, request: SampleRequest, room: int) -> int:
+        """Ask for a sample; its number is for `collect` or `forget`. Ask in the order of use.
+
+        Args:
+            room: tiles to keep room for in the shared memory; more come through the pipe.
+        """
         number, self._next = self._next, self._next + 1
         with self._shared.lock:
-            self._shared.tickets[number] = Ticket(sample, expected_rows, room)
+            self._shared.tickets[number] = Ticket(request, room)
             self._shared.waiting.append(number)
         self._ring_bell()
         return number
@@ -199,7 +203,7 @@ class WorkerPool:
                 self._shared.waiting.popleft()
                 worker.under_way += 1
                 room = ticket.room if fits else 0
-                task = Task(number, ticket.sample, ticket.expected_rows, ticket.offset or 0, room)
+                task = Task(number, ticket.request, ticket.offset or 0, room)
             worker.connection.send(task)
 
     def _take_in(self, worker: _Worker) -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_nvlm.data.cache import CacheConfig
-from megatron_nvlm.data.fetch import BadRecord, fetch
-from megatron_nvlm.data.order import SampleId
+from megatron_nvlm.data.fetch import BadRecord, SampleRequest, fetch
 from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
 from megatron_nvlm.data.tile_memory import TileMemory
@@ -29,8 +28,7 @@ class Task:
     """One sample to prepare."""
 
     number: int
-    sample: SampleId
-    expected_rows: int | None
+    request: SampleRequest
     offset: int
     room: int
     """Tiles that have room in the shared memory at `offset`."""
@@ -68,7 +66,7 @@ def do_task(
         return np.empty((tiles, 3, tile_size, tile_size), dtype=np.uint8)
 
     try:
-        result = fetch(sets, pipeline, task.sample, task.expected_rows, allocate)
+        result = fetch(sets, pipeline, task.request, allocate)
     except UserError as error:
         return Failed(str(error), True)
     except Exception:  # whatever it is, the parent says it and stops

@@ -1,7 +1,8 @@
 """The replicated placement of the encoder: all tiles of a step, shared by all ranks of a model replica.
 
 Before the pipeline starts, the tiles of the step's micro-batches are dealt to the tensor x pipeline ranks in equal ranges
-(one tile more or less), whatever micro-batch they are of, and each rank encodes its own with a whole encoder. The features
+(one tile more or less), whatever micro-batch they are of, and each rank encodes its own with a whole encoder; the loader
+(data/sharing_loader.py) decodes no others. The features
 then go to the first stage, which projects them in the pipeline. A trainable encoder gets their gradients back behind the
 pipeline's last micro-batch, and encodes again: so no rank holds activations of more than `vision_tiles_at_once` tiles.
 
@@ -21,12 +22,17 @@ from megatron_nvlm.ops.gather_tiles import share_of
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
 
+def share_number(tensor_rank: int, stage: int, stages: int) -> int:
+    """Which of the tensor x pipeline shares is a rank's."""
+    return tensor_rank * stages + stage
+
+
 class SpreadVision:
     """One step's tiles.
 
     Args:
         model: this rank's first chunk, which holds the encoder.
-        micro_batches: those of the step, with their tiles on every rank.
+        micro_batches: those of the step, each with the tiles that are this rank's (or with all).
         device: where the encoder is.
     """
 
@@ -35,10 +41,11 @@ class SpreadVision:
         groups = model.language_model.pg_collection
         self.tensor, self.pipeline = groups.tp, groups.pp
         self.ranks = self.tensor.size() * self.pipeline.size()
-        self.counts = [len(micro_batch.tiles) for micro_batch in micro_batches]
+        self.counts = [micro_batch.num_tiles for micro_batch in micro_batches]
         self.total = sum(self.counts)
         start, end = share_of(self.total, self.ranks, self._number(self.tensor.rank(), self.pipeline.rank()))
         self.own_tiles = _tiles_between(micro_batches, start, end)
+        assert len(self.own_tiles) == end - start, "the micro-batches lack tiles of this rank's share"
         at_once = model.tiles_at_once
         most = -(-self.total // self.ranks)
         self.rounds = [(first, min(first + at_once, most)) for first in range(0, most, at_once)]
@@ -46,7 +53,7 @@ class SpreadVision:
         """Of each micro-batch, on the first stage; their gradients gather here."""
 
     def _number(self, tensor_rank: int, stage: int) -> int:
-        return tensor_rank * self.pipeline.size() + stage
+        return share_number(tensor_rank, stage, self.pipeline.size())
 
     def encode(self) -> list[Tensor | None]:
         """Features [t, tokens per tile, 4 v] of each micro-batch on the first stage, None on the others.
@@ -153,10 +160,10 @@ def _to_host(features: Tensor | None) -> Tensor | None:
 
 
 def _tiles_between(micro_batches: Sequence[MicroBatch], start: int, end: int) -> Tensor:
-    """Tiles [start, end) of all micro-batches, counted in order."""
+    """Tiles [start, end) of all micro-batches, counted in order, of those that the micro-batches hold."""
     found, before = [], 0
     for micro_batch in micro_batches:
-        tiles = micro_batch.tiles
-        found.append(tiles[max(start - before, 0) : max(end - before, 0)])
-        before += len(tiles)
+        first = before + micro_batch.first_tile
+        found.append(micro_batch.tiles[max(start - first, 0) : max(end - first, 0)])
+        before += micro_batch.num_tiles
     return torch.cat(found)

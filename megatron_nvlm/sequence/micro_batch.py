@@ -39,9 +39,13 @@ class MicroBatch:
     context_intervals: Tensor
     """[s, 2] range [start, end) of context rows that this row sees; int32."""
     tiles: Tensor
-    """[t, 3, S, S] uint8; t may be 0."""
+    """[t, 3, S, S] uint8; t may be 0. All tiles, or the range of them that this rank encodes, or none."""
     keys: tuple[str, ...]
     """Names of the samples, for messages."""
+    num_tiles: int
+    """Of all samples."""
+    first_tile: int = 0
+    """Number of `tiles[0]` among them."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device; copies of pinned memory do not wait."""
@@ -67,12 +71,14 @@ def pack(
     tokens_per_tile: int,
     pad_to_multiple: int = 1,
     with_context: bool = False,
+    first_tile: int = 0,
 ) -> MicroBatch:
     """Put samples one behind the other into one ragged row.
 
     Args:
         samples: at least one.
-        tiles: [t, 3, S, S], those of all samples in order (or none, on stages that encode nothing).
+        tiles: [t, 3, S, S], those of all samples in order, or a range of them that begins at `first_tile` (none, where
+            nothing is encoded).
         tokens_per_tile: vision tokens that a tile becomes.
         pad_to_multiple: decoder and context rows are padded to a multiple of it (sequence parallelism). Padding is a
             sample of its own without target, and no row sees padding of the context.
@@ -112,6 +118,8 @@ def pack(
         ),
         tiles=tiles,
         keys=tuple(keys),
+        num_tiles=sum(sample.num_tiles for sample in samples),
+        first_tile=first_tile,
     )
 
 

@@ -1,16 +1,20 @@
 """From the sections of a run to what the training loop works with."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_nvlm.data.loader import DataConfig, MicroBatchLoader
+from megatron_nvlm.data.sharing_loader import SharingLoader, TileShare
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import DTYPES, Device
+from megatron_nvlm.parallel.gather_found import gather_found
+from megatron_nvlm.parallel.spread_vision import share_number
 from megatron_nvlm.run_parts import DataParts, make_chunks
 from megatron_nvlm.training.faults import STOP_FILE
 from megatron_nvlm.training.loop import Trainer, TrainingConfig
@@ -44,7 +48,9 @@ def make_trainer(
     for chunk in bare:
         chunk.config.grad_scale_func = built_optimizer.scale_loss
         chunk.payload_rows = payload_rows(partition, training.micro_batch_size, data.sequence_length)
-    loader = MicroBatchLoader(
+    shares_tiles = partition.vision_placement == "replicated"
+    loader_class = partial(SharingLoader, tile_share(device)) if shares_tiles else MicroBatchLoader
+    loader = loader_class(
         parts.sets,
         parts.order,
         parts.pipeline,
@@ -52,7 +58,7 @@ def make_trainer(
         training.global_batch_size,
         (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()),
         partition.row_multiple,
-        with_pixels=bare.pre_process or partition.vision_placement == "replicated",
+        with_pixels=bare.pre_process or shares_tiles,
         num_workers=data.num_workers,
         packing=data.packing,
         prefetch_samples=data.prefetch_samples,
@@ -70,6 +76,17 @@ def make_trainer(
         data=data,
         save_every_steps=save_every_steps,
     )
+
+
+def tile_share(device: Device) -> TileShare:
+    """This rank's among the ranks of its model replica."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    tensor_rank, stage = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    ranks = stages * parallel_state.get_tensor_model_parallel_world_size()
+    return TileShare(share_number(tensor_rank, stage, stages), ranks, partial(gather_found, device=device.torch_device))
 
 
 def payload_rows(partition: PartitionConfig, micro_batch_size: int, sequence_length: int) -> int:

@@ -131,7 +131,7 @@ def run_step(
         on_micro_batch(micro_batch.keys)
         if module is models[0]:  # every chunk sees the micro-batch
             rows += len(micro_batch.tokens)
-            tiles += len(micro_batch.tiles)
+            tiles += micro_batch.num_tiles
             keys.append(micro_batch.keys)
         if vision is not None:  # pixels have done their work
             micro_batch = replace(micro_batch, tiles=micro_batch.tiles[:0])

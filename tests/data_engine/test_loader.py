@@ -25,6 +25,7 @@ from megatron_nvlm.data.row_counts import TextTokenCounter
 from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.stages import SamplePipeline
 from megatron_nvlm.data.tile_memory import Ring
+from megatron_nvlm.data.worker_pool import WorkerPool
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.micro_batch import MicroBatch
@@ -197,8 +198,8 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(
     folder = counted_samples(tmp_path / "shards", good_samples(24), tokenizer)
     with make_loader(folder, tokenizer, num_workers=2) as loader:
         draw(loader, DataPosition(), 1)
-        assert loader._pool is not None
-        os.kill(loader._pool.process_ids[1], how)
+        assert isinstance(loader.preparers, WorkerPool)
+        os.kill(loader.preparers.process_ids[1], how)
         with pytest.raises(UserError, match=rf"the loader worker \d+ was killed by signal {int(how)} "):
             draw(loader, DataPosition(8), 50)
 
@@ -207,8 +208,8 @@ def test_workers_end_with_the_loader_and_ignore_signals_to_the_job(tmp_path: Pat
     folder = counted_samples(tmp_path / "shards", good_samples(24), tokenizer)
     with make_loader(folder, tokenizer, num_workers=2) as loader:
         draw(loader, DataPosition(), 1)
-        assert loader._pool is not None
-        workers = loader._pool.process_ids
+        assert isinstance(loader.preparers, WorkerPool)
+        workers = loader.preparers.process_ids
         for worker in workers:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(worker, number)

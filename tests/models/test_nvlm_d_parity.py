@@ -89,6 +89,7 @@ def micro_batch_of(ids: Tensor, labels: Tensor, lengths: list[int]) -> MicroBatc
         context_intervals=torch.zeros(len(rows), 2, dtype=torch.int32),
         tiles=torch.zeros(0, 3, 56, 56, dtype=torch.uint8),
         keys=(),
+        num_tiles=0,
     )
 
 

@@ -75,15 +75,19 @@ def test_shares_are_even_and_memory_is_bounded() -> None:
         assert max(rank.worst for rank in seen) <= 1e-12
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.data())
-def test_a_range_of_tiles_runs_over_micro_batches(counts: list[int], data: st.DataObject) -> None:
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.booleans(), st.data())
+def test_a_range_of_tiles_runs_over_micro_batches(counts: list[int], whole: bool, data: st.DataObject) -> None:
+    """Whether micro-batches hold all of their tiles or those of the range alone."""
     total = sum(counts)
     start = data.draw(st.integers(0, total))
     end = data.draw(st.integers(start, total))
-    numbered = torch.arange(total).split(counts)
-
-    def holding(tiles: torch.Tensor) -> MicroBatch:
+    before, micro_batches = 0, []
+    for count in counts:
+        first, last = (0, count) if whole else (max(start - before, 0), max(min(end - before, count), 0))
+        tiles = torch.arange(before + first, before + max(first, last))
         nothing = torch.zeros(0)
-        return MicroBatch(*[nothing] * 9, tiles=tiles, keys=())
-
-    assert _tiles_between([holding(tiles) for tiles in numbered], start, end).tolist() == list(range(start, end))
+        micro_batches.append(
+            MicroBatch(*[nothing] * 9, tiles=tiles, keys=(), num_tiles=count, first_tile=first if len(tiles) else 0)
+        )
+        before += count
+    assert _tiles_between(micro_batches, start, end).tolist() == list(range(start, end))

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nvlm.image.tiling import Grid
+from megatron_nvlm.training.sample_files import QUARANTINE_FILE
 from tests.support.launch import launch
-from tests.support.shards import read_metrics, write_run
+from tests.support.shards import cut_sample, good_samples, picture, read_metrics, record, write_run, write_samples
 
 pytestmark = pytest.mark.distributed
 
@@ -43,3 +45,25 @@ def test_a_checkpoint_passes_between_chunks_and_placements(one_rank: tuple[Path,
     for row in rows[3:]:  # every tile on both
         assert row["tiles_per_rank"] == row["tiles"]
         assert row["tile_imbalance"] == 1
+
+
+def test_ranks_that_share_tiles_agree_on_broken_images(tmp_path: Path) -> None:
+    """Each is decoded by one rank, or by two; all drop it, and write down what one process does."""
+    samples = good_samples(24)
+    for number in (1, 2, 9, 10, 17):
+        samples[number] = (record("?", "half"), {"0.jpg": picture(168, 112, "JPEG", seed=number)[:2000]})
+    cut, pictures = cut_sample(Grid(3, 2))
+    samples[12] = (cut, {name: data[:300] if "tile_5" in name else data for name, data in pictures.items()})
+    train = write_samples(tmp_path / "shards", samples)
+    path = write_run(tmp_path / "run", train, training={"train_steps": STEPS}, data={"max_bad_fraction": 0.5})
+    base = ["--config", str(path)]
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    launch(TRAIN, 1, *base, f"run_dir={whole}")
+    layout = keys("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "vision_placement=replicated")
+    launch(TRAIN, 4, *base, f"run_dir={shared}", *layout, "data.num_workers=1")
+    expected, got = read_metrics(whole), read_metrics(shared)
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    for key in ("samples", "tiles", "tokens", "bad_samples", "bad"):
+        assert [row[key] for row in got] == [row[key] for row in expected], key
+    assert sum(row["bad_samples"] for row in got) >= 6
+    assert (shared / QUARANTINE_FILE).read_text() == (whole / QUARANTINE_FILE).read_text()

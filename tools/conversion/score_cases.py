@@ -89,6 +89,7 @@ def to_micro_batch(case: Case, tokens_per_tile: int, tile_size: int, has_context
         context_intervals=intervals,
         tiles=tiles,
         keys=(case.name,),
+        num_tiles=len(tiles),
     )
 
 
