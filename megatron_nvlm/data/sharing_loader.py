@@ -22,8 +22,8 @@ from megatron_nvlm.data.stages import PreparedSample
 from megatron_nvlm.ops.gather_tiles import share_of
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
-Found = tuple[int, BadRecord]
-"""A bad sample by its place of the order."""
+Found = tuple[int, int, BadRecord]
+"""A bad sample: its place of the order, the first of its tiles that was asked for, and what is wrong."""
 
 _NOTHING = (0, 0)
 """The part of a sample's tiles to ask for where only its rows are wanted."""
@@ -75,9 +75,9 @@ class _Step:
         return tiles[start - first : end - first]
 
     def drop(self, found: list[Found]) -> None:
-        """Leave bad samples out."""
-        for place, bad in found:
-            self.bad[place] = bad
+        """Leave bad samples out; of several faults of one sample, the first counts, as for a rank that decodes it whole."""
+        for place, _, bad in sorted(found, key=lambda one: one[:2]):
+            self.bad.setdefault(place, bad)
             self.samples.pop(place, None)
 
 
@@ -139,18 +139,22 @@ class SharingLoader(MicroBatchLoader):
 
     def _ask_for_share(self, step: _Step) -> None:
         """Ask for the tiles that are this rank's by the samples that are known to be good."""
-        for place, ticket in step.row_tickets.items():
-            result = self.preparers.collect(ticket)
-            if isinstance(result, BadRecord):
-                step.drop([(place, result)])
-            else:
-                step.samples[place] = result
-            self.preparers.release(ticket)
-        step.row_tickets.clear()
+        self._collect_rows(step)
         step.parts = self._own_parts(step)
         for place, (start, end) in step.parts.items():
             if place not in step.tile_tickets and not step.has(place):
                 step.tile_tickets[place] = self.preparers.submit(self.request(place, (start, end)), end - start)
+
+    def _collect_rows(self, step: _Step) -> None:
+        """Take the rows in that were asked for; what is bad without decoding is so on every rank."""
+        for place, ticket in step.row_tickets.items():
+            result = self.preparers.collect(ticket)
+            if isinstance(result, BadRecord):
+                step.drop([(place, 0, result)])
+            else:
+                step.samples[place] = result
+            self.preparers.release(ticket)
+        step.row_tickets.clear()
 
     def _own_parts(self, step: _Step) -> dict[int, tuple[int, int]]:
         total = sum(sample.rows.num_tiles for sample in step.samples.values())
@@ -170,7 +174,7 @@ class SharingLoader(MicroBatchLoader):
         for place, ticket in step.tile_tickets.items():
             result = self.preparers.collect(ticket)
             if isinstance(result, BadRecord):
-                found.append((place, result))
+                found.append((place, step.parts[place][0], result))
             else:
                 # Lent memory goes back at once: a share may be larger than it.
                 tiles = result.tiles.copy() if self.preparers.works_ahead else result.tiles
