@@ -23,7 +23,7 @@ def run_demo(folder: Path, variant: str) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("variant", ["d", "x", "h"])
+@pytest.mark.parametrize("variant", [*(pytest.param(other, marks=pytest.mark.slow) for other in "dx"), "h"])
 def test_the_demo_ends_with_a_report(tmp_path: Path, variant: str) -> None:
     run_dir = tmp_path / "runs" / f"demo_{variant}"
     printed = run_demo(tmp_path, variant)

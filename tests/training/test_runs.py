@@ -54,7 +54,10 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=[] if how in ("SIGTERM", "launcher killed") else pytest.mark.slow) for how in HOW],
+)
 def test_an_interrupted_run_ends_as_if_nothing_had_been(
     run_file: Path, uninterrupted: Path, tmp_path: Path, how: str
 ) -> None:
@@ -88,18 +91,22 @@ def losses_of_complete_lines(run_dir: Path) -> list[str]:
     return [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def test_layouts_agree_on_the_losses_of_a_run(run_file: Path, uninterrupted: Path) -> None:
-    """float32, with updates by the distributed optimizer."""
-    for ranks, layout in (
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
         (1, []),
         (2, []),  # data parallel
-        (2, ["parallelism.pipeline_model_parallel_size=2"]),
-        (2, [TENSOR_PARALLEL, "parallelism.sequence_parallel=true"]),
-    ):
-        run_dir = run_file.parent / f"layout_{ranks}_{len(layout)}_{'pipe' in str(layout)}"
-        launch(TRAIN, ranks, "--config", str(run_file), f"run_dir={run_dir}", *layout)
-        for (step, loss, _), (_, expected, _) in zip(losses(run_dir), losses(uninterrupted), strict=True):
-            assert loss == pytest.approx(expected, rel=1e-5), f"{layout or ranks} at step {step}"
+        pytest.param(2, ["parallelism.pipeline_model_parallel_size=2"], marks=pytest.mark.slow),
+        pytest.param(2, [TENSOR_PARALLEL, "parallelism.sequence_parallel=true"], marks=pytest.mark.slow),
+    ],
+)
+def test_layouts_agree_on_the_losses_of_a_run(
+    run_file: Path, uninterrupted: Path, tmp_path: Path, ranks: int, layout: list[str]
+) -> None:
+    """float32, with updates by the distributed optimizer."""
+    launch(TRAIN, ranks, "--config", str(run_file), f"run_dir={tmp_path}", *layout)
+    for (step, loss, _), (_, expected, _) in zip(losses(tmp_path), losses(uninterrupted), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5), f"step {step}"
 
 
 def test_another_layout_goes_on_from_the_checkpoint(run_file: Path, uninterrupted: Path, tmp_path: Path) -> None:

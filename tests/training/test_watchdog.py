@@ -37,7 +37,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_stops_is_named_and_all_ranks_end(tmp_path: Path, stopped: int) -> None:
     path = write_run(tmp_path, training={"train_steps": 100_000, "timeout_seconds": TIMEOUT})
     log = tmp_path / "log"
