@@ -27,11 +27,10 @@ RANKS = (1, 2, 4, 8, 32)
 
 def measure(loader: MicroBatchLoader, steps: int) -> tuple[float, float]:
     """(processor seconds, tiles of this rank) of a step, after one to warm up."""
-    position, tiles = DataPosition(), 0
-    began = 0.0
-    for step in range(steps + 1):
-        tiles = 0 if step == 1 else tiles
-        began = time.process_time() if step == 1 else began
+    list(loader.step(DataPosition()))
+    position, tiles = loader.after(DataPosition()), 0
+    began = time.process_time()
+    for _ in range(steps):
         tiles += sum(len(row.tiles) for row in loader.step(position))
         position = loader.after(position)
     return (time.process_time() - began) / steps, tiles / steps

@@ -75,9 +75,8 @@ def open_folders(model: ModelConfig) -> FolderWeights | None:
     wanted = set(expected_names(model, parts))
     rows, theirs, ours = [], [], []
     for found, source, where in opened:
-        check_their_names(
-            found, source.infos, where
-        )  # the whole folder is accounted for, also what this variant leaves out
+        # The whole folder is accounted for, also what this variant leaves out.
+        check_their_names(found, source.infos, where)
         _refuse_mixed_dtypes(found, source, where)
         kept = [row for row in found if row.ours in wanted]
         rows += kept

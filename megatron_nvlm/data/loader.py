@@ -19,7 +19,7 @@ from megatron_nvlm.data.fetch import BadRecord, SampleRequest
 from megatron_nvlm.data.in_place import InPlace, Preparers
 from megatron_nvlm.data.order import WINDOW_SHARDS, BlendedOrder
 from megatron_nvlm.data.packing import PackingConfig
-from megatron_nvlm.data.plan import DataPosition, PackedPlan, Plan, UnpackedPlan
+from megatron_nvlm.data.plan import DataPosition, PackedPlan, Plan, PlannedStep, UnpackedPlan
 from megatron_nvlm.data.row_counts import RowCounter, TextTokenCounter, check_counts
 from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
@@ -184,12 +184,13 @@ class MicroBatchLoader:
     def _rows_from(self, position: DataPosition) -> Iterator[tuple[int, ...]]:
         """This rank's rows, without end."""
         while True:
-            yield from self.rows_of(position)
-            position = self.after(position)
+            step = self.plan.step(position)
+            yield from self.own_rows(step)
+            position = step.after
 
-    def rows_of(self, position: DataPosition) -> tuple[tuple[int, ...], ...]:
-        """This rank's rows of the step that begins there, as places of the order."""
-        return self.plan.step(position).rows[self.rank :: self.size]
+    def own_rows(self, step: PlannedStep) -> tuple[tuple[int, ...], ...]:
+        """This rank's rows of a step, as places of the order."""
+        return step.rows[self.rank :: self.size]
 
     def _next(self) -> MicroBatch:
         waiting = sum(len(row) for row in self._ahead)

@@ -44,6 +44,7 @@ class _Step:
     """A step on its way. Samples go by their places of the order, tickets are the preparers' numbers."""
 
     position: DataPosition
+    after: DataPosition
     rows: tuple[tuple[int, ...], ...]
     row_tickets: dict[int, int]
     tile_tickets: dict[int, int] = field(default_factory=dict)
@@ -111,21 +112,21 @@ class SharingLoader(MicroBatchLoader):
         for place in (place for row in step.rows for place in row if place in step.bad):
             self.skip(step.bad[place])
         if self.preparers.works_ahead:
-            self._look_ahead(position)
+            self._look_ahead(step.after)
         for row in step.rows:
             yield self._build_row(step, row)
 
     def _begin(self, position: DataPosition) -> _Step:
         """Ask for the rows of a step."""
-        rows = self.rows_of(position)
+        planned = self.plan.step(position)
+        rows = self.own_rows(planned)
         tickets = {place: self.preparers.submit(self.request(place, _NOTHING), 0) for row in rows for place in row}
-        return _Step(position, rows, tickets)
+        return _Step(position, planned.after, rows, tickets)
 
     def _look_ahead(self, position: DataPosition) -> None:
-        """Ask for the rows of the two steps after this one, and for this rank's tiles of the first."""
+        """Ask for the rows of the step that begins there and of the one behind, and for this rank's tiles of the first."""
         while len(self._steps) < 2:
-            last = self._steps[-1].position if self._steps else position
-            self._steps.append(self._begin(self.after(last)))
+            self._steps.append(self._begin(self._steps[-1].after if self._steps else position))
         self._ask_for_share(self._steps[0])
 
     def _decode_share(self, step: _Step) -> None:

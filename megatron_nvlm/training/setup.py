@@ -81,12 +81,10 @@ def make_trainer(
 def tile_share(device: Device) -> TileShare:
     """This rank's among the ranks of its model replica."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    tensor_rank, stage = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    number = share_number(parallel_state.get_tensor_model_parallel_rank(), stage, stages)
     ranks = stages * parallel_state.get_tensor_model_parallel_world_size()
-    return TileShare(share_number(tensor_rank, stage, stages), ranks, partial(gather_found, device=device.torch_device))
+    return TileShare(number, ranks, partial(gather_found, device=device.torch_device))
 
 
 def payload_rows(partition: PartitionConfig, micro_batch_size: int, sequence_length: int) -> int:

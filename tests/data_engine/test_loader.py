@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from megatron_nvlm.data.loader import MicroBatchLoader
 from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.packing import PackingConfig
 from megatron_nvlm.data.plan import DataPosition
 from megatron_nvlm.data.row_counts import TextTokenCounter
 from megatron_nvlm.data.shards import ShardSet
@@ -33,9 +32,8 @@ from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.support.launch import environment
-from tests.support.shards import Sample, good_samples, picture, record, write_samples
-
-PACKING = PackingConfig(enabled=True, window_samples=10)
+from tests.support.loaders import PACKING, counted_samples, loader_arguments
+from tests.support.shards import good_samples, picture, record, write_samples
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +45,12 @@ def tokenizer() -> Tokenizer:
 def make_loader(
     folder: Path, tokenizer: Tokenizer, replica: tuple[int, int] = (0, 1), packed: bool = False, **settings: Any
 ) -> Iterator[MicroBatchLoader]:
-    shards = ShardSet(folder)
-    order = BlendedOrder([shards.index.shard_sizes], [1], 1, 2)
-    pipeline = SamplePipeline(tokenizer, TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None)
-    rows = (1, 4) if packed else (2, 8)
-    packing = PACKING if packed else None
-    loader = MicroBatchLoader([shards], order, pipeline, *rows, replica, packing=packing, **settings)
+    arguments = loader_arguments(folder, tokenizer, replica, packed)
+    loader = MicroBatchLoader(*arguments, packing=PACKING if packed else None, **settings)
     try:
         yield loader
     finally:
         loader.close()
-
-
-def counted_samples(folder: Path, samples: list[Sample], tokenizer: Tokenizer) -> Path:
-    counter = TextTokenCounter(tokenizer, "chatml", None)
-    return write_samples(folder, samples, count_text=counter, text=counter.description)
 
 
 def draw(loader: MicroBatchLoader, position: DataPosition, steps: int) -> list[list[MicroBatch]]:

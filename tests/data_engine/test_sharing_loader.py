@@ -17,26 +17,21 @@ from PIL import Image
 import megatron_nvlm.data.stages
 from megatron_nvlm.data.fetch import BadRecord
 from megatron_nvlm.data.loader import MicroBatchLoader
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.packing import PackingConfig
 from megatron_nvlm.data.plan import DataPosition
 from megatron_nvlm.data.records import describe_images
-from megatron_nvlm.data.row_counts import TextTokenCounter
-from megatron_nvlm.data.shards import ShardSet
 from megatron_nvlm.data.sharing_loader import Found, SharingLoader, TileShare
-from megatron_nvlm.data.stages import SamplePipeline
 from megatron_nvlm.image.pixels import decode_image
-from megatron_nvlm.image.tiling import Grid, TilingConfig
+from megatron_nvlm.image.tiling import Grid
 from megatron_nvlm.models.partition import PartitionConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.sequence.micro_batch import MicroBatch
-from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
 from megatron_nvlm.training.setup import tile_share
+from tests.support.loaders import PACKING, counted_samples, loader_arguments
 from tests.support.ranks import run_ranks
-from tests.support.shards import Sample, cut_sample, good_samples, picture, record, write_samples
+from tests.support.shards import Sample, cut_sample, good_samples, picture, record
 
 STEPS = 4
 Step = tuple[list[MicroBatch], list[BadRecord]]
@@ -60,18 +55,12 @@ def broken_samples() -> list[Sample]:
 
 
 def write(folder: Path, samples: list[Sample]) -> Path:
-    counter = TextTokenCounter(Tokenizer(qwen2_tokenizer(1024)), "chatml", None)
-    return write_samples(folder, samples, count_text=counter, text=counter.description)
+    return counted_samples(folder, samples, Tokenizer(qwen2_tokenizer(1024)))
 
 
 def arguments(folder: Path, packed: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    shards = ShardSet(folder)
-    order = BlendedOrder([shards.index.shard_sizes], [1], 1, 2)
     tokenizer = Tokenizer(qwen2_tokenizer(1024))
-    pipeline = SamplePipeline(tokenizer, TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None)
-    rows = (1, 4) if packed else (2, 8)
-    packing = PackingConfig(enabled=True, window_samples=10) if packed else None
-    return ([shards], order, pipeline, *rows, (0, 1)), {"packing": packing}
+    return loader_arguments(folder, tokenizer, packed=packed), {"packing": PACKING if packed else None}
 
 
 def draw(loader: MicroBatchLoader) -> list[Step]:
