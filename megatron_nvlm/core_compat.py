@@ -7,6 +7,7 @@ Each patch says where core needs it; none changes what core computes.
 
 import contextlib
 import ctypes
+import inspect
 import multiprocessing
 import signal
 from collections.abc import Callable, Mapping
@@ -112,6 +113,18 @@ def keep_checkpoint_process() -> None:
     patched: Any = filesystem_async
     patched._results_queue = manager.Queue()
     patched._nvlm_manager = manager  # it shuts down when nobody holds it
+
+
+def own_checkpoint_writer() -> dict[str, Any]:
+    """Keywords of core's `dist_checkpointing.save` by which core's own code writes, not nvidia-resiliency-ext.
+
+    From 0.17 on the latter is the default of saves in the background: an error where it is not installed, and its requests
+    are for a queue of its own. 0.16 has no such choice.
+    """
+    from megatron.core import dist_checkpointing
+
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def mend_distributed_optimizer() -> None:

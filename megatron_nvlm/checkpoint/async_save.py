@@ -31,7 +31,7 @@ from megatron_nvlm.checkpoint.save_load import (
     state_to_save,
     write_identity,
 )
-from megatron_nvlm.core_compat import deaf_and_not_alone
+from megatron_nvlm.core_compat import deaf_and_not_alone, own_checkpoint_writer
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.nvlm_model import NVLMModel
@@ -117,7 +117,8 @@ class CheckpointSaver:
             error = first_line(cause)
         _agree(error, flight)
         try:
-            request: Any = dist_checkpointing.save(state, str(flight.partial), async_sharded_save=True)
+            where = str(flight.partial)
+            request: Any = dist_checkpointing.save(state, where, async_sharded_save=True, **own_checkpoint_writer())
             if request.async_fn is not None:  # None on a rank that has nothing to write
                 writer = bind(_write_alone, request.async_fn, flight.partial, dist.get_rank())
                 request = request._replace(async_fn=writer)

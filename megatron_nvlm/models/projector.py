@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -19,7 +20,13 @@ class MLPProjector(MegatronModule):
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, norm: Any, input_size: int) -> None:
         super().__init__(config=config)
         self.layernorm = build_module(norm, config=config, hidden_size=input_size, eps=LAYER_NORM_EPSILON)
-        self.mlp = MLP(config, submodules, input_size=input_size, ffn_hidden_size=config.ffn_hidden_size)
+        self.mlp = MLP(
+            config,
+            submodules,
+            input_size=input_size,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """[vision tokens, input size] -> [vision tokens, h], whole on every tensor-parallel rank."""
@@ -38,6 +45,7 @@ class LinearProjector(MegatronModule):
             init_method=config.init_method,
             bias=False,
             gather_output=True,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
 
     def forward(self, features: Tensor) -> Tensor:

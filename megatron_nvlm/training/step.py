@@ -46,6 +46,9 @@ def wrap_model(model: NVLMModel | ModelChunks, use_distributed_optimizer: bool) 
         use_distributed_optimizer=use_distributed_optimizer,
         grad_reduce_in_fp32=chunks[0].config.params_dtype == torch.bfloat16,
         average_in_collective=False,
+        # One bucket a buffer: with several, core (0.16.1 to 0.19.2) saves the moments of most parameters shifted by the
+        # padding between buckets, without an error; mended upstream after 0.19 (Megatron-LM #5077).
+        overlap_grad_reduce=False,
     )
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
