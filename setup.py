@@ -4,6 +4,24 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+COMMANDS = {
+    "nvlm-train": "megatron_nvlm.train:main",
+    "nvlm-generate": "megatron_nvlm.generate:main",
+    "nvlm-evaluate": "megatron_nvlm.evaluate:main",
+    "nvlm-show-config": "megatron_nvlm.commands.show_config:main",
+    "nvlm-build-shards": "megatron_nvlm.commands.build_shards:main",
+    "nvlm-chat-page": "megatron_nvlm.commands.chat_page:main",
+    "nvlm-convert-checkpoint": "megatron_nvlm.commands.convert_checkpoint:main",
+    "nvlm-demo": "megatron_nvlm.demo.run:main",
+    "nvlm-demo-data": "megatron_nvlm.demo.data:main",
+    "nvlm-demo-material": "megatron_nvlm.demo.material:main",
+    "nvlm-demo-report": "megatron_nvlm.demo.report:main",
+    "nvlm-dry-run": "megatron_nvlm.commands.dry_run:main",
+    "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
+    "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
+    "nvlm-score": "megatron_nvlm.commands.score:main",
+}
+
 setup(
     name="megatron-nvlm",
     version="0.1.0",
@@ -11,8 +29,10 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["megatron_nvlm", "megatron_nvlm.*", "tools", "tools.*"]),
-    package_data={"tools": ["chat_page.html"]},
+    packages=[*find_packages(include=["megatron_nvlm", "megatron_nvlm.*"]), "megatron_nvlm.configs"],
+    package_dir={"megatron_nvlm.configs": "configs"},  # the run files are found by name after an installation
+    package_data={"megatron_nvlm.configs": ["*.yaml"], "megatron_nvlm.commands": ["chat_page.html"]},
+    entry_points={"console_scripts": [f"{name} = {function}" for name, function in COMMANDS.items()]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6,<2.14",

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_copy import copy_file
-from megatron_nvlm.checkpoint.hf_models import nvlm_rows
-from megatron_nvlm.checkpoint.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.checkpoint.tensor_source import TensorInfo
+from megatron_nvlm.hf.config_json import describe_folder
+from megatron_nvlm.hf.our_model import describe_our_model
+from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
+from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.models.build import ModelConfig, find_parts
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.hf_config import describe_folder
-from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS
-from tools.conversion.our_model import describe_our_model
+from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS
 
 
 def make_folder(folder: Path, layers: int, vision_layers: int) -> None:
@@ -99,7 +99,7 @@ class MemoryWatch:
 def run_tool(*arguments: object) -> tuple[float, int]:
     """The real command: seconds, without the start of Python and its imports, and peak memory in bytes."""
     script = (
-        "import sys, time\nfrom tools.convert_checkpoint import main\nbegan = time.monotonic()\n"
+        "import sys, time\nfrom megatron_nvlm.commands.convert_checkpoint import main\nbegan = time.monotonic()\n"
         "try:\n    main(sys.argv[1:])\nfinally:\n    import os\n    os.sync()\n"
         "    print('seconds', time.monotonic() - began)"
     )

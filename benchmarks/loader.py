@@ -3,7 +3,7 @@
 `python -m benchmarks.loader [--samples 256 | --shards DIR] [--seconds 10] [--out FILE.json]`
 
 The shards are made for the run: crops of scikit-learn's photographs in many shapes, cut in tiles of 448 pixels; or they are
-those of `tools/demo_material.py --shards`. Each form
+those of `megatron_nvlm/demo/material.py --shards`. Each form
 runs alone, for the given time, after it has warmed up; all in one call, so that they meet the same machine. Every form but
 the bare loop yields the same thing: packed uint8 tiles and token rows of micro-batches. Processor time is printed beside
 the rate, since a shared machine moves the clock and not the work.
@@ -29,12 +29,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from megatron_nvlm.data.index import IMAGE_DTYPE, IMAGES_FILE, INDEX_FILE, SAMPLE_DTYPE, SAMPLES_FILE
-from megatron_nvlm.data.loader import MicroBatchLoader, build_micro_batch
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.plan import DataPosition
-from megatron_nvlm.data.shards import RawSample, ShardSet, ShardWriter
-from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.data.loading.loader import MicroBatchLoader
+from megatron_nvlm.data.order.batches import DataPosition
+from megatron_nvlm.data.order.order import BlendedOrder
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
+from megatron_nvlm.data.shards.index import IMAGE_DTYPE, IMAGES_FILE, INDEX_FILE, SAMPLE_DTYPE, SAMPLES_FILE
+from megatron_nvlm.data.shards.read import RawSample, ShardSet, ShardWriter
 from megatron_nvlm.image.pixels import decode_image, to_array
 from megatron_nvlm.image.tiling import TilingConfig, choose_grid, cut_tiles
 from megatron_nvlm.sequence.variants import VARIANTS
@@ -217,7 +218,7 @@ def measure_resume(folder: Path, pipeline: SamplePipeline, real: ShardSet) -> fl
 
 def write_synthetic_index(folder: Path, shards: list[dict[str, Any]], samples: int) -> None:
     """An index.json as write_index makes it, without reading 40 GB of zeros for their hash."""
-    from megatron_nvlm.data import index as index_module
+    from megatron_nvlm.data.shards import index as index_module
 
     content: dict[str, Any] = {
         "format": index_module.INDEX_FORMAT,

@@ -18,9 +18,9 @@ from megatron.energon import (
 )
 from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
-from megatron_nvlm.data.loader import build_micro_batch
-from megatron_nvlm.data.shards import RawSample, ShardSet
-from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
+from megatron_nvlm.data.shards.read import RawSample, ShardSet
 
 
 @edataclass

@@ -21,11 +21,11 @@ from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progress
 from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.partition import PartitionConfig
-from megatron_nvlm.models.presets import LANGUAGE_PRESETS, LanguagePreset
+from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, LanguagePreset
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
-from megatron_nvlm.run_parts import make_chunks
+from megatron_nvlm.runs.components import make_chunks
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import wrap_model
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.loader import build_shards, make_pipeline
-from megatron_nvlm.data.loader import MicroBatchLoader
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.plan import DataPosition
-from megatron_nvlm.data.shards import ShardSet
-from megatron_nvlm.data.sharing_loader import SharingLoader, TileShare
+from megatron_nvlm.data.loading.loader import MicroBatchLoader
+from megatron_nvlm.data.loading.shared_decoding import SharingLoader, TileShare
+from megatron_nvlm.data.order.batches import DataPosition
+from megatron_nvlm.data.order.order import BlendedOrder
+from megatron_nvlm.data.shards.read import ShardSet
 
 RANKS = (1, 2, 4, 8, 32)
 

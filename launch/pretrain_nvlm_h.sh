@@ -27,7 +27,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 source launch/env.sh
 
 # Reads the run file as training will, so that a mistake in it ends the job before any node starts a process.
-run_dir=$(python -m megatron_nvlm.config.show run_dir "$@")
+run_dir=$(python -m megatron_nvlm.commands.show_config run_dir "$@")
 mkdir -p "$run_dir"
 rm -f "$run_dir/stop"
 

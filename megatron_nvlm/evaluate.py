@@ -13,12 +13,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
-from megatron_nvlm.data.shards import ShardSet
-from megatron_nvlm.entry import say, user_errors_end_the_process
+from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.accuracy import VIEWS, Answer, accuracy_table
-from megatron_nvlm.inference.trained_run import TrainedRun, open_trained_run
+from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.parallel.groups import get_groups, stop_groups
+from megatron_nvlm.runs.entry import say, user_errors_end_the_process
+from megatron_nvlm.runs.restore import TrainedRun, open_trained_run
 from megatron_nvlm.text.conversation import read_turns
 
 EVALUATION_FILE = "evaluation.json"
@@ -34,7 +35,7 @@ def answer_all(trained: TrainedRun, shards: ShardSet, batch_size: int, max_new_t
         samples = [trained.pipeline.prepare(raw, open_answer=True) for raw in raws]
         truths = [read_turns(raw.record)[-1].text for raw in raws]
         for view, look in VIEWS.items():
-            texts = trained.answer([look(sample) for sample in samples], max_new_tokens)
+            texts = answer(trained, [look(sample) for sample in samples], max_new_tokens)
             own += [
                 Answer(sample.key, view, sample.source, truth, text)
                 for sample, truth, text in zip(samples, truths, texts, strict=True)

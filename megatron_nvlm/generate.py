@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
-from megatron_nvlm.entry import say, user_errors_end_the_process
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.answer_files import answer_file
+from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.inference.chat import chat
 from megatron_nvlm.inference.questions import Conversation, read_image
 from megatron_nvlm.inference.sampling import Sampling
-from megatron_nvlm.inference.trained_run import open_trained_run
 from megatron_nvlm.parallel.groups import stop_groups
+from megatron_nvlm.runs.entry import say, user_errors_end_the_process
+from megatron_nvlm.runs.restore import open_trained_run
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         failed = answer_file(trained, options.inputs, options.outputs, *settings)
     else:
         sample = trained.pipeline.prepare(Conversation().ask(options.question, images), open_answer=True)
-        say(trained.answer([sample], options.max_new_tokens, sampling)[0])
+        say(answer(trained, [sample], options.max_new_tokens, sampling)[0])
     stop_groups()
     if failed:
         say(f'{failed} lines could not be answered; {options.outputs} has the reasons under "error"')

@@ -7,16 +7,16 @@ from pathlib import Path
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
-from megatron_nvlm.checkpoint.load_weights import load_folder_weights
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_files, check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.core_compat import keep_checkpoint_process
-from megatron_nvlm.entry import global_rank, say, user_errors_end_the_process
+from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups, world_size_from_environment
-from megatron_nvlm.run_parts import make_identity, open_data, open_weights
-from megatron_nvlm.training import setup
+from megatron_nvlm.runs import trainer as setup
+from megatron_nvlm.runs.components import make_identity, open_data, open_weights
+from megatron_nvlm.runs.entry import global_rank, say, user_errors_end_the_process
 from megatron_nvlm.training.faults import FINISHED_FILE, StopRequest, lock_run, stop_with_launcher
 from megatron_nvlm.training.loop import train
 from megatron_nvlm.training.metrics import MetricsWriter

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 

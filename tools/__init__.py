@@ -1,1 +1,1 @@
-"""Tools around the package: data, reports, the demo."""
+"""Command lines of a checkout: `python -m tools.NAME`. Their work lives in the package; this folder is never installed."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_nvlm.checkpoint.weight_map import CensusError, Row, check_their_names
+from megatron_nvlm.models.weight_rows import CensusError, Row, check_their_names
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,21 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
 
+RUN_FILE_FOLDERS = (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs")
+"""Where run files are found by name: configs/ of a checkout, and the copy that an installed package carries."""
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run.
 
     Args:
+        path: a file, or the name of a run file of the package.
         overrides: `section.key=value`, in YAML's spelling of values.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, missing, or has a value of the wrong type.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no run file {path}; see configs/ for those that are")
+    path = find_run_file(path)
     try:
         config = OmegaConf.load(path)
         for override in overrides:
@@ -46,6 +49,25 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: {where} has a value of the wrong type ({str(error).splitlines()[0]})") from error
     assert isinstance(run, RunConfig)
     return run
+
+
+def find_run_file(name: str | Path) -> Path:
+    """A path of the user's, or one of the package's run files by name (`demo_h`, `demo_h.yaml`).
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if Path(name).name == str(name):
+        for folder in RUN_FILE_FOLDERS:
+            found = folder / f"{str(name).removesuffix('.yaml')}.yaml"
+            if found.is_file():
+                return found
+    known = sorted({file.stem for folder in RUN_FILE_FOLDERS for file in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(Path(name).stem, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"by name there are {', '.join(known)}"
+    raise UserError(f"there is no run file {name}; {hint}")
 
 
 def dump_run(run: RunConfig) -> str:

@@ -203,6 +203,6 @@ def check_run(run: RunConfig, world_size: int) -> None:
 
 
 def check_files(run: RunConfig) -> None:
-    """The files that the run names are there (shards are opened and checked by data/shards.py)."""
+    """The files that the run names are there (shards are opened and checked by data/shards/read.py)."""
     if not Path(run.data.tokenizer).is_file():
         raise UserError(f"there is no tokenizer at {run.data.tokenizer}; set data.tokenizer to a tokenizer.json")

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig
-from megatron_nvlm.data.loader import DataConfig
+from megatron_nvlm.data.loading.loader import DataConfig
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.training.loop import TrainingConfig
 from megatron_nvlm.training.metrics import LoggingConfig
 from megatron_nvlm.training.optimizer import OptimizerConfig
-from megatron_nvlm.training.stages import StageConfig
+from megatron_nvlm.training.trainable import StageConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_nvlm.data.stages import PreparedSample
+from megatron_nvlm.data.prepare import PreparedSample
 
 BLANK = 128
 """Grey that stands for a picture that is taken away."""

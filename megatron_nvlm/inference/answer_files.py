@@ -8,13 +8,14 @@ from typing import TypeVar
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_nvlm.data.records import RawSample
-from megatron_nvlm.data.stages import PreparedSample
+from megatron_nvlm.data.prepare import PreparedSample
+from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.inference.request_files import AnswerFile, Request, load_request, read_requests
 from megatron_nvlm.inference.sampling import Sampling
-from megatron_nvlm.inference.trained_run import TrainedRun
 from megatron_nvlm.parallel.groups import get_groups
+from megatron_nvlm.runs.restore import TrainedRun
 
 LINES_EVERY_SECONDS = 10
 Sent = TypeVar("Sent")
@@ -120,7 +121,7 @@ def _answer(
             prepared[number] = trained.pipeline.prepare(raw, open_answer=True)
         except UserError as error:
             own[number] = "", str(error)
-    texts = trained.answer(list(prepared.values()), max_new_tokens, sampling)
+    texts = answer(trained, list(prepared.values()), max_new_tokens, sampling)
     own |= {number: (text, "") for number, text in zip(prepared, texts, strict=True)}
     parts: list[dict[int, tuple[str, str]]] = [{} for _ in range(replicas.size())]
     dist.all_gather_object(parts, own, group=replicas)

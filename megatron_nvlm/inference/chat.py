@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.answer_files import from_first_rank
+from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.inference.questions import Conversation, read_image
 from megatron_nvlm.inference.sampling import Sampling
-from megatron_nvlm.inference.trained_run import TrainedRun
+from megatron_nvlm.runs.restore import TrainedRun
 
 HELP = "Ask; /image FILE adds a picture to the next question, /new begins again, /quit (or end of input) ends."
 STILL_HERE_SECONDS = 30
@@ -103,7 +104,7 @@ def chat(trained: TrainedRun, images: Sequence[bytes], max_new_tokens: int, samp
                 terminal.images = []
                 terminal.say(f"error: {error}")
             continue
-        text = trained.answer([sample], max_new_tokens, sampling)[0]
+        text = answer(trained, [sample], max_new_tokens, sampling)[0]
         if terminal is not None:
             terminal.conversation.answered(text)
             terminal.images = []

@@ -15,11 +15,11 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_nvlm.data.loader import build_micro_batch
-from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.inference.kv_cache import KeyValueCache
+from megatron_nvlm.inference.pipeline_pass import from_last_stage, pass_through
 from megatron_nvlm.inference.sampling import GREEDY, Sampling, TokenChooser, gather_vocabulary
-from megatron_nvlm.inference.stages import from_last_stage, pass_through
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_nvlm.data.records import RawSample
+from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER
 

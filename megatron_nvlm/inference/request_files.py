@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nvlm.data.records import RawSample
+from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.questions import make_sample, read_image, with_images
 from megatron_nvlm.text.conversation import read_turns

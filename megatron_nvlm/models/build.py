@@ -17,13 +17,8 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.backends import Backend, get_backend
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.head_padding import HeadPadding, pad_heads
-from megatron_nvlm.models.hf_config import language_preset_of, vision_preset_of
-from megatron_nvlm.models.intern_vit import Holder, InternViTModel
-from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
-from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.partition import PartitionConfig, check_partition
-from megatron_nvlm.models.presets import (
+from megatron_nvlm.models.families.folder_sizes import language_preset_of, vision_preset_of
+from megatron_nvlm.models.families.sizes import (
     LANGUAGE_PRESETS,
     VISION_PRESETS,
     LanguagePreset,
@@ -31,6 +26,11 @@ from megatron_nvlm.models.presets import (
     VisionPreset,
     find_preset,
 )
+from megatron_nvlm.models.intern_vit import Holder, InternViTModel
+from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.padding import HeadPadding, pad_heads
+from megatron_nvlm.models.parallelism import PartitionConfig, check_partition
 from megatron_nvlm.models.projector import LinearProjector, MLPProjector
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
 

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_nvlm.models.head_padding import HeadPadding, SplitRMSNorm, shard_evenly, shard_heads
+from megatron_nvlm.models.padding import HeadPadding, SplitRMSNorm, shard_evenly, shard_heads
 from megatron_nvlm.models.sharding import find_split
 
 

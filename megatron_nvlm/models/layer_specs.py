@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_nvlm.models.backends import Backend, without_bias
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig, GroupedQueryCrossAttention, TanhGatedAdd
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.models.intern_vit import FullWidthNormSelfAttention, LayerScaleAdd
-from megatron_nvlm.models.presets import VisionPreset
 
 
 def get_mlp_spec(backend: Backend) -> ModuleSpec:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD
-from megatron_nvlm.models.head_padding import HeadPadding
 from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.models.padding import HeadPadding
 from megatron_nvlm.models.vision_clock import VisionClock
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
@@ -37,7 +37,7 @@ class NVLMModel(MegatronModule):
         has_context: whether the variant has cross-attention (X, H).
         vision_heads: of a tensor-parallel encoder; None where each rank holds it whole.
         tiles_at_once: most tiles that pass through the encoder together.
-        encodes_ahead: whether all stages encode the tiles of a step before its pipeline starts (parallel/spread_vision.py).
+        encodes_ahead: whether all stages encode the tiles of a step before its pipeline starts (parallel/vision_ahead.py).
         vocabulary: how its rows are filled up, where the tensor-parallel ranks do not divide them.
     """
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nvlm.models.head_padding import HeadPadding
+from megatron_nvlm.models.padding import HeadPadding
 
 
 @dataclass(frozen=True)

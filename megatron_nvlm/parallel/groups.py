@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import Device
 
 AFTER_WATCHDOG_SECONDS = 30

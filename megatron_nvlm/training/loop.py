@@ -12,8 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import Progress
-from megatron_nvlm.data.loader import DataConfig, MicroBatchLoader
-from megatron_nvlm.data.plan import DataPosition
+from megatron_nvlm.data.loading.loader import DataConfig, MicroBatchLoader
+from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.training.faults import StopRequest

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_nvlm.data.loader import MicroBatchLoader
+from megatron_nvlm.data.loading.loader import MicroBatchLoader
 
 QUARANTINE_FILE = "quarantine.jsonl"
 """One JSON object a bad sample: step, key, shard, number (in its set), kind, reason, source."""

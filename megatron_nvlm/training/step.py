@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.ops.vocab_cross_entropy import vocab_cross_entropy
-from megatron_nvlm.parallel.spread_vision import SpreadVision
+from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
 

@@ -12,7 +12,7 @@ from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.presets import LANGUAGE_PRESETS
+from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo_h.yaml"

@@ -11,16 +11,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_nvlm.checkpoint.hf_files import auto_map, write_companions
-from megatron_nvlm.checkpoint.hf_models import nvlm_rows
-from megatron_nvlm.checkpoint.weight_map import convert_to_theirs
-from megatron_nvlm.data.records import RawSample
-from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
+from megatron_nvlm.data.shards.records import RawSample
+from megatron_nvlm.hf.companions import auto_map, write_companions
+from megatron_nvlm.hf.config_json import describe_folder
+from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.build import ModelConfig, find_parts
-from megatron_nvlm.models.hf_config import describe_folder
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.weight_rows import convert_to_theirs
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from megatron_nvlm.hf_code.image_processing_nvlm import NVLMImageProcessor
-from megatron_nvlm.hf_code.processing_nvlm import NVLMProcessor
+from megatron_nvlm.hf.exported_code.image_processing_nvlm import NVLMImageProcessor
+from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
 
 
 def load_processor(folder: Path) -> NVLMProcessor:

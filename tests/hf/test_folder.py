@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_nvlm.checkpoint.hf_files import CODE_FILES
-from megatron_nvlm.data.loader import build_micro_batch
-from megatron_nvlm.hf_code import configuration_nvlm
+from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.hf.companions import CODE_FILES
+from megatron_nvlm.hf.exported_code import configuration_nvlm
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES, config_of, pipeline_of, rows_of, write_folder
 from tests.support.cacheless import generate
@@ -165,7 +165,7 @@ def test_a_wrong_configuration_is_refused_with_a_sentence(name: str) -> None:
         for section in sections:
             part = part[section]
         part[last] = value
-    from megatron_nvlm.hf_code.modeling_nvlm import NVLM_H_Model
+    from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_H_Model
 
     with pytest.raises(ValueError, match=words) as caught:
         NVLM_H_Model(configuration_nvlm.NVLM_H_Config(**content))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nvlm.data.loader import build_micro_batch
-from megatron_nvlm.hf_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Model, NVLM_X_Model, NVLMModel
-from megatron_nvlm.hf_code.processing_nvlm import NVLMProcessor
-from megatron_nvlm.models import presets
+from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Model, NVLM_X_Model, NVLMModel
+from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families import sizes as presets
 from megatron_nvlm.models.nvlm_model import NVLMModel as MegatronModel
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES, Prompt, pipeline_of, rows_of, write_folder

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_nvlm.checkpoint.hf_files import image_context_token_id, write_companions
-from megatron_nvlm.data.records import RawSample
-from megatron_nvlm.data.stages import PreparedSample
+from megatron_nvlm.data.prepare import PreparedSample
+from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.hf_code.processing_nvlm import NVLMProcessor
+from megatron_nvlm.hf.companions import image_context_token_id, write_companions
+from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.models.nvlm_model import normalise
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer

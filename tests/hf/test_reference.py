@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_nvlm.hf_code.modeling_nvlm import NVLM_D_Model
+from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_D_Model
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_nvlm.evaluation.score_cases import Case
+from megatron_nvlm.evaluation.score_model import open_scored, score_case
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES
 from tests.hf.test_model import make_pair
 from tests.support.tiny import tiny_config
-from tools.conversion.score_cases import Case
-from tools.conversion.score_model import open_scored, score_case
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)

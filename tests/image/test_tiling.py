@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_nvlm.image.tiling import Grid, choose_grid, cut_tiles
 
-REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "tiling_grids.json"
+REFERENCE = Path(__file__).parents[1] / "reference" / "tiling_grids.json"
 
 
 def test_equals_the_release_table() -> None:

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_nvlm.data.loader import build_micro_batch
-from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference.generation import generate
 from megatron_nvlm.inference.sampling import GREEDY, Sampling
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.sequence.variants import VARIANTS

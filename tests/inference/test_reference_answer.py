@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_nvlm.checkpoint.load_weights import load_folder_weights
-from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
+from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference import generation
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
-from megatron_nvlm.run_parts import make_chunks, open_weights
+from megatron_nvlm.runs.components import make_chunks, open_weights
 from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
 from megatron_nvlm.sequence.variants import NVLM_D
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer

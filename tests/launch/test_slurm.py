@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nvlm.demo import data as demo_data
 from tests.support.launch import REPOSITORY, environment
 from tests.support.shards import read_metrics
-from tools import demo_data
 
 pytestmark = pytest.mark.slurm
 

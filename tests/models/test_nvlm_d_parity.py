@@ -1,6 +1,6 @@
 """NVLM-D computes what the original code computes: numbers of a tiny model with random weights, made by that code.
 
-Weights come in through the table of names (checkpoint/hf_models.py). The numbers are read from beside the repository and
+Weights come in through the table of names (hf/weight_tables.py). The numbers are read from beside the repository and
 are not part of it; without them these tests are skipped and say so.
 """
 
@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_nvlm.checkpoint.hf_models import nvlm_rows
-from megatron_nvlm.checkpoint.load_weights import load_weights
-from megatron_nvlm.checkpoint.weight_map import convert
-from megatron_nvlm.models import presets
+from megatron_nvlm.hf.load_weights import load_weights
+from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.models.build import ModelConfig, build_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families import sizes as presets
+from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.partition import PartitionConfig
-from megatron_nvlm.models.presets import LanguagePreset, VisionPreset
+from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.weight_rows import convert
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups

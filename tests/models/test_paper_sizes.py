@@ -9,10 +9,10 @@ from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.models.build import build_model
 from megatron_nvlm.models.initialise import count_parameters
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
-from megatron_nvlm.training.stages import STAGES
+from megatron_nvlm.training.trainable import STAGES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER_RUNS = sorted(path.stem for path in CONFIGS.glob("*_nvlm_*.yaml"))

@@ -8,7 +8,7 @@ import torch
 
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle, source_patches
 
-TABLES = Path(__file__).parents[1] / "data" / "reference" / "pixel_shuffle_tables.json"
+TABLES = Path(__file__).parents[1] / "reference" / "pixel_shuffle_tables.json"
 
 
 def test_equals_the_release_table() -> None:

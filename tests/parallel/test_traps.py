@@ -13,7 +13,7 @@ import torch
 from megatron_nvlm.core_compat import mend_distributed_optimizer
 from megatron_nvlm.models import build
 from megatron_nvlm.models.build import ModelConfig, find_parts, language_config, projector_config, vision_config
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import DTYPES, Device
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import run_step, wrap_model

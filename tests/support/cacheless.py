@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_nvlm.data.loader import build_micro_batch
-from megatron_nvlm.data.stages import PreparedSample, SamplePipeline
+from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.inference.sampling import gather_vocabulary
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample

@@ -9,12 +9,12 @@ import os
 import time
 from pathlib import Path
 
-from megatron_nvlm.data.loader import MicroBatchLoader
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.packing import PackingConfig
-from megatron_nvlm.data.plan import DataPosition
-from megatron_nvlm.data.shards import ShardSet
-from megatron_nvlm.data.stages import SamplePipeline
+from megatron_nvlm.data.loading.loader import MicroBatchLoader
+from megatron_nvlm.data.order.batches import DataPosition
+from megatron_nvlm.data.order.order import BlendedOrder
+from megatron_nvlm.data.order.packing import PackingConfig
+from megatron_nvlm.data.prepare import SamplePipeline
+from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer

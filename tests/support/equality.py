@@ -19,15 +19,15 @@ from torch.overrides import TorchFunctionMode
 from megatron_nvlm.models.build import ModelConfig, build_chunks
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
-from megatron_nvlm.models.partition import PartitionConfig
-from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.models.sharding import Split, cut, full_shape, gather_parts, join
 from megatron_nvlm.parallel.device import DTYPES, use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
-from megatron_nvlm.training.stages import PARTS, freeze
 from megatron_nvlm.training.step import StepResult, run_step, wrap_model
+from megatron_nvlm.training.trainable import PARTS, freeze
 from tests.support.batches import step_samples
 from tests.support.tiny import micro_batch_of
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.packing import PackingConfig
-from megatron_nvlm.data.row_counts import TextTokenCounter
-from megatron_nvlm.data.shards import ShardSet
-from megatron_nvlm.data.stages import SamplePipeline
+from megatron_nvlm.data.order.lengths import TextTokenCounter
+from megatron_nvlm.data.order.order import BlendedOrder
+from megatron_nvlm.data.order.packing import PackingConfig
+from megatron_nvlm.data.prepare import SamplePipeline
+from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.tokenizer import Tokenizer

@@ -1,8 +1,8 @@
 """The paper's models as sizes, for counting."""
 
+from megatron_nvlm.estimate.flops import Flops, ModelFlops, ModelSizes
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.flops import Flops, ModelFlops, ModelSizes
-from megatron_nvlm.models.presets import LANGUAGE_PRESETS, VISION_PRESETS
+from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS
 from megatron_nvlm.sequence.variants import VARIANTS
 
 TABLE_3_ROWS = {"x": 1024, "h": 1280, "d": 2816}

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from megatron_nvlm.data.shards import ShardWriter
+from megatron_nvlm.data.shards.read import ShardWriter
 from megatron_nvlm.image.tiling import Grid, cut_tiles
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 

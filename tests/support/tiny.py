@@ -7,10 +7,10 @@ import torch
 
 from megatron_nvlm.models.build import ModelConfig, build_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families.sizes import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.partition import PartitionConfig
-from megatron_nvlm.models.presets import VISION_PRESETS
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
 from megatron_nvlm.sequence.assemble import AssembledSample, assemble

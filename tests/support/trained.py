@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from megatron_nvlm.demo import data as demo_data
 from tests.support.launch import REPOSITORY, launch
-from tools import demo_data
 
 
 def train_demo(folder: Path, steps: int, save_every: int, variant: str = "h", ranks: int = 1, *overrides: str) -> Path:

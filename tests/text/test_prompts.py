@@ -1,4 +1,4 @@
-"""Prompts equal those that the release's own code makes (tests/data/reference/chat_prompts.json), id by id."""
+"""Prompts equal those that the release's own code makes (tests/reference/chat_prompts.json), id by id."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.conversation import TextPiece, Turn, encode_conversation
 from megatron_nvlm.text.tokenizer import Tokenizer
 
-REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "reference" / "chat_prompts.json").read_text())
+REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "chat_prompts.json").read_text())
 GRIDS = {0: [], 1: [Grid(1, 1)], 3: [Grid(2, 1)], 7: [Grid(3, 2)]}
 VISION_PAD = 151654
 

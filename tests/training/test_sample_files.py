@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nvlm.data.loader import MicroBatchLoader
-from megatron_nvlm.data.order import BlendedOrder
-from megatron_nvlm.data.plan import DataPosition
-from megatron_nvlm.data.shards import ShardSet
-from megatron_nvlm.data.stages import SamplePipeline
+from megatron_nvlm.data.loading.loader import MicroBatchLoader
+from megatron_nvlm.data.order.batches import DataPosition
+from megatron_nvlm.data.order.order import BlendedOrder
+from megatron_nvlm.data.prepare import SamplePipeline
+from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.partition import PartitionConfig
+from megatron_nvlm.models.parallelism import PartitionConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.sequence.variants import VARIANTS

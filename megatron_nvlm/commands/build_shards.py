@@ -1,0 +1,133 @@
+"""Shards from images and conversations: `python -m tools.build_shards --out DIR --jsonl FILE --tokenizer FILE`.
+
+Input is any number of
+  --jsonl FILE       one JSON object a line: `image` (a path or several, relative to --images) and a conversation
+                     (`conversations` as LLaVA and ShareGPT have it, or `messages`), or `question` and `answer`,
+                     or `caption`; text alone has no image
+  --folder DIR       images, each with its caption in a .txt of the same name beside it
+  --webdataset PATH  a folder of tars or a pattern: samples with a .json of these forms or a .txt caption
+
+DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give
+the same bytes, whatever the number of processes. Killed at any moment, the same command goes on.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
+from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
+from megatron_nvlm.data.building.inputs import ImageFolder, Input, JsonLines, WebDatasetShards
+from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
+from megatron_nvlm.data.building.samples import SampleSettings
+from megatron_nvlm.data.order.lengths import TextTokenCounter
+from megatron_nvlm.data.shards.index import open_index
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.tiling import TilingConfig
+from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, find_template
+from megatron_nvlm.text.templates import TEMPLATES
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+
+def open_inputs(options: argparse.Namespace) -> list[Input]:
+    """All inputs, in the order: JSON lines, folders, WebDataset shards."""
+    inputs: list[Input] = [JsonLines(path, options.images_dir) for path in options.jsonl]
+    inputs += [ImageFolder(path) for path in options.folder]
+    inputs += [WebDatasetShards(path) for path in options.webdataset]
+    if not inputs:
+        raise UserError("nothing to build from; give --jsonl, --folder or --webdataset")
+    return inputs
+
+
+def build(options: argparse.Namespace) -> str:
+    """Build or go on; returns the report's text."""
+    find_template(options.template)
+    sample = SampleSettings(
+        images=options.images,
+        tile_size=options.tile_size,
+        max_tiles=options.max_tiles,
+        quality=options.quality,
+        source=options.source or options.out.name,
+        caption_prompt=options.caption_prompt,
+        keep=tuple(options.keep),
+    )
+    settings = BuildSettings(
+        sample, options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
+    )
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    system = None if options.system.lower() in ("", "none", "null") else options.system
+    counter = TextTokenCounter(tokenizer, options.template, system) if tokenizer else None
+    builder = Builder(open_inputs(options), options.out, settings, counter)
+    manifest = builder.run(options.processes, progress=not options.quiet)
+    index, tiling = open_index(options.out), TilingConfig(options.tile_size, options.max_tiles, options.tag_format)
+    predictions = []
+    if tokenizer is not None:
+        plan = TrainingPlan(tokenizer, tiling, options.template, options.global_batch, options.sequence_length)
+        predictions = predict(index, plan)
+    parts = (manifest, histograms(index, tiling), predictions, options.global_batch)
+    texts = as_text(*parts), as_html(*parts)
+    write_report(options.out, texts)
+    return texts[0]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.build_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the new set")
+    add("--jsonl", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    add("--images-dir", type=Path, metavar="DIR", help="what paths in --jsonl are relative to (default: its folder)")
+    add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
+    add("--webdataset", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
+    add(
+        "--images",
+        choices=("tiles", "whole"),
+        default="tiles",
+        help="cut in advance (fast to read) or kept as they are",
+    )
+    add("--tile-size", type=int, default=448, help="pixels along an edge of a tile (default 448)")
+    add("--max-tiles", type=int, default=6, help="most tiles of an image, without the thumbnail (default 6)")
+    add("--quality", type=int, default=90, help="JPEG quality of tiles (default 90)")
+    add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer.json: counts tokens, which packing needs")
+    add("--template", choices=tuple(TEMPLATES), default="chatml", help="the run's data.template (default chatml)")
+    add("--system", default=DEFAULT_SYSTEM, help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})")
+    add("--tag-format", default="1d", help="the run's tiling.tag_format, for the report (default 1d)")
+    add("--caption-prompt", default=DEFAULT_CAPTION_PROMPT, help="question of captions")
+    add("--source", help="name under which training counts bad samples (default: the name of --out)")
+    add("--keep", action="append", default=[], metavar="FIELD", help="copy this field of the input, such as a licence")
+    add("--shard-mb", type=float, default=256, help="size of a shard, about, in megabytes (default 256)")
+    add("--samples-per-shard", type=int, help="instead of a size")
+    add("--shuffle", type=int, metavar="SEED", help="write samples in the random order of this seed")
+    add("--max-reject-rate", type=float, default=0.01, help="share of bad inputs that fails the build (default 0.01)")
+    add("--processes", type=int, default=os.cpu_count() or 1, help="default: one for each core")
+    add("--global-batch", type=int, default=256, help="for the report's steps per epoch (default 256)")
+    add("--sequence-length", type=int, help="for the report's packing (default: the paper's for each of D, X and H)")
+    add("--quiet", action="store_true", help="no progress bar, no report on the terminal")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    options = make_parser().parse_args(arguments)
+    try:
+        text = build(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}; the same command goes on when that is mended", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    if not options.quiet:
+        print(text)
+    rejects = sum(1 for _ in (options.out / REJECTS_FILE).open())
+    print(f"{options.out} is built" + (f"; {rejects} inputs rejected, see {REJECTS_FILE}" if rejects else ""))
+
+
+if __name__ == "__main__":
+    main()

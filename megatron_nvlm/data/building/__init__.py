@@ -1,0 +1,1 @@
+"""From users' files to shard sets: reading inputs, building, checking, reporting."""

@@ -1,0 +1,331 @@
+"""Many processes write shards; what they write depends on the input and the settings alone.
+
+The numbered samples of all inputs, in order (or shuffled by a seed), are cut into blocks of equal length; a block becomes
+one shard. A finished block leaves its index rows and its rejects in `parts/`, so that a build that was killed goes on with
+the blocks that are not there yet. The index comes last but one, the manifest last: without them it is no set.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+from PIL import features
+from tqdm import tqdm
+
+import megatron_nvlm
+from megatron_nvlm.data.building.inputs import Input
+from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample
+from megatron_nvlm.data.order.lengths import TextTokenCounter
+from megatron_nvlm.data.order.shuffle import round_keys, shuffled
+from megatron_nvlm.data.shards.index import INDEX_FILE, ShardRows, write_index
+from megatron_nvlm.data.shards.write import shard_name, write_shard
+from megatron_nvlm.errors import UserError
+
+MANIFEST_FILE, REJECTS_FILE, PARTS, PLAN_FILE, LOCK_FILE = (
+    "manifest.json",
+    "rejects.jsonl",
+    "parts",
+    "plan.json",
+    "lock",
+)
+_SAMPLES_MEASURED = 32
+"""Samples made before the build to see how many fit into a shard."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What decides the bytes of a set, beside its input."""
+
+    sample: SampleSettings
+    shard_megabytes: float = 256
+    """Size that a shard is to have, about: so many samples go into each as fit by a measurement of a few."""
+    samples_per_shard: int | None = None
+    """Instead of a size."""
+    shuffle_seed: int | None = None
+    max_reject_rate: float = 0.01
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An input that gave no sample."""
+
+    where: str
+    reason: str
+
+
+class Builder:
+    """One build. `folder` is the set's."""
+
+    def __init__(
+        self, inputs: Sequence[Input], folder: Path, settings: BuildSettings, count_text: TextTokenCounter | None
+    ) -> None:
+        self.inputs, self.folder, self.settings, self.count_text = list(inputs), folder, settings, count_text
+        self.ends: list[int] = []
+        for source in self.inputs:
+            self.ends.append((self.ends[-1] if self.ends else 0) + len(source))
+        self.num_inputs = self.ends[-1] if self.ends else 0
+        if self.num_inputs == 0:
+            raise UserError("the input holds no sample; correct --jsonl, --folder or --webdataset")
+        self.parts = folder / PARTS
+        self.per_shard = 0
+        self._shuffle_keys = round_keys(settings.shuffle_seed) if settings.shuffle_seed is not None else None
+
+    # ---- the whole
+
+    def run(self, num_processes: int, progress: bool = True) -> dict[str, Any]:
+        """Build what is not there yet; returns the manifest.
+
+        Raises:
+            UserError: too many rejects, or the folder holds something else.
+        """
+        finished = self.folder / MANIFEST_FILE
+        if finished.is_file():
+            self._refuse_other_plan(json.loads(finished.read_text())["plan"])
+            return json.loads(finished.read_text())
+        if (self.folder / INDEX_FILE).exists() and not self.parts.exists():
+            raise UserError(f"{self.folder} already holds shards; give another --out")
+        self.parts.mkdir(parents=True, exist_ok=True)
+        with (self.parts / LOCK_FILE).open("w") as lock:
+            self._take(lock)
+            self._plan()
+            self._build_blocks(num_processes, progress)
+            manifest = self._finish()
+        shutil.rmtree(self.parts)
+        return manifest
+
+    def _take(self, lock: Any) -> None:
+        for _ in range(50):  # the processes of a build that was just killed end within a second
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise UserError(f"another build is writing into {self.folder}; wait for it or give another --out")
+
+    # ---- the plan
+
+    def _facts(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.settings)
+        del settings["max_reject_rate"]  # may be raised for another try
+        return {
+            "inputs": [
+                {"kind": one.kind, "path": str(one.path), "samples": len(one), "fingerprint": one.fingerprint}
+                for one in self.inputs
+            ],
+            "settings": {**settings, "sample": self.settings.sample.describe()},
+            "text": dataclasses.asdict(self.count_text.description) if self.count_text else None,
+        }
+
+    def _plan(self) -> None:
+        path = self.parts / PLAN_FILE
+        if path.is_file():
+            plan = json.loads(path.read_text())
+            self._refuse_other_plan(plan)
+            self.per_shard = plan["samples_per_shard"]
+            return
+        self.per_shard = self.settings.samples_per_shard or self._measure()
+        _write_whole(path, json.dumps({**self._facts(), "samples_per_shard": self.per_shard}))
+
+    def _refuse_other_plan(self, plan: dict[str, Any]) -> None:
+        for name, ours in json.loads(json.dumps(self._facts())).items():
+            if plan[name] != ours:
+                what = {"inputs": "from other inputs", "text": "with another tokenizer, template or system turn"}
+                raise UserError(
+                    f"{self.folder} holds a build {what.get(name, 'with other settings')}; repeat its command, or give "
+                    "another --out"
+                )
+
+    def _measure(self) -> int:
+        """Samples that a shard of the wished size holds, from a few made as they will be."""
+        step = max(1, self.num_inputs // _SAMPLES_MEASURED)
+        sizes = []
+        for number in range(0, self.num_inputs, step):
+            try:
+                record, pictures = self._make(number)
+            except UserError:
+                continue
+            members = [len(json.dumps(record)), *map(len, pictures.values())]
+            sizes.append(sum(512 + -(-size // 512) * 512 for size in members))
+        mean = sum(sizes) / len(sizes) if sizes else 1
+        return max(1, round(self.settings.shard_megabytes * 1e6 / mean))
+
+    @property
+    def num_blocks(self) -> int:
+        """Shards, before empty ones are left out."""
+        return -(-self.num_inputs // self.per_shard)
+
+    # ---- one block, in a process of its own
+
+    def _place(self, number: int) -> tuple[Input, int]:
+        source = bisect_right(self.ends, number)
+        return self.inputs[source], number - (self.ends[source - 1] if source else 0)
+
+    def _make(self, number: int) -> Stored:
+        source, place = self._place(number)
+        record, pictures = make_sample(source.read(place), self.settings.sample)
+        if self.count_text is not None:
+            self.count_text(record)  # what cannot be tokenised is rejected now
+        return record, pictures
+
+    def build_block(self, block: int, on_sample: Any = lambda: None) -> None:
+        """Write a block's shard, its index rows and its rejects, all or nothing."""
+        rejects: list[Reject] = []
+
+        def samples() -> Iterator[tuple[str, dict[str, Any], dict[str, bytes]]]:
+            for place in range(block * self.per_shard, min((block + 1) * self.per_shard, self.num_inputs)):
+                number = place if self._shuffle_keys is None else shuffled(place, self.num_inputs, self._shuffle_keys)
+                try:
+                    record, pictures = self._make(number)
+                    yield f"{self.folder.name.replace('.', '-')}-{number:09d}", record, pictures
+                except UserError as error:
+                    source, inside = self._place(number)
+                    rejects.append(Reject(source.where(inside), str(error)))
+                on_sample()
+
+        path = self.folder / shard_name("shard", block)
+        rows = write_shard(path, samples(), self.count_text)
+        if len(rows.samples):
+            rows.save(self._part(block, "npz"))
+        else:
+            path.unlink()
+        facts = {"samples": len(rows.samples), "rejects": [dataclasses.asdict(reject) for reject in rejects]}
+        _write_whole(self._part(block, "json"), json.dumps(facts))
+
+    def _part(self, block: int, suffix: str) -> Path:
+        return self.parts / f"{block:06d}.{suffix}"
+
+    # ---- all blocks
+
+    def _build_blocks(self, num_processes: int, progress: bool) -> None:
+        todo = [block for block in range(self.num_blocks) if not self._part(block, "json").is_file()]
+        done = self.num_inputs - sum(min(self.per_shard, self.num_inputs - block * self.per_shard) for block in todo)
+        context = multiprocessing.get_context("fork")
+        counter = context.Value("q", done)
+        bar = tqdm(total=self.num_inputs, initial=done, unit="sample", disable=not progress, smoothing=0.05)
+        pool = ProcessPoolExecutor(
+            max(1, min(num_processes, len(todo))), context, _start_worker, (self, counter, os.getpid())
+        )
+        with bar, pool:
+            blocks = {pool.submit(_work, block): block for block in todo}
+            running = set(blocks)
+            rejected = self._count_rejects()
+            try:
+                while running:
+                    finished, running = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        future.result()
+                        rejected += len(self._read_part(blocks[future])["rejects"])
+                    bar.update(counter.value - bar.n)
+                    self._check_rejects(rejected)
+            except BrokenExecutor as error:
+                raise UserError(
+                    "a process of the build was killed, by lack of memory perhaps; the same command goes on, with fewer "
+                    "--processes if need be"
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _read_part(self, block: int) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self._part(block, "json").read_text())
+        return facts
+
+    def _read_parts(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for block in range(self.num_blocks):
+            if self._part(block, "json").is_file():
+                yield block, self._read_part(block)
+
+    def _count_rejects(self) -> int:
+        faults = sum(len(source.faults) for source in self.inputs)
+        return faults + sum(len(part["rejects"]) for _, part in self._read_parts())
+
+    def _check_rejects(self, rejected: int) -> None:
+        """Stop as soon as the rate over the whole input must be too high."""
+        if rejected > self.settings.max_reject_rate * self.num_inputs:
+            self._write_rejects()
+            raise UserError(
+                f"{rejected} of {self.num_inputs} inputs were rejected, over the rate of "
+                f"{self.settings.max_reject_rate:g} that --max-reject-rate sets; see {self.folder / REJECTS_FILE}"
+            )
+
+    def _write_rejects(self) -> list[Reject]:
+        rejects = [Reject(str(source.path), fault) for source in self.inputs for fault in source.faults]
+        rejects += [Reject(**reject) for _, part in self._read_parts() for reject in part["rejects"]]
+        lines = (json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
+        _write_whole(self.folder / REJECTS_FILE, "".join(lines))
+        return rejects
+
+    # ---- the end
+
+    def _finish(self) -> dict[str, Any]:
+        self._check_rejects(self._count_rejects())
+        rejects = self._write_rejects()
+        rows = [ShardRows.load(self._part(block, "npz")) for block, part in self._read_parts() if part["samples"]]
+        text = self.count_text.description if self.count_text else None
+        settings = self.settings.sample.describe()
+        if not any(part.samples["num_tiles"].any() for part in rows):  # text fits any size of tiles
+            settings = {name: value for name, value in settings.items() if name not in TILE_FIELDS}
+        write_index(self.folder, rows, settings, text)
+        index = json.loads((self.folder / INDEX_FILE).read_text())
+        counts = {name: index[name] for name in ("num_samples", "num_images", "num_tiles", "num_text_tokens")}
+        manifest = {
+            "format": 1,
+            "tool": f"megatron_nvlm {megatron_nvlm.__version__} tools/build_shards.py",
+            "libraries": {"pillow": PIL.__version__, "jpeg": features.version("jpg"), "zlib": features.version("zlib")},
+            "plan": {**json.loads(json.dumps(self._facts())), "samples_per_shard": self.per_shard},
+            "counts": {"num_inputs": self.num_inputs, "num_rejects": len(rejects), **counts},
+            "rejects_by_reason": dict(Counter(_kind(reject.reason) for reject in rejects).most_common(20)),
+            "shards": index["shards"],
+            "index_sha256": hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest(),
+        }
+        _write_whole(self.folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        return manifest
+
+
+def _kind(reason: str) -> str:
+    """A reason without its particulars, to count by."""
+    return reason.split(" (")[0].split("'")[0][:60].strip()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.replace(partial, path)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(builder: Builder, counter: Any, parent: int) -> None:
+    _worker.update(builder=builder, counter=counter)
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed cannot tell its workers; without this they would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
+
+
+def _count() -> None:
+    with _worker["counter"].get_lock():
+        _worker["counter"].value += 1
+
+
+def _work(block: int) -> None:
+    _worker["builder"].build_block(block, _count)

@@ -1,0 +1,118 @@
+"""One input sample -> the record and pictures that go into a shard."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+
+from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT, to_conversation
+from megatron_nvlm.data.building.inputs import InputSample
+from megatron_nvlm.data.prepare import stored_grid
+from megatron_nvlm.data.shards.records import RawSample
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.pixels import decode_image
+from megatron_nvlm.image.tiling import choose_grid, cut_tiles
+
+Stored = tuple[dict[str, Any], dict[str, bytes]]
+"""Record and pictures."""
+TILE_FIELDS = ("tile_size", "max_tiles", "quality")
+"""Settings that say nothing about a set without tiles."""
+_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Files of these formats are stored as they are; others become PNG."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How samples are stored."""
+
+    images: str = "tiles"
+    """tiles: cut in advance, as JPEG; whole: as they are, tiled when read, so that the run's own limit of tiles holds."""
+    tile_size: int = 448
+    max_tiles: int = 6
+    quality: int = 90
+    """Of the tiles' JPEG, with full colour resolution."""
+    source: str = "unknown"
+    """Name by which training counts bad samples."""
+    caption_prompt: str = DEFAULT_CAPTION_PROMPT
+    keep: tuple[str, ...] = ()
+    """Further fields of the input that go into the record."""
+
+    def describe(self) -> dict[str, Any]:
+        """For the index and the manifest; whole images fit any size of tiles."""
+        facts = asdict(self)
+        if self.images == "whole":
+            for name in TILE_FIELDS:
+                del facts[name]
+        return {**facts, "keep": list(self.keep)}
+
+
+def make_sample(sample: InputSample, settings: SampleSettings) -> Stored:
+    """Record and pictures of a sample.
+
+    Raises:
+        UserError: what is wrong with it, in one sentence.
+    """
+    num_images = len(sample.images) or len({name.split(".")[0] for name in sample.cut_tiles})
+    conversation = to_conversation(sample.content, num_images, settings.caption_prompt)
+    record: dict[str, Any] = {
+        "conversation": conversation,
+        "source": sample.content.get("source") or settings.source,
+        **{name: sample.content[name] for name in ("id", *settings.keep) if name in sample.content},
+    }
+    if sample.cut_tiles:
+        record["images"], pictures = _take_tiles(sample, num_images, settings), dict(sample.cut_tiles)
+    else:
+        record["images"], pictures = [], {}
+        for number, data in enumerate(sample.images):
+            try:
+                entry, stored = _store_image(data, settings)
+            except UserError as error:
+                raise UserError(f"its image {number}: {error}") from error
+            record["images"].append(entry)
+            pictures.update({f"{number}.{name}": picture for name, picture in stored.items()})
+    return record, pictures
+
+
+def tile_names(num_tiles: int) -> list[str]:
+    """Names of an image's tiles, the thumbnail's last."""
+    return [*(f"tile_{number}.jpg" for number in range(1, num_tiles + 1) if num_tiles > 1), "thumbnail.jpg"]
+
+
+def _store_image(data: bytes, settings: SampleSettings) -> tuple[dict[str, Any], dict[str, bytes]]:
+    image = decode_image(data)  # the whole file, so that a cut-off one is found now and not in training
+    entry: dict[str, Any] = {"width": image.width, "height": image.height}
+    if settings.images == "whole":
+        with Image.open(io.BytesIO(data)) as stored:
+            suffix = _KEPT_FORMATS.get(stored.format or "")
+        return entry, {suffix: data} if suffix else {"png": _encode(image, "PNG")}
+    grid = choose_grid(image.width, image.height, settings.max_tiles, settings.tile_size)
+    tiles = cut_tiles(image, grid, settings.tile_size)
+    encoded = [_encode(tile, "JPEG", quality=settings.quality, subsampling=0) for tile in tiles]
+    return {**entry, "grid": list(grid)}, dict(zip(tile_names(grid.num_tiles), encoded, strict=True))
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _take_tiles(sample: InputSample, num_images: int, settings: SampleSettings) -> list[Mapping[str, Any]]:
+    """The images' entries of a sample whose tiles were cut before; they are kept byte for byte."""
+    if settings.images == "whole":
+        raise UserError("its images are cut in tiles already; build it with --images tiles")
+    raw = RawSample("", dict(sample.content), dict(sample.cut_tiles))
+    entries = sample.content.get("images")
+    if not isinstance(entries, list) or len(entries) != num_images:
+        raise UserError(f"it has tiles of {num_images} images and its 'images' does not list them")
+    for number in range(num_images):
+        grid = stored_grid(raw, number)
+        for name in tile_names(grid.num_tiles):
+            if f"{number}.{name}" not in sample.cut_tiles:
+                raise UserError(f"its {number}.{name} is missing")
+            size = decode_image(sample.cut_tiles[f"{number}.{name}"]).size
+            if size != (settings.tile_size, settings.tile_size):
+                raise UserError(f"its {number}.{name} has {size[0]}x{size[1]} pixels and not {settings.tile_size}")
+    return entries

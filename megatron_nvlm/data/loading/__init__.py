@@ -1,0 +1,1 @@
+"""Processes and threads that turn the order into micro-batches."""

@@ -1,0 +1,148 @@
+"""Decoder rows and tiles of samples from the index alone: what packing, reports and schedules work with.
+
+    rows(sample) = num_text_tokens + sum over its images of rows(grid)
+
+Rows of a grid come from sequence/image_layout.py, for the run's variant, tag format and tokenizer. A sample that would be
+too long gives up tiles first, by the same ladder as in stages.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_nvlm.data.shards.index import UNKNOWN_TOKENS, Index, TextCounting
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.pixels import MAX_PIXELS
+from megatron_nvlm.image.tiling import Grid, TilingConfig, choose_grid
+from megatron_nvlm.sequence.image_layout import lay_out_image
+from megatron_nvlm.sequence.tag_ids import encode_tags
+from megatron_nvlm.sequence.variants import Variant
+from megatron_nvlm.text.conversation import TextPiece, encode_conversation, read_turns
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+TILE_LADDER = (12, 8, 6, 4, 2, 1)
+"""Limits on tiles that a too long sample tries one by one (the release's loader)."""
+
+
+def tile_limits(max_tiles: int) -> list[int]:
+    """The limits that a sample tries, the run's own first."""
+    return [max_tiles, *(limit for limit in TILE_LADDER if limit < max_tiles)]
+
+
+def grid_under_limit(grid: Grid, limit: int) -> Grid:
+    """The grid of an image cut in advance: as it was cut, or the thumbnail alone where one tile is allowed."""
+    return Grid(1, 1) if limit == 1 else grid
+
+
+@dataclass(frozen=True)
+class TextTokenCounter:
+    """A record -> its decoder rows that are no image's. Its description goes into the index."""
+
+    tokenizer: Tokenizer
+    template: str
+    system: str | None
+
+    def __call__(self, record: Mapping[str, Any]) -> int:
+        """UserError if the record has no usable conversation."""
+        images = record.get("images", [])
+        turns = read_turns(record)
+        pieces = encode_conversation(turns, len(images), self.tokenizer, self.template, self.system)
+        return sum(len(piece.ids) for piece in pieces if isinstance(piece, TextPiece))
+
+    @property
+    def description(self) -> TextCounting:
+        """What the index keeps, to know whether its counts are those of a run."""
+        return TextCounting(self.tokenizer.fingerprint, self.template, self.system)
+
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """Of samples in order: decoder rows and tiles, both as they enter the model."""
+
+    rows: np.ndarray
+    """int64 [n]; 0 for samples that the index knows to be bad: too long, without a count, or with an image of no size."""
+    tiles: np.ndarray
+    """int64 [n]."""
+
+
+class RowCounter:
+    """Rows and tiles of samples under the settings of a run. Keeps the rows of each grid it has met."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tiling: TilingConfig,
+        variant: Variant,
+        tokens_per_tile: int,
+        sequence_length: int,
+        template: str = "chatml",
+    ) -> None:
+        self.tokenizer, self.tiling, self.variant, self.template = tokenizer, tiling, variant, template
+        self.tokens_per_tile, self.sequence_length = tokens_per_tile, sequence_length
+        self._rows: dict[Grid, int] = {}
+
+    def rows_of_grid(self, grid: Grid) -> int:
+        """Decoder rows of an image on this grid: its tags, and those vision tokens that stand in the decoder."""
+        if grid not in self._rows:
+            tags = encode_tags(grid, self.tiling, self.variant, self.tokenizer, self.template)
+            self._rows[grid] = len(lay_out_image(tags.ids, self.variant, self.tokens_per_tile).decoder_tokens)
+        return self._rows[grid]
+
+    def most_tiles(self, index: Index, number: int) -> int:
+        """Tiles of a sample that need not give any up; 0 if an image has no size."""
+        sample = index.samples[number]
+        first = int(sample["first_image"])
+        images = index.images[first : first + int(sample["num_images"])].tolist()
+        if any(not cols and not 0 < width * height <= MAX_PIXELS for width, height, cols, _ in images):
+            return 0
+        return sum(self._grid(image, self.tiling.max_tiles).num_pictures for image in images)
+
+    def sizes(self, index: Index, numbers: Sequence[int] | np.ndarray) -> SampleSizes:
+        """Sizes of samples by their numbers in the set. Text is as the index counted it (see `check_counts`)."""
+        samples = index.samples[np.asarray(numbers, dtype=np.int64)]
+        rows = np.zeros(len(samples), dtype=np.int64)
+        tiles = np.zeros(len(samples), dtype=np.int64)
+        for place, sample in enumerate(samples):
+            first = int(sample["first_image"])
+            images = index.images[first : first + int(sample["num_images"])].tolist()
+            rows[place], tiles[place] = self._size(int(sample["num_text_tokens"]), images)
+        return SampleSizes(rows, tiles)
+
+    def _size(self, text: int, images: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
+        no_size = any(not cols and not 0 < width * height <= MAX_PIXELS for width, height, cols, _ in images)
+        if text == UNKNOWN_TOKENS or no_size:
+            return 0, 0
+        for limit in tile_limits(self.tiling.max_tiles):
+            grids = [self._grid(image, limit) for image in images]
+            rows = text + sum(self.rows_of_grid(grid) for grid in grids)
+            if rows <= self.sequence_length:
+                return rows, sum(grid.num_pictures for grid in grids)
+        return 0, 0
+
+    def _grid(self, image: tuple[int, int, int, int], limit: int) -> Grid:
+        width, height, cols, rows = image
+        if cols:
+            return grid_under_limit(Grid(cols, rows), limit)
+        return choose_grid(width, height, limit, self.tiling.tile_size)
+
+
+def check_counts(index: Index, folder: object, wanted: TextCounting) -> None:
+    """Refuse an index whose text was not counted as this run will tokenise it.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    if index.text is None:
+        raise UserError(
+            f"the index of {folder} does not know the text tokens of its samples, which packing needs; build the shards "
+            "with the run's tokenizer (tools/build_shards.py)"
+        )
+    for field, what in (("tokenizer", "tokenizer"), ("template", "data.template"), ("system", "data.system")):
+        theirs, ours = getattr(index.text, field), getattr(wanted, field)
+        if theirs != ours:
+            raise UserError(
+                f"the index of {folder} was counted with {what} {theirs!r} and this run has {ours!r}; build the shards "
+                "with the run's"
+            )

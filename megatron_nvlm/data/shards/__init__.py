@@ -1,0 +1,1 @@
+"""What lies on disk: tar shards, their index, records, and copies of remote shards."""

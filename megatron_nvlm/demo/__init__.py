@@ -1,0 +1,1 @@
+"""The laptop demo: its data, its run, its report."""

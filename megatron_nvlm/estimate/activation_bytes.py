@@ -1,0 +1,199 @@
+"""Bytes of activations that a rank keeps for the backward pass: an estimate from sizes.
+
+Summed is what autograd keeps with Megatron-core's layers as they are configured here: inputs of linear layers whose
+weights train, queries, keys, values and output of attention (flash kernels: no score matrices), inputs of norms and of
+SwiGLU, layer inputs alone under full recomputation. A test compares it with what the local backend's autograd really
+keeps; with Transformer Engine it has not been measured. Small things (masks, statistics, positions) are left out, and so is
+what the allocator loses to fragments.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from megatron_nvlm.estimate.flops import ModelSizes, Work
+from megatron_nvlm.models.padding import pad_heads
+from megatron_nvlm.models.parallelism import PartitionConfig
+
+
+@dataclass(frozen=True)
+class ChunkSizes:
+    """A part of the pipeline: its layers, and what stands at the model's ends."""
+
+    layers: int
+    cross_attention_layers: int
+    has_encoder: bool
+    has_projector: bool
+    has_output: bool
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Of one micro-batch on one rank."""
+
+    kept: int
+    """From its forward to its backward pass."""
+    working: int
+    """For a moment, at most: a recomputed layer, the logits, or tiles in the encoder."""
+
+
+@dataclass(frozen=True)
+class ActivationModel:
+    """Sizes by which activations are counted.
+
+    Args:
+        trainable: the parts that train.
+        backend: `local` keeps its norms' inputs and results in float32; `te` has fused norms.
+        micro_batches: of a step, on a replica.
+    """
+
+    sizes: ModelSizes
+    partition: PartitionConfig
+    dtype: torch.dtype
+    trainable: Collection[str]
+    backend: str
+    micro_batches: int = 1
+
+    @property
+    def _tensor(self) -> int:
+        return self.partition.tensor_model_parallel_size
+
+    @property
+    def _shard(self) -> int:
+        """Ranks over which rows outside attention and MLP are spread."""
+        return self._tensor if self.partition.sequence_parallel else 1
+
+    def chunk(self, chunk: ChunkSizes, work: Work) -> ActivationBytes:
+        """A chunk's activations for a micro-batch of that work."""
+        language = self.sizes.language
+        residual = work.rows * language.hidden_size * self.dtype.itemsize // self._shard
+        layer, cross = self._layer(work), self._cross_attention(work)
+        working = 0
+        if self.sizes.recompute == "full":
+            kept = chunk.layers * residual
+            working = layer + (cross if chunk.cross_attention_layers else 0)
+        else:
+            kept = chunk.layers * layer + chunk.cross_attention_layers * cross
+        if self.sizes.variant.needs_cross_attention:
+            kept += work.context_rows * language.hidden_size * self.dtype.itemsize // self._shard
+        if chunk.has_encoder:
+            kept += 0 if self._ahead else self._encoder(self._tiles_of_a_rank(work))
+            working = max(working, self._encoder_working(work))
+        if chunk.has_projector:
+            kept += self._projector(work)
+            if self._ahead:  # a round's tiles of all ranks come together here, and then wait in the host's memory
+                working = max(working, self._features(self._tiles_at_once(work) * self._ranks))
+        if chunk.has_output:
+            kept += self._norm(work.rows * language.hidden_size, self._shard, self._trains("language_model"))
+            columns = work.rows * (language.vocab_size // self._tensor)
+            kept += 4 * columns  # softmax in float32
+            working = max(working, (self.dtype.itemsize + 8) * columns)
+        return ActivationBytes(kept, working)
+
+    @property
+    def _ahead(self) -> bool:
+        """Whether tiles are encoded before the pipeline starts."""
+        return self.partition.vision_placement == "replicated"
+
+    def _trains(self, part: str) -> bool:
+        return part in self.trainable
+
+    def _norm(self, elements: int, shard: int, trains: bool) -> int:
+        """A norm's input, and its output where a linear layer behind it trains."""
+        output = self.dtype.itemsize * trains
+        if self.backend == "te":
+            return elements * (self.dtype.itemsize + output) // shard
+        wide = 4 + 4 * trains  # the input and the normalised input, in float32
+        return elements * (wide + (output if self.dtype != torch.float32 else 4 * trains)) // shard
+
+    def _layer(self, work: Work) -> int:
+        language, size, trains = self.sizes.language, self.dtype.itemsize, self._trains("language_model")
+        head = language.hidden_size // language.num_attention_heads
+        keys = language.num_query_groups * head
+        attention = 2 * language.hidden_size + 2 * keys  # queries, keys, values and output
+        if self.backend == "local":
+            attention += language.hidden_size + keys  # queries and keys before rotation stand beside the values
+        mlp = (4 + trains) * language.ffn_hidden_size  # both halves, activated, gated; and the second layer's input
+        split = work.rows * size * (attention + mlp) // self._tensor
+        return 2 * self._norm(work.rows * language.hidden_size, self._shard, trains) + split
+
+    def _cross_attention(self, work: Work) -> int:
+        language, cross, size = self.sizes.language, self.sizes.cross_attention, self.dtype.itemsize
+        trains = self._trains("cross_attention")
+        head = language.hidden_size // language.num_attention_heads
+        queries = (cross.num_attention_heads or language.num_attention_heads) * head
+        keys = (cross.num_query_groups or language.num_query_groups) * head
+        split = size * (work.rows * 2 * queries + work.context_rows * 2 * keys) // self._tensor
+        rows = work.rows * language.hidden_size
+        gated = size * rows * trains // self._shard  # what the gate multiplies
+        return self._norm(rows, self._shard, trains) + split + gated
+
+    def _projector(self, work: Work) -> int:
+        language, size = self.sizes.language, self.dtype.itemsize
+        tokens = work.tiles * self.sizes.vision.tokens_per_tile
+        inputs = 4 * self.sizes.vision.hidden_size
+        trains = self._trains("vision_projection")
+        if not trains and not self._trains("vision_model"):
+            return 0
+        if self.sizes.variant.projector == "linear":
+            return tokens * size * (inputs * trains + language.hidden_size)
+        inner = (1 + trains) * language.ffn_hidden_size // self._tensor
+        # LayerNorm keeps its input as it is, in both backends.
+        return tokens * size * (inputs * (1 + trains) + inner + language.hidden_size)
+
+    def _tiles_of_a_rank(self, work: Work) -> int:
+        """Of a micro-batch; of a step, where they are encoded ahead."""
+        if self._ahead:
+            return -(-work.tiles * self.micro_batches // self._ranks)
+        return work.tiles if self._split_encoder else -(-work.tiles // self._tensor)
+
+    def _tiles_at_once(self, work: Work) -> int:
+        return min(self._tiles_of_a_rank(work), self.partition.vision_tiles_at_once)
+
+    @property
+    def _ranks(self) -> int:
+        """Of a model replica."""
+        return self._tensor * self.partition.pipeline_model_parallel_size
+
+    @property
+    def _split_encoder(self) -> bool:
+        return self.partition.vision_placement == "tensor_parallel"
+
+    def _encoder(self, tiles: int) -> int:
+        """Of so many tiles; nothing for a frozen encoder."""
+        if not self._trains("vision_model"):
+            return 0
+        vision, size = self.sizes.vision, self.dtype.itemsize
+        ranks = self._tensor if self._split_encoder else 1
+        rows = tiles * (vision.patches_per_tile + 1)
+        width = rows * vision.hidden_size
+        heads = pad_heads(vision.num_attention_heads, ranks).padded * width // vision.num_attention_heads // ranks
+        norms = 2 * self._norm(width, 1, True) + 2 * vision.qk_norm * self._norm(heads, 1, True)
+        # Both scaled branches; queries, keys, values, output of attention; before and behind the activation.
+        others = size * (2 * width + 4 * heads + rows * 2 * vision.ffn_hidden_size // ranks)
+        return vision.num_layers * (norms + others)
+
+    def _features(self, tiles: int) -> int:
+        """Of so many tiles, as they leave the encoder."""
+        vision = self.sizes.vision
+        return self.dtype.itemsize * tiles * vision.patches_per_tile * vision.hidden_size
+
+    def _encoder_working(self, work: Work) -> int:
+        """Tiles that pass the encoder at once, and the features of a micro-batch before and behind pixel shuffle."""
+        vision, size = self.sizes.vision, self.dtype.itemsize
+        tiles = self._tiles_at_once(work)
+        rows = tiles * (vision.patches_per_tile + 1)
+        layer = size * rows * (2 * vision.hidden_size + max(4 * vision.hidden_size, 2 * vision.ffn_hidden_size))
+        return layer + (self._encoder(tiles) if self._ahead else 2 * self._features(work.tiles))
+
+
+def micro_batches_in_flight(stage: int, stages: int, chunks: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a stage holds at once, counted in all of its chunks.
+
+    1F1B: as many as stages from here to the end. Interleaved: core's warm-up of chunk passes, and one.
+    """
+    if chunks == 1:
+        return min(micro_batches, stages - stage)
+    passes = min(micro_batches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+    return passes / chunks

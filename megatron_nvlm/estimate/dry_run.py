@@ -1,0 +1,262 @@
+"""All that can be said of a run without running it: ranks, ownership, memory, FLOPs, bubble, predicted time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes, micro_batches_in_flight
+from megatron_nvlm.estimate.flops import Flops, ModelFlops, ModelSizes, Work, count_flops, count_work
+from megatron_nvlm.estimate.ownership import check_ownership
+from megatron_nvlm.estimate.ranks import BuiltRank, build_rank, build_ranks, build_whole
+from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
+from megatron_nvlm.estimate.state_bytes import StateBytes, largest_state_bytes
+from megatron_nvlm.estimate.step_time import Hardware, StepTime, bubble_fraction, predict_step
+from megatron_nvlm.models.build import ModelConfig, find_parts
+from megatron_nvlm.models.parallelism import PartitionConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a dry run needs to know of a run."""
+
+    model: ModelConfig
+    """Its backend is replaced by local, which has the same parameters."""
+    partition: PartitionConfig
+    world_size: int
+    dtype: torch.dtype
+    trainable: tuple[str, ...]
+    micro_batch_size: int
+    global_batch_size: int
+    sample: SampleShape
+    payload_rows: int = 0
+    """Rows of each message between virtual stages; 0 where a message is as long as its micro-batch."""
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel size."""
+        return self.partition.data_parallel_size(self.world_size)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on each replica."""
+        return self.global_batch_size // (self.micro_batch_size * self.replicas)
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """For counting."""
+        parts = find_parts(self.model)
+        return ModelSizes(
+            parts.variant,
+            parts.language,
+            parts.vision,
+            self.model.cross_attention,
+            self.model.recompute,
+            encodes_twice=self.partition.vision_placement == "replicated",
+        )
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A pipeline stage, on the rank that holds most."""
+
+    stage: int
+    layers: tuple[int, ...]
+    """Their numbers, from 0."""
+    cross_attention_layers: tuple[int, ...]
+    has_encoder: bool
+    parameters: int
+    trainable_parameters: int
+    state: StateBytes
+    activations: int
+    """Of all micro-batches in flight."""
+    working: int
+    payload_bytes: int
+    """That one micro-batch sends to the next stage, from each rank; as much comes back."""
+
+    @property
+    def total_bytes(self) -> int:
+        """At the worst moment."""
+        return self.state.total + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The result."""
+
+    plan: Plan
+    backend: str
+    """The backend whose activations are estimated."""
+    stages: tuple[StageReport, ...]
+    problems: tuple[str, ...]
+    """Of ownership; empty if every parameter is owned exactly once per replica."""
+    whole_parameters: dict[str, int]
+    """Parameters of the whole model, by part."""
+    ranks_built: int
+    work: Work
+    """Of one micro-batch."""
+    flops: ModelFlops
+    """Of one micro-batch."""
+    time: StepTime
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step."""
+        partition = self.plan.partition
+        return bubble_fraction(
+            partition.pipeline_model_parallel_size,
+            partition.virtual_pipeline_model_parallel_size,
+            self.plan.micro_batches,
+        )
+
+    @property
+    def micro_batches_of_all_replicas(self) -> int:
+        """In one step."""
+        return self.plan.micro_batches * self.plan.replicas
+
+    @property
+    def decoder_flops(self) -> Flops:
+        """Of one micro-batch: all layers, cross-attention, output layer."""
+        sizes = self.plan.sizes
+        layers, cross = sizes.language.num_layers, len(sizes.cross_attention_layers)
+        return self.flops.decoder(layers, cross) + self.flops.output_layer
+
+    @property
+    def step_flops(self) -> Flops:
+        """Of a step of all replicas."""
+        parts = self.flops.vision + self.flops.projector + self.decoder_flops
+        return parts.times(self.micro_batches_of_all_replicas)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Predicted."""
+        return self.plan.global_batch_size / self.time.total
+
+    def model_flops_utilisation(self, samples_per_second: float, hardware: Hardware) -> float:
+        """Share of all GPUs' peak that so many samples a second amount to, recomputation not counted."""
+        per_sample = self.step_flops.model / self.plan.global_batch_size
+        return per_sample * samples_per_second / (self.plan.world_size * hardware.peak_tflops * 1e12)
+
+    def free_gib(self, hardware: Hardware) -> float:
+        """Of the fullest rank; negative if the run does not fit."""
+        fullest = max(stage.total_bytes for stage in self.stages)
+        return hardware.memory_gib - hardware.reserve_gib - fullest / GIB
+
+
+def dry_run(plan: Plan, hardware: Hardware, backend: str, whole: BuiltRank | None = None) -> DryRun:
+    """Build and count.
+
+    Args:
+        whole: the whole model, if it has been built already.
+    """
+    ranks = build_ranks(plan.model, plan.partition, plan.world_size, plan.dtype, plan.trainable)
+    whole = whole or build_whole(plan.model, plan.dtype, plan.trainable)
+    return _count(plan, hardware, backend, ranks, check_ownership(whole, ranks, _on_every_stage(plan)), whole)
+
+
+def _on_every_stage(plan: Plan) -> tuple[str, ...]:
+    return ("vision_model",) if plan.partition.vision_placement == "replicated" else ()
+
+
+def quick_dry_run(plan: Plan, hardware: Hardware, backend: str, whole: BuiltRank) -> DryRun:
+    """Count with one tensor-parallel rank of each stage, in a world of one replica; ownership is not checked."""
+    stages = plan.partition.pipeline_model_parallel_size
+    world = stages * plan.partition.tensor_model_parallel_size
+    ranks = [
+        build_rank(plan.model, plan.partition, world, stage, 0, plan.dtype, plan.trainable) for stage in range(stages)
+    ]
+    return _count(plan, hardware, backend, ranks, [], whole)
+
+
+def _count(
+    plan: Plan, hardware: Hardware, backend: str, ranks: Sequence[BuiltRank], problems: Sequence[str], whole: BuiltRank
+) -> DryRun:
+    sizes = plan.sizes
+    tokens_per_tile = sizes.vision.tokens_per_tile
+    micro_batch = make_micro_batch(plan.sample, sizes.variant, tokens_per_tile, plan.micro_batch_size)
+    work = count_work(micro_batch, tokens_per_tile)
+    flops = count_flops(sizes, work, plan.trainable)
+    by_stage = [
+        [rank for rank in ranks if rank.stage == stage] for stage in range(plan.partition.pipeline_model_parallel_size)
+    ]
+    chunks = [[_chunk_sizes(names) for names in _names_by_chunk(group[0])] for group in by_stage]
+    stages = tuple(_stage_report(plan, backend, work, group) for group in by_stage)
+    time = predict_step(
+        flops,
+        work,
+        sizes,
+        chunks,
+        plan.partition,
+        plan.micro_batches,
+        plan.replicas,
+        gradient_bytes=max(stage.state.gradients for stage in stages),
+        weight_bytes=plan.dtype.itemsize * max(stage.trainable_parameters for stage in stages),
+        payload_bytes=max(stage.payload_bytes for stage in stages),
+        hardware=hardware,
+    )
+    counts: dict[str, int] = {}
+    for parameter in whole.parameters:
+        counts[parameter.part] = counts.get(parameter.part, 0) + parameter.numel
+    return DryRun(plan, backend, stages, tuple(problems), counts, len(ranks), work, flops, time)
+
+
+def _names_by_chunk(rank: BuiltRank) -> list[list[str]]:
+    return [[parameter.name for parameter in chunk] for chunk in rank.chunks]
+
+
+def _layer_numbers(names: Sequence[str], within: str = "") -> tuple[int, ...]:
+    start = "language_model.decoder.layers."
+    numbers = {int(name[len(start) :].split(".")[0]) for name in names if name.startswith(start) and within in name}
+    return tuple(sorted(numbers))
+
+
+def _chunk_sizes(names: Sequence[str]) -> ChunkSizes:
+    return ChunkSizes(
+        layers=len(_layer_numbers(names)),
+        cross_attention_layers=len(_layer_numbers(names, ".cross_attention.")),
+        has_encoder=any(name.startswith("vision_model.") for name in names),
+        has_projector=any(name.startswith("vision_projection.") for name in names),
+        has_output=any(name.startswith("language_model.output_layer.") for name in names),
+    )
+
+
+def _stage_report(plan: Plan, backend: str, work: Work, ranks: Sequence[BuiltRank]) -> StageReport:
+    partition = plan.partition
+    fullest = max(ranks, key=lambda rank: sum(parameter.numel for parameter in rank.parameters))
+    stage, stages = fullest.stage, partition.pipeline_model_parallel_size
+    model = ActivationModel(plan.sizes, partition, plan.dtype, plan.trainable, backend, plan.micro_batches)
+    names = _names_by_chunk(fullest)
+    counted = [model.chunk(_chunk_sizes(chunk), work) for chunk in names]
+    in_flight = micro_batches_in_flight(stage, stages, len(names), plan.micro_batches)
+    whole = [name for chunk in names for name in chunk]
+    return StageReport(
+        stage=stage,
+        layers=_layer_numbers(whole),
+        cross_attention_layers=_layer_numbers(whole, ".cross_attention."),
+        has_encoder=any(name.startswith("vision_model.") for name in whole),
+        parameters=sum(parameter.numel for parameter in fullest.parameters),
+        trainable_parameters=sum(parameter.numel for parameter in fullest.parameters if parameter.trains),
+        state=largest_state_bytes(fullest, plan.dtype, plan.replicas, partition.use_distributed_optimizer),
+        activations=round(in_flight * sum(chunk.kept for chunk in counted)),
+        working=max(chunk.working for chunk in counted),
+        payload_bytes=_payload_bytes(plan, work) if stage < stages - 1 or len(names) > 1 else 0,
+    )
+
+
+def _payload_bytes(plan: Plan, work: Work) -> int:
+    """Decoder rows and, for X and H, the context, padded as training pads them; a shard of both under SP."""
+    partition = plan.partition
+    multiple = partition.row_multiple
+    context = max(work.context_rows, 1) if plan.sizes.variant.needs_cross_attention else 0
+    rows = -(-work.rows // multiple) * multiple + -(-context // multiple) * multiple
+    if plan.payload_rows:
+        if rows > plan.payload_rows:
+            raise UserError(
+                f"a micro-batch sends {rows} rows between stages and virtual pipeline stages send {plan.payload_rows}; "
+                f"raise parallelism.payload_vision_tokens to {partition.payload_vision_tokens + rows - plan.payload_rows}"
+            )
+        rows = plan.payload_rows
+    return rows // multiple * plan.sizes.language.hidden_size * plan.dtype.itemsize

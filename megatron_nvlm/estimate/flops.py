@@ -1,0 +1,233 @@
+"""Operations of NVLM, counted from sizes: what real rows, tiles and attended pairs need, never what padding costs.
+
+A multiplication and an addition are two operations. Counted are the matrix products and the encoder's patch convolution;
+norms, activations, softmax and rotary embedding are not (as everywhere where utilisation is reported). Self-attention
+is causal inside each sample, cross-attention has each row's own range of the context. Backward needs, for each product,
+as much again for the gradient of its input and for that of its weights; frozen weights have none of the latter.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.ops.interval_attention import segments
+from megatron_nvlm.sequence.micro_batch import MicroBatch
+from megatron_nvlm.sequence.variants import Variant
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by purpose."""
+
+    forward: int = 0
+    input_gradient: int = 0
+    weight_gradient: int = 0
+    recompute: int = 0
+    """Forward operations done again in the backward pass, to save memory."""
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.forward + other.forward,
+            self.input_gradient + other.input_gradient,
+            self.weight_gradient + other.weight_gradient,
+            self.recompute + other.recompute,
+        )
+
+    def times(self, count: int) -> "Flops":
+        """As often as that."""
+        return Flops(
+            self.forward * count, self.input_gradient * count, self.weight_gradient * count, self.recompute * count
+        )
+
+    @property
+    def model(self) -> int:
+        """What the step needs: all but recomputation. Model FLOPs utilisation (MFU) counts these."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+    @property
+    def executed(self) -> int:
+        """What the hardware does: recomputation too."""
+        return self.model + self.recompute
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a micro-batch asks of the model."""
+
+    rows: int
+    """Decoder rows."""
+    self_pairs: int
+    """Pairs of a decoder row and a row that it sees in self-attention."""
+    context_rows: int
+    context_pairs: int
+    """Pairs of a decoder row and a context row that it sees."""
+    tiles: int
+
+
+def count_work(micro_batch: MicroBatch, tokens_per_tile: int, dense_attention: bool = False) -> Work:
+    """The real work of a micro-batch; padding is left out. Its pixels need not be there.
+
+    Args:
+        dense_attention: count every pair of the score matrices that the local backend's attention fills, masked or not,
+            as `torch.utils.flop_counter` does: rows squared for each sample. For comparing with that counter.
+    """
+    samples = len(micro_batch.keys)
+    bounds = micro_batch.cu_seqlens[: samples + 1].tolist()
+    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = bounds[-1]
+    intervals = micro_batch.context_intervals[:rows]
+    context_rows = int(intervals[:, 1].max())
+    last_vision_token = int(micro_batch.decoder_vision_index.max())
+    if len(micro_batch.context_vision_index):
+        last_vision_token = max(last_vision_token, int(micro_batch.context_vision_index.max()))
+    if dense_attention:
+        self_pairs = sum(length**2 for length in lengths)
+        context_pairs = sum((last - first) * (end - start) for first, last, start, end in segments(intervals))
+    else:
+        self_pairs = sum(length * (length + 1) // 2 for length in lengths)
+        context_pairs = int((intervals[:, 1] - intervals[:, 0]).clamp(min=0).sum())
+    return Work(
+        rows=rows,
+        self_pairs=self_pairs,
+        context_rows=context_rows,
+        context_pairs=context_pairs if context_rows else 0,
+        tiles=(last_vision_token + 1) // tokens_per_tile,
+    )
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Operations of a micro-batch by part."""
+
+    vision: Flops
+    """The whole encoder, over all tiles."""
+    projector: Flops
+    decoder_layer: Flops
+    """One layer, without cross-attention."""
+    cross_attention: Flops
+    """What cross-attention adds to one layer that has it."""
+    output_layer: Flops
+
+    def decoder(self, layers: int, cross_attention_layers: int) -> Flops:
+        """So many layers, of which so many have cross-attention; without the output layer."""
+        return self.decoder_layer.times(layers) + self.cross_attention.times(cross_attention_layers)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the count depends on, besides the work."""
+
+    variant: Variant
+    language: LanguagePreset
+    vision: VisionPreset
+    cross_attention: CrossAttentionConfig
+    recompute: str
+    """none, selective or full, as in section `model`."""
+    encodes_twice: bool = False
+    """Whether an encoder that trains encodes its tiles again in the backward pass (vision_placement replicated)."""
+
+    @property
+    def cross_attention_layers(self) -> frozenset[int]:
+        """Numbers of the layers with cross-attention; none for D."""
+        if not self.variant.needs_cross_attention:
+            return frozenset()
+        return self.cross_attention.layers(self.language.num_layers)
+
+
+def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> ModelFlops:
+    """Operations of the forward and backward pass of a micro-batch.
+
+    Counted as the model runs: the decoder is run backward to its first layer whatever trains, and every row passes the
+    query and output projections of cross-attention, also one that sees no context.
+
+    Args:
+        trainable: the parts that train (training/trainable.py names them).
+    """
+    trains = frozenset(trainable)
+    language_trains, cross_trains = "language_model" in trains, "cross_attention" in trains
+    context_has_gradient = bool(trains & {"vision_model", "vision_projection", "language_model"})
+    language = sizes.language
+    head = language.hidden_size // language.num_attention_heads
+    hidden, groups = language.hidden_size, language.num_query_groups
+    layer = _sum(
+        linear(work.rows, hidden, hidden + 2 * groups * head, language_trains),
+        linear(work.rows, hidden, hidden, language_trains),
+        linear(work.rows, hidden, 2 * language.ffn_hidden_size, language_trains),
+        linear(work.rows, language.ffn_hidden_size, hidden, language_trains),
+    )
+    self_attention = attention(work.self_pairs, hidden)
+
+    cross = sizes.cross_attention
+    query_width = (cross.num_attention_heads or language.num_attention_heads) * head
+    group_width = (cross.num_query_groups or groups) * head
+    cross_linears = _sum(
+        linear(work.rows, hidden, query_width, cross_trains),
+        linear(work.context_rows, hidden, 2 * group_width, cross_trains, context_has_gradient),
+        linear(work.rows, query_width, hidden, cross_trains),
+    )
+    cross_attention = attention(work.context_pairs, query_width)
+    return ModelFlops(
+        vision=_vision(sizes, work.tiles, "vision_model" in trains),
+        projector=_projector(sizes, work.tiles * sizes.vision.tokens_per_tile, trains),
+        decoder_layer=_with_recompute(layer, self_attention, sizes.recompute),
+        cross_attention=_with_recompute(cross_linears, cross_attention, sizes.recompute),
+        output_layer=linear(work.rows, hidden, language.vocab_size, language_trains),
+    )
+
+
+def linear(rows: int, inputs: int, outputs: int, trains: bool, input_has_gradient: bool = True) -> Flops:
+    """A linear layer over `rows`."""
+    products = 2 * rows * inputs * outputs
+    return Flops(products, products * input_has_gradient, products * trains)
+
+
+def attention(pairs: int, width: int, has_gradient: bool = True) -> Flops:
+    """Scores and their product with the values over `pairs`, for all heads together `width` wide.
+
+    Backward is four such products; what a flash kernel does again on the way (the scores) is not counted.
+    """
+    products = 4 * pairs * width
+    return Flops(products, 2 * products * has_gradient)
+
+
+def _with_recompute(linears: Flops, core_attention: Flops, recompute: str) -> Flops:
+    again = {
+        "none": 0,
+        "selective": core_attention.forward,
+        "full": linears.forward + core_attention.forward,
+    }[recompute]
+    return linears + core_attention + Flops(recompute=again)
+
+
+def _vision(sizes: ModelSizes, tiles: int, trains: bool) -> Flops:
+    preset = sizes.vision
+    width, patches = preset.hidden_size, preset.patches_per_tile
+    rows = tiles * (patches + 1)  # with the class token
+    layer = _sum(
+        linear(rows, width, 3 * width, trains, trains),
+        linear(rows, width, width, trains, trains),
+        linear(rows, width, preset.ffn_hidden_size, trains, trains),
+        linear(rows, preset.ffn_hidden_size, width, trains, trains),
+        attention(tiles * (patches + 1) ** 2, width, trains),
+    )
+    convolution = linear(tiles * patches, 3 * preset.patch_size**2, width, trains, input_has_gradient=False)
+    once = convolution + layer.times(preset.num_layers)
+    return once + Flops(recompute=once.forward if trains and sizes.encodes_twice else 0)
+
+
+def _projector(sizes: ModelSizes, vision_tokens: int, trains: frozenset[str]) -> Flops:
+    inputs, hidden = 4 * sizes.vision.hidden_size, sizes.language.hidden_size
+    own, encoder = "vision_projection" in trains, "vision_model" in trains
+    if sizes.variant.projector == "linear":
+        return linear(vision_tokens, inputs, hidden, own, input_has_gradient=encoder)
+    inner = sizes.language.ffn_hidden_size
+    # The norm before the first layer trains with it, so that layer's input has a gradient either way.
+    return _sum(
+        linear(vision_tokens, inputs, inner, own, own or encoder),
+        linear(vision_tokens, inner, hidden, own, own or encoder),
+    )
+
+
+def _sum(*terms: Flops) -> Flops:
+    return sum(terms, Flops())

@@ -1,0 +1,167 @@
+"""Predicted time of a step: a few sums from stated rates, to rank layouts by. Nothing in it is fitted to a measurement.
+
+A stage's time for a micro-batch is its operations (recomputation included) over its ranks' peak times one stated
+utilisation, with the tiles of the rank that encodes most, plus its tensor-parallel messages, plus what it sends to the
+next stage and back. The pipeline costs (micro-batches + (stages - 1) / chunks) times the slowest stage's. At the end
+gradients are reduced and weights gathered over the data-parallel ranks. Nothing is assumed to overlap; loading, optimizer
+and kernel launches are left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_nvlm.estimate.activation_bytes import ChunkSizes
+from megatron_nvlm.estimate.flops import ModelFlops, ModelSizes, Work
+from megatron_nvlm.models.parallelism import PartitionConfig
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates of a GPU and of what connects GPUs. The defaults are an H100 SXM's data sheet and one 400 Gbit/s port a GPU."""
+
+    memory_gib: float = 80
+    reserve_gib: float = 4
+    """Of the memory, for CUDA, NCCL and the allocator; a guess."""
+    peak_tflops: float = 989
+    """Dense bf16."""
+    utilisation: float = 0.4
+    """Share of the peak that matrix products reach while they run; a guess, the same for all parts."""
+    gpus_per_node: int = 8
+    node_gigabytes_per_second: float = 450
+    """Between GPUs of a node, one way."""
+    network_gigabytes_per_second: float = 50
+    """Between nodes, a GPU's share, one way."""
+
+    def flops_per_second(self) -> float:
+        """What a GPU computes."""
+        return self.peak_tflops * 1e12 * self.utilisation
+
+    def bytes_per_second(self, ranks: int) -> float:
+        """What a GPU sends to ranks at most so many ranks away."""
+        inside = ranks <= self.gpus_per_node
+        return 1e9 * (self.node_gigabytes_per_second if inside else self.network_gigabytes_per_second)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by what they go to on the slowest stage."""
+
+    encoding_ahead: float
+    """Tiles before the pipeline starts; 0 where the first stage encodes them in the pipeline."""
+    computing: float
+    """Operations of all micro-batches, recomputation included."""
+    tensor_parallel_messages: float
+    """Inside layers."""
+    pipeline_messages: float
+    """Between stages."""
+    bubble: float
+    """Waiting for the pipeline to fill and drain."""
+    data_parallel_messages: float
+    """Gradients and weights over the replicas."""
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(asdict(self).values())
+
+
+def bubble_fraction(stages: int, chunks: int, micro_batches: int) -> float:
+    """Share of a step in which a stage waits, if all are equally fast."""
+    waiting = (stages - 1) / chunks
+    return waiting / (micro_batches + waiting)
+
+
+def predict_step(
+    flops: ModelFlops,
+    work: Work,
+    sizes: ModelSizes,
+    stages: Sequence[Sequence[ChunkSizes]],
+    partition: PartitionConfig,
+    micro_batches: int,
+    replicas: int,
+    gradient_bytes: int,
+    weight_bytes: int,
+    payload_bytes: int,
+    hardware: Hardware,
+) -> StepTime:
+    """Seconds of a step.
+
+    Args:
+        flops, work: of one micro-batch.
+        stages: the chunks of each stage.
+        micro_batches: of a step on a replica. replicas: data-parallel size.
+        gradient_bytes, weight_bytes: what trains on the fullest rank.
+        payload_bytes: of one micro-batch between stages, on one rank.
+    """
+    tensor = partition.tensor_model_parallel_size
+    ahead = partition.vision_placement == "replicated"
+    encoding = _encoding_operations(flops, work, partition, micro_batches)
+    times = []
+    for number, chunks in enumerate(stages):
+        operations = sum(_chunk_operations(flops, chunk) for chunk in chunks) / tensor
+        if number == 0 and not ahead:
+            operations += encoding
+        compute = operations / hardware.flops_per_second()
+        messages = sum(_chunk_messages(work, sizes, chunk, partition) for chunk in chunks)
+        neighbours = (number > 0) + (number < len(stages) - 1)
+        between = neighbours * len(chunks) * payload_bytes / hardware.bytes_per_second(tensor * len(stages) * replicas)
+        times.append((compute, messages / hardware.bytes_per_second(tensor), between))
+    compute, tensor_parallel, between = max(times, key=sum)
+    waiting = (len(stages) - 1) / partition.virtual_pipeline_model_parallel_size
+    # Core orders ranks tensor first, then data, then pipeline parallel. In a ring each rank sends (replicas - 1) / replicas
+    # of the whole, once to reduce and once to gather.
+    data_parallel = (replicas - 1) / replicas * (gradient_bytes + weight_bytes)
+    if not partition.use_distributed_optimizer:
+        data_parallel = (replicas - 1) / replicas * 2 * gradient_bytes
+    return StepTime(
+        encoding_ahead=encoding / hardware.flops_per_second() if ahead else 0.0,
+        computing=micro_batches * compute,
+        tensor_parallel_messages=micro_batches * tensor_parallel,
+        pipeline_messages=micro_batches * between,
+        bubble=waiting * (compute + tensor_parallel + between),
+        data_parallel_messages=data_parallel / hardware.bytes_per_second(tensor * replicas),
+    )
+
+
+def _encoding_operations(flops: ModelFlops, work: Work, partition: PartitionConfig, micro_batches: int) -> float:
+    """Of the rank with most tiles: for a micro-batch, or for the whole step if tiles are encoded ahead."""
+    if not work.tiles:
+        return 0.0
+    tensor = partition.tensor_model_parallel_size
+    if partition.vision_placement == "tensor_parallel":
+        return flops.vision.executed / tensor
+    tiles, ranks = work.tiles, tensor
+    if partition.vision_placement == "replicated":
+        tiles, ranks = work.tiles * micro_batches, tensor * partition.pipeline_model_parallel_size
+    return -(-tiles // ranks) * flops.vision.executed / work.tiles
+
+
+def _chunk_operations(flops: ModelFlops, chunk: ChunkSizes) -> int:
+    """Of a chunk, the encoder left out, over all its ranks."""
+    operations = flops.decoder(chunk.layers, chunk.cross_attention_layers).executed
+    if chunk.has_projector:
+        operations += flops.projector.executed
+    if chunk.has_output:
+        operations += flops.output_layer.executed
+    return operations
+
+
+def _chunk_messages(work: Work, sizes: ModelSizes, chunk: ChunkSizes, partition: PartitionConfig) -> float:
+    """Bytes that a rank sends to its tensor-parallel peers for a micro-batch, forward and backward.
+
+    Each half of a layer gathers its rows before and reduces them behind (an all-reduce without sequence parallelism is
+    both at once), in the forward pass, in the backward pass and in what is recomputed; under sequence parallelism rows are
+    gathered once more for the gradients of weights.
+    """
+    ranks = partition.tensor_model_parallel_size
+    passes = 4 + (1 if partition.sequence_parallel else 0) + (2 if sizes.recompute == "full" else 0)
+    width = 2 * sizes.language.hidden_size * (ranks - 1) / ranks  # bytes of a row in bf16, as a ring sends it
+    rows = 2 * chunk.layers * work.rows + chunk.cross_attention_layers * (work.rows + work.context_rows / 2)
+    if chunk.has_output:
+        rows += work.rows
+    sent = passes * rows * width
+    if chunk.has_projector:
+        features = 2 * work.tiles * sizes.vision.patches_per_tile * sizes.vision.hidden_size * (ranks - 1) / ranks
+        # Gathered once; a tensor-parallel encoder reduces its rows twice a layer instead, an all-reduce each.
+        sent += features * (4 * sizes.vision.num_layers if partition.vision_placement == "tensor_parallel" else 1)
+    return sent

@@ -1,0 +1,178 @@
+"""A model under any tensor and pipeline layout, asked for all that it computes on one case."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_nvlm.checkpoint import save_load
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.evaluation.score_cases import Case, to_micro_batch
+from megatron_nvlm.hf.config_json import cross_attention_of, variant_of
+from megatron_nvlm.hf.load_weights import load_folder_weights
+from megatron_nvlm.hf.weight_tables import nvlm_rows
+from megatron_nvlm.models.build import ModelConfig, ModelParts, check_model, find_parts
+from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.models.families.folder_sizes import read_config
+from megatron_nvlm.models.initialise import named_parameters, split_of
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.sharding import Split, gather_parts, join
+from megatron_nvlm.models.weight_rows import convert_to_theirs
+from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
+from megatron_nvlm.parallel.device import use_device
+from megatron_nvlm.parallel.groups import get_groups, start_groups, world_size_from_environment
+from megatron_nvlm.runs.components import make_chunks, open_weights
+from megatron_nvlm.runs.export_run import open_run
+from megatron_nvlm.training.step import run_step, wrap_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What is asked."""
+
+    config: ModelConfig
+    chunks: ModelChunks
+    wrapped: list[Any]
+    """With gradient buffers."""
+    device: torch.device
+
+    @property
+    def model(self) -> NVLMModel:
+        """This rank's stage."""
+        return next(iter(self.chunks))
+
+    @property
+    def parts(self) -> ModelParts:
+        """Its sizes."""
+        return find_parts(self.config)
+
+
+def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipeline: int, precision: str) -> Scored:
+    """Load from a checkpoint, or straight from a Hugging Face folder; every rank calls it.
+
+    Raises:
+        UserError: the layout is impossible, or there is no such model.
+    """
+    partition = PartitionConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    if tensor * pipeline != world_size_from_environment():
+        raise UserError(
+            f"{world_size_from_environment()} ranks cannot be tensor-parallel {tensor} x pipeline-parallel {pipeline}; "
+            "start the command without a launcher, it starts its ranks itself"
+        )
+    path = None
+    if checkpoint is not None:
+        run, path = open_run(checkpoint)
+        config = run.model
+    else:
+        assert folder is not None
+        config = _config_of(folder)
+    check_model(config, partition)
+    weights = open_weights(config) if path is None else None  # a run's checkpoint has taken its folders' weights
+    device = use_device()
+    if not dist.is_initialized():
+        start_groups(partition, device, seed=1)
+    chunks = make_chunks(config, partition, precision, device.torch_device, seed=1)
+    if path is not None:
+        save_load.load_model(path, chunks)
+    if weights is not None:
+        load_folder_weights(chunks, weights)
+    return Scored(config, chunks, wrap_model(chunks, use_distributed_optimizer=False), device.torch_device)
+
+
+def _config_of(folder: Path) -> ModelConfig:
+    described = read_config(folder)
+    variant, cross = variant_of(described, folder), cross_attention_of(described, folder)
+    return ModelConfig(variant.name, str(folder), str(folder), cross_attention=cross, weights=str(folder))
+
+
+def score_case(scored: Scored, case: Case, gradients: bool) -> dict[str, Tensor]:
+    """All outputs of a case, on rank 0; every rank calls it."""
+    parts = scored.parts
+    has_context = parts.variant.needs_cross_attention
+    batch = to_micro_batch(case, parts.vision.tokens_per_tile, parts.vision.tile_size, has_context)
+    if batch.tokens.max() >= parts.language.vocab_size:
+        raise UserError(f"{case.name}.input_ids goes to {int(batch.tokens.max())}, over the model's vocabulary")
+    if gradients and not case.has_labels:
+        raise UserError(f"{case.name} has no labels, so there is no loss to take gradients of")
+    model = scored.model
+    seen: dict[str, Tensor] = {}
+    _watch(model, seen)
+    try:
+        result = run_step(scored.wrapped, iter([batch]), 1, scored.device, None)
+    finally:
+        for name in ("encode_patches", "project", "forward"):
+            model.__dict__.pop(name, None)
+    outputs = _outputs(scored, case, seen)
+    if case.has_labels and model.post_process:
+        outputs["loss"] = torch.tensor([result.loss_sum / result.num_targets])
+    found = _on_rank_0(outputs)
+    if gradients:
+        found |= {f"grad.{name}": tensor for name, tensor in _gradients(scored).items()}
+    return found
+
+
+def _watch(model: NVLMModel, seen: dict[str, Tensor]) -> None:
+    """Keep what passes through: features and vision tokens on the first stage, logits on the last."""
+
+    def keep(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def kept(*arguments: Any, **options: Any) -> Tensor:
+            seen[name] = function(*arguments, **options)
+            return seen[name]
+
+        return kept
+
+    for name in ("encode_patches", "project", "forward"):
+        setattr(model, name, keep(name, getattr(model, name)))
+
+
+def _outputs(scored: Scored, case: Case, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank has of the outputs, under their names; tensor-parallel parts of the logits joined."""
+    model = scored.model
+    outputs: dict[str, Tensor] = {}
+    if "encode_patches" in seen:
+        outputs["vit_features"] = seen["encode_patches"]
+        outputs["pixel_shuffled"] = pixel_shuffle(seen["encode_patches"])
+        tokens_per_tile = scored.parts.vision.tokens_per_tile
+        outputs["mlp1_out"] = seen["project"].view(-1, tokens_per_tile, seen["project"].shape[-1])
+    if model.post_process:
+        logits = join(gather_parts(seen["forward"].detach(), get_groups().tp), Split(1, padding=model.vocabulary))
+        padded = logits.new_zeros(*case.real.shape, logits.shape[-1])
+        padded[case.real.to(padded.device)] = logits
+        outputs["logits"] = padded
+    return {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in outputs.items()}
+
+
+def _on_rank_0(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of all stages together."""
+    collected: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(collected, outputs)
+    return {name: tensor for found in reversed(collected) for name, tensor in found.items()}
+
+
+def _gradients(scored: Scored) -> dict[str, Tensor]:
+    """Gradients of the mean loss over its targets, whole, under Hugging Face names."""
+    group = get_groups().tp
+    ours: dict[str, Tensor] = {}
+    for name, parameter in named_parameters(scored.chunks):
+        gradient = parameter.main_grad  # type: ignore[attr-defined]
+        split = split_of(name, scored.chunks)
+        ours[name] = (gradient if split is None else join(gather_parts(gradient, group), split)).float().cpu().clone()
+    whole = _on_rank_0(ours)
+    parts = scored.parts
+    rows = nvlm_rows(parts.variant, parts.language, parts.vision, scored.config.cross_attention)
+    return convert_to_theirs(rows, whole)
+
+
+def write_outputs(path: Path, outputs: dict[str, Tensor]) -> None:
+    """All outputs in one safetensors file; UserError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error})") from error

@@ -1,0 +1,196 @@
+"""What stands beside the weights of an exported Hugging Face folder, so that transformers alone can use it.
+
+The code (exported_code/), the image processor's and the processor's settings, the tokenizer, the chat template, and where an
+answer ends. `config.json` and the weights are not written here.
+"""
+
+import dataclasses
+import json
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD
+from megatron_nvlm.image.tile_tags import TAG_FORMATS
+from megatron_nvlm.image.tiling import TilingConfig
+from megatron_nvlm.text.conversation import find_template
+from megatron_nvlm.text.templates import Template
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+CODE_FILES = (
+    "configuration_nvlm.py",
+    "vision_nvlm.py",
+    "decoder_nvlm.py",
+    "modeling_nvlm.py",
+    "image_processing_nvlm.py",
+    "sequence_nvlm.py",
+    "processing_nvlm.py",
+)
+AUTO_MAP_OF_PROCESSORS = {
+    "AutoImageProcessor": "image_processing_nvlm.NVLMImageProcessor",
+    "AutoProcessor": "processing_nvlm.NVLMProcessor",
+}
+IMAGE_CONTEXT_TOKEN = "<|vision_pad|>"
+"""The release's placeholder, from Qwen2.5's tokenizer; Qwen2's has none."""
+_PADDING_TOKENS = ("<|endoftext|>", "<pad>", "<unk>")
+"""What fills short prompts of a batch up: the first that the tokenizer has, else the token that ends an answer."""
+
+
+def auto_map(variant: str) -> dict[str, str]:
+    """The `auto_map` of config.json."""
+    model = f"modeling_nvlm.NVLM_{variant.upper()}_Model"
+    names = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+    return {
+        "AutoConfig": f"configuration_nvlm.NVLM_{variant.upper()}_Config",
+        **dict.fromkeys(names, model),
+        **AUTO_MAP_OF_PROCESSORS,
+    }
+
+
+def image_context_token_id(tokenizer_file: Path, vocab_size: int) -> int | None:
+    """The id that stands in prompts where a vision token goes: one that no text becomes.
+
+    The release's placeholder if the tokenizer has it, else the first row of the embedding that the tokenizer does not
+    use; None if there is none (prompts then say by `vision_index` alone where vision tokens go).
+    """
+    try:
+        vocabulary = _read_vocabulary(tokenizer_file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{tokenizer_file} is no tokenizer.json ({error})") from error
+    if IMAGE_CONTEXT_TOKEN in vocabulary:
+        return vocabulary[IMAGE_CONTEXT_TOKEN]
+    unused = max(vocabulary.values()) + 1
+    return unused if unused < vocab_size else None
+
+
+def write_code(folder: Path) -> None:
+    """The model's code, which needs torch and transformers alone."""
+    for name in CODE_FILES:
+        with as_file(files("megatron_nvlm.hf.exported_code") / name) as source:
+            shutil.copyfile(source, folder / name)
+
+
+def write_companions(
+    folder: Path,
+    config: dict[str, Any],
+    tokenizer_file: Path,
+    template: str,
+    system: str | None,
+    tag_format: str,
+    max_tiles: int,
+    thumbnail_tag: str = TilingConfig().thumbnail_tag,
+) -> None:
+    """Write everything but config.json and the weights.
+
+    Args:
+        folder: exists; files of the same names are replaced.
+        config: what config.json holds.
+        tokenizer_file: a tokenizer.json.
+        template, system, tag_format, max_tiles, thumbnail_tag: as the run that trained the weights has them.
+
+    Raises:
+        UserError: the tokenizer does not have what the template needs, or a name is unknown.
+    """
+    form = find_template(template)
+    if tag_format not in TAG_FORMATS:
+        raise UserError(f"tiling.tag_format is {tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
+    tokenizer = Tokenizer.load(tokenizer_file)
+    for name in {form.begin, *(mark for speech in form.roles.values() for mark in (speech.start, speech.end))} - {""}:
+        tokenizer.special_id(name)
+    end_id = tokenizer.special_id(form.turn_end)
+    vocabulary = _read_vocabulary(tokenizer_file)
+    padding = next((token for token in _PADDING_TOKENS if token in vocabulary), form.turn_end)
+    place_id = config.get("img_context_token_id")
+    if place_id is None:
+        place_id = image_context_token_id(tokenizer_file, config["llm_config"]["vocab_size"])
+    jinja = chat_template(form, system)
+    write_code(folder)
+    if tokenizer_file.resolve() != (folder / "tokenizer.json").resolve():
+        shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(jinja)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": form.turn_end,
+            "pad_token": padding,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config["llm_config"].get("max_position_embeddings", 32768),
+            "chat_template": jinja,
+        },
+    )
+    _write_json(
+        folder / "generation_config.json",
+        {"eos_token_id": end_id, "pad_token_id": vocabulary[padding], "do_sample": False},
+    )
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "auto_map": AUTO_MAP_OF_PROCESSORS,
+            "image_processor_type": "NVLMImageProcessor",
+            "tile_size": config["force_image_size"],
+            "max_tiles": max_tiles,
+            "image_mean": list(IMAGENET_MEAN),
+            "image_std": list(IMAGENET_STD),
+        },
+    )
+    _write_json(
+        folder / "processor_config.json",
+        {
+            "auto_map": {"AutoProcessor": AUTO_MAP_OF_PROCESSORS["AutoProcessor"]},
+            "processor_class": "NVLMProcessor",
+            "variant": config.get("variant", "d"),
+            "template": {"name": template, **dataclasses.asdict(form)},
+            "system": system,
+            "tag_format": tag_format,
+            "thumbnail_tag": thumbnail_tag,
+            "tokens_per_tile": (config["force_image_size"] // config["vision_config"]["patch_size"]) ** 2 // 4,
+            "img_context_token_id": place_id,
+        },
+    )
+
+
+def chat_template(template: Template, system: str | None) -> str:
+    """The template as Jinja, for software that spells prompts by the tokenizer (text alone, or `<image>` in the text).
+
+    The processor does not use it: it tokenises piece by piece, as training does.
+    """
+    roles = {
+        role: (speech.start + speech.header, speech.end + speech.behind) for role, speech in template.roles.items()
+    }
+    opened = ", ".join(f"{role!r}: {before!r}" for role, (before, _) in roles.items())
+    closed = ", ".join(f"{role!r}: {after!r}" for role, (_, after) in roles.items())
+    lines = [f"{{%- set opened = {{{opened}}} -%}}", f"{{%- set closed = {{{closed}}} -%}}"]
+    if template.begin:
+        lines.append(f"{{{{- {template.begin!r} -}}}}")
+    if system is not None and template.takes_system:
+        spelled = roles["system"][0] + system + roles["system"][1]
+        lines.append(f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {spelled!r} -}}}}{{%- endif -%}}")
+    lines += [
+        "{%- for message in messages -%}",
+        "{{- opened[message['role']] -}}",
+        "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}",
+        "{%- for part in message['content'] -%}",
+        "{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}",
+        "{%- endfor -%}{%- endif -%}",
+        "{{- closed[message['role']] -}}",
+        "{%- endfor -%}",
+        "{%- if add_generation_prompt -%}{{- opened['assistant'] -}}{%- endif -%}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _read_vocabulary(tokenizer_file: Path) -> dict[str, int]:
+    """Every token of a tokenizer.json with its id, added ones included."""
+    stored = json.loads(tokenizer_file.read_text())
+    vocabulary = stored["model"]["vocab"]
+    if isinstance(vocabulary, list):  # unigram models list (token, score)
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in stored.get("added_tokens", [])}}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

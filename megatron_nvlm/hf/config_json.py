@@ -1,0 +1,148 @@
+"""The config.json of an NVLM folder: what it says of the model, and the one that we write."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, NORMS
+from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.sequence.variants import VARIANTS, Variant
+
+
+def is_whole_folder(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of NVLM (or InternVL): a vision model and a language model in one folder."""
+    return "llm_config" in config and "vision_config" in config
+
+
+def variant_of(config: Mapping[str, Any], folder: Path) -> Variant:
+    """Which NVLM a whole folder holds; UserError if it holds another model."""
+    name = str(config.get("model_type", "")).removeprefix("NVLM_").lower()
+    if name not in VARIANTS:
+        raise UserError(
+            f"{folder} is a folder of {config.get('model_type')!r}; NVLM folders have model_type NVLM_D, NVLM_X or NVLM_H"
+        )
+    return VARIANTS[name]
+
+
+def padding_heads_of(config: Mapping[str, Any]) -> int | None:
+    """Heads of zeros that the folder says its encoder stores; None if it does not say."""
+    found = config.get("vision_config", config).get("num_dummy_heads")
+    return None if found is None else int(found)
+
+
+def cross_attention_of(config: Mapping[str, Any], folder: Path) -> CrossAttentionConfig:
+    """Where a whole folder has cross-attention (NVLM-D: nowhere); UserError unless its layers are evenly spaced."""
+    if not variant_of(config, folder).needs_cross_attention:
+        return CrossAttentionConfig()
+    found = config.get("cross_attention")
+    if not isinstance(found, dict) or not found.get("layers"):
+        raise UserError(
+            f"{folder / CONFIG_FILE} does not say where cross-attention stands; is this a folder of NVLM-X or H?"
+        )
+    layers = list(found["layers"])
+    interval = layers[1] - layers[0] if len(layers) > 1 else config["llm_config"]["num_hidden_layers"]
+    described = CrossAttentionConfig(
+        interval=interval,
+        offset=layers[0],
+        num_attention_heads=found.get("num_attention_heads"),
+        num_query_groups=found.get("num_key_value_heads"),
+        qk_norm=bool(found.get("qk_norm", False)),
+    )
+    if sorted(described.layers(config["llm_config"]["num_hidden_layers"])) != layers:
+        raise UserError(
+            f"{folder / CONFIG_FILE}: cross-attention layers {layers} are not evenly spaced, which ours must be"
+        )
+    return described
+
+
+def describe_folder(
+    variant: Variant,
+    language: LanguagePreset,
+    vision: VisionPreset,
+    cross_attention: CrossAttentionConfig,
+    max_sequence_length: int,
+    max_tiles: int,
+    tag_format: str,
+    template: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """The config.json of an NVLM folder: NVLM-D with the release's keys, NVLM-X and NVLM-H with ours beside them.
+
+    What names code files and tokens is added by hf/companions.py, which writes those.
+
+    Args:
+        max_sequence_length: rows of the decoder. dtype: torch's name of the weights' type.
+    """
+    letter = variant.name.upper()
+    config: dict[str, Any] = {
+        "architectures": [f"NVLM_{letter}_Model"],
+        "model_type": f"NVLM_{letter}",
+        "variant": variant.name,
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": vision.tile_size,
+        "llm_config": _describe_language(language, max_sequence_length, dtype),
+        "max_dynamic_patch": max_tiles,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "tag_format": tag_format,
+        "template": template,
+        "tie_word_embeddings": language.tied_embeddings,
+        "torch_dtype": dtype,
+        "use_thumbnail": True,
+        "vision_config": _describe_vision(vision, dtype),
+    }
+    if variant.needs_cross_attention:
+        config["cross_attention"] = {
+            "layers": sorted(cross_attention.layers(language.num_layers)),
+            "num_attention_heads": cross_attention.num_attention_heads or language.num_attention_heads,
+            "num_key_value_heads": cross_attention.num_query_groups or language.num_query_groups,
+            "qk_norm": cross_attention.qk_norm,
+        }
+    return config
+
+
+def _describe_language(preset: LanguagePreset, max_sequence_length: int, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM" if preset.qkv_bias else "LlamaForCausalLM"],
+        "attention_bias": preset.qkv_bias,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": preset.hidden_size,
+        "intermediate_size": preset.ffn_hidden_size,
+        "max_position_embeddings": max_sequence_length,
+        "model_type": "qwen2" if preset.qkv_bias else "llama",
+        "num_attention_heads": preset.num_attention_heads,
+        "num_hidden_layers": preset.num_layers,
+        "num_key_value_heads": preset.num_query_groups,
+        "rms_norm_eps": preset.layernorm_epsilon,
+        "rope_theta": float(preset.rotary_base),
+        "tie_word_embeddings": preset.tied_embeddings,
+        "torch_dtype": dtype,
+        "vocab_size": preset.vocab_size,
+    }
+
+
+def _describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["InternVisionModel"],
+        "hidden_act": "gelu",
+        "hidden_size": preset.hidden_size,
+        "image_size": preset.tile_size,
+        "initializer_factor": preset.layer_scale_init,
+        "intermediate_size": preset.ffn_hidden_size,
+        "layer_norm_eps": preset.layernorm_epsilon,
+        "model_type": "intern_vit_6b",
+        "norm_type": next(name for name, norm in NORMS.items() if norm == preset.normalization),
+        "num_attention_heads": preset.num_attention_heads,
+        "num_channels": 3,
+        "num_hidden_layers": preset.num_layers,
+        "patch_size": preset.patch_size,
+        "qk_normalization": preset.qk_norm,
+        "qkv_bias": preset.qkv_bias,
+        "torch_dtype": dtype,
+        "use_flash_attn": True,
+    }

@@ -1,0 +1,161 @@
+"""The tables: Qwen2 and Llama/Yi language models, InternViT, the NVLM-D release, and our folders of NVLM-X and NVLM-H."""
+
+from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.models.weight_rows import (
+    ByGroup,
+    Direct,
+    DropFirstAxis,
+    GateAndUp,
+    InterleaveHeads,
+    RealWidth,
+    Row,
+    expand,
+)
+from megatron_nvlm.sequence.variants import Variant
+
+RELEASE_PADDING_HEADS = 7
+"""Heads of zeros that the NVLM-D release's code has behind the real ones of an RMSNorm encoder, whatever their number."""
+
+_LAYER = "language_model.decoder.layers.*"
+
+
+def language_rows(preset: LanguagePreset, theirs: str = "") -> list[Row]:
+    """Qwen2 (with QKV bias) and Llama/Yi (without), below the prefix `theirs` of the folder's names."""
+    layer = f"{theirs}model.layers.*"
+    groups = preset.num_query_groups
+    grouped = ByGroup(groups, (preset.num_attention_heads // groups, 1, 1))
+
+    def qkv(kind: str) -> tuple[str, ...]:
+        return tuple(f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv")
+
+    rows = [
+        Row("language_model.embedding.word_embeddings.weight", (f"{theirs}model.embed_tokens.weight",), Direct()),
+        Row(f"{_LAYER}.input_layernorm.weight", (f"{layer}.input_layernorm.weight",), Direct()),
+        Row(f"{_LAYER}.self_attention.linear_qkv.weight", qkv("weight"), grouped),
+        Row(f"{_LAYER}.self_attention.linear_proj.weight", (f"{layer}.self_attn.o_proj.weight",), Direct()),
+        Row(f"{_LAYER}.pre_mlp_layernorm.weight", (f"{layer}.post_attention_layernorm.weight",), Direct()),
+        Row(
+            f"{_LAYER}.mlp.linear_fc1.weight",
+            (f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight"),
+            GateAndUp(),
+        ),
+        Row(f"{_LAYER}.mlp.linear_fc2.weight", (f"{layer}.mlp.down_proj.weight",), Direct()),
+        Row("language_model.decoder.final_layernorm.weight", (f"{theirs}model.norm.weight",), Direct()),
+    ]
+    if preset.qkv_bias:
+        rows.append(Row(f"{_LAYER}.self_attention.linear_qkv.bias", qkv("bias"), grouped))
+    if not preset.tied_embeddings:
+        rows.append(Row("language_model.output_layer.weight", (f"{theirs}lm_head.weight",), Direct()))
+    return expand(rows, range(preset.num_layers))
+
+
+def vision_rows(preset: VisionPreset, theirs: str = "", padding_heads: int = 0) -> list[Row]:
+    """InternViT of either family.
+
+    Args:
+        padding_heads: heads of zeros that their tensors have behind the real ones. Any number is read; so many are written.
+    """
+    ours = "vision_model.decoder.layers.*"
+    layer = f"{theirs}encoder.layers.*"
+    width = preset.hidden_size
+    head = width // preset.num_attention_heads
+    stored = preset.num_attention_heads + padding_heads
+    heads = InterleaveHeads(preset.num_attention_heads, head, stored)
+    rows = [
+        Row("vision_model.class_token", (f"{theirs}embeddings.class_embedding",), Direct()),
+        Row("vision_model.position_embeddings.weight", (f"{theirs}embeddings.position_embedding",), DropFirstAxis()),
+        *(
+            Row(f"vision_model.conv1.{kind}", (f"{theirs}embeddings.patch_embedding.{kind}",), Direct())
+            for kind in ("weight", "bias")
+        ),
+        Row(f"{ours}.self_attn_bda.scale", (f"{layer}.ls1",), Direct()),
+        Row(f"{ours}.mlp_bda.scale", (f"{layer}.ls2",), Direct()),
+        Row(f"{ours}.self_attention.linear_qkv.weight", (f"{layer}.attn.qkv.weight",), heads),
+        Row(
+            f"{ours}.self_attention.linear_proj.weight",
+            (f"{layer}.attn.proj.weight",),
+            RealWidth(width, 1, stored * head),
+        ),
+        Row(f"{ours}.self_attention.linear_proj.bias", (f"{layer}.attn.proj.bias",), Direct()),
+        *(
+            Row(f"{ours}.mlp.linear_{fc}.{kind}", (f"{layer}.mlp.{fc}.{kind}",), Direct())
+            for fc in ("fc1", "fc2")
+            for kind in ("weight", "bias")
+        ),
+    ]
+    norm_parts = ("weight",) if preset.normalization == "RMSNorm" else ("weight", "bias")
+    for kind in norm_parts:
+        rows.append(Row(f"{ours}.input_layernorm.{kind}", (f"{layer}.norm1.{kind}",), Direct()))
+        rows.append(Row(f"{ours}.pre_mlp_layernorm.{kind}", (f"{layer}.norm2.{kind}",), Direct()))
+    if preset.qkv_bias:
+        rows.append(Row(f"{ours}.self_attention.linear_qkv.bias", (f"{layer}.attn.qkv.bias",), heads))
+    if preset.qk_norm:
+        for part in "qk":
+            name = f"{ours}.self_attention.full_{part}_layernorm.weight"
+            rows.append(Row(name, (f"{layer}.attn.{part}_norm.weight",), RealWidth(width, 0, stored * head)))
+    return expand(rows, range(preset.num_layers))
+
+
+# Projector -> its rows. NVLM-X has one linear layer, the others what the release has.
+PROJECTOR_ROWS: dict[str, list[Row]] = {
+    "mlp": [
+        Row("vision_projection.layernorm.weight", ("mlp1.0.weight",), Direct()),
+        Row("vision_projection.layernorm.bias", ("mlp1.0.bias",), Direct()),
+        Row("vision_projection.mlp.linear_fc1.weight", ("mlp1.1.weight",), Direct()),
+        Row("vision_projection.mlp.linear_fc2.weight", ("mlp1.3.weight",), Direct()),
+    ],
+    "linear": [Row("vision_projection.linear.weight", ("mlp1.weight",), Direct())],
+}
+
+
+def cross_attention_rows(preset: LanguagePreset, cross_attention: CrossAttentionConfig, theirs: str = "") -> list[Row]:
+    """Gated cross-attention, below the prefix `theirs`; names in the folder are ours (nobody published any)."""
+    layer = f"{theirs}model.layers.*"
+    attention, there = f"{_LAYER}.cross_attention", f"{layer}.cross_attn"
+    groups = cross_attention.num_query_groups or preset.num_query_groups
+    rows = [
+        Row(f"{_LAYER}.pre_cross_attn_layernorm.weight", (f"{layer}.pre_cross_attn_layernorm.weight",), Direct()),
+        Row(f"{attention}.linear_q.weight", (f"{there}.q_proj.weight",), Direct()),
+        Row(
+            f"{attention}.linear_kv.weight",
+            (f"{there}.k_proj.weight", f"{there}.v_proj.weight"),
+            ByGroup(groups, (1, 1)),
+        ),
+        Row(f"{attention}.linear_proj.weight", (f"{there}.o_proj.weight",), Direct()),
+        Row(f"{_LAYER}.cross_attn_bda.gate", (f"{there}.gate",), Direct()),
+    ]
+    if cross_attention.qk_norm:
+        for part in "qk":
+            rows.append(Row(f"{attention}.{part}_layernorm.weight", (f"{there}.{part}_norm.weight",), Direct()))
+    return expand(rows, sorted(cross_attention.layers(preset.num_layers)))
+
+
+def nvlm_rows(
+    variant: Variant,
+    language: LanguagePreset,
+    vision: VisionPreset,
+    cross_attention: CrossAttentionConfig,
+    padding_heads: int | None = None,
+) -> list[Row]:
+    """A whole folder: NVLM-D by the names and shapes of the public release, NVLM-X and NVLM-H by ours beside them.
+
+    Args:
+        padding_heads: heads of zeros that the folder stores; None for the release's number (NVLM-D with an encoder of the
+            6B family), and none in ours.
+    """
+    if padding_heads is None:
+        padding_heads = default_padding_heads(variant, vision)
+    rows = [
+        *vision_rows(vision, "vision_model.", padding_heads),
+        *PROJECTOR_ROWS[variant.projector],
+        *language_rows(language, "language_model."),
+    ]
+    if variant.needs_cross_attention:
+        rows += cross_attention_rows(language, cross_attention, "language_model.")
+    return rows
+
+
+def default_padding_heads(variant: Variant, vision: VisionPreset) -> int:
+    """Heads of zeros in a folder that does not say: the release's code has them in its RMSNorm encoder."""
+    return RELEASE_PADDING_HEADS if variant.name == "d" and vision.qk_norm else 0

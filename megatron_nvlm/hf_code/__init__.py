@@ -1,1 +1,0 @@
-"""The model for Hugging Face transformers; `checkpoint/hf_files.py` copies these files into exported folders."""

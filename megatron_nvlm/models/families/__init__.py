@@ -1,0 +1,1 @@
+"""Families of language and vision models: their sizes, and how their folders name them."""

@@ -1,0 +1,115 @@
+"""A checkpoint of a run to a Hugging Face folder."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_nvlm.checkpoint import save_load
+from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE
+from megatron_nvlm.checkpoint.stream_files import CheckpointWeights
+from megatron_nvlm.checkpoint.tensor_source import TensorSource
+from megatron_nvlm.config.load import load_run
+from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.hf.companions import auto_map, image_context_token_id, write_code, write_companions
+from megatron_nvlm.hf.config_json import describe_folder
+from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE
+from megatron_nvlm.hf.convert import Done, export_source, write_export
+from megatron_nvlm.hf.our_model import describe_our_model
+from megatron_nvlm.models.build import find_parts
+from megatron_nvlm.runs.components import make_identity
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+
+def open_run(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
+    """The run that a checkpoint belongs to, and the checkpoint's folder; UserError if either is missing."""
+    checkpoint = save_load.find_checkpoint(path)
+    config = checkpoint.parents[1] / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{checkpoint} does not lie in the folder of a run: there is no {config}; keep them together")
+    return load_run(config, overrides), checkpoint
+
+
+def export_folder(
+    path: Path,
+    out: Path,
+    overrides: Sequence[str],
+    dtype: torch.dtype | None,
+    most_bytes: int,
+    progress: Callable[[TensorSource], Done],
+) -> str:
+    """Write the folder; returns a sentence of what was made.
+
+    Args:
+        path: a run's folder or a checkpoint. dtype: of the weights; None keeps the checkpoint's.
+
+    Raises:
+        UserError: with what is wrong and how to mend it. CensusError: names or shapes that do not match.
+    """
+    run, checkpoint = open_run(path, overrides)
+    tokenizer = _find_tokenizer(run, checkpoint)
+    save_load.check_identity(checkpoint, make_identity(run.model, Tokenizer.load(tokenizer) if tokenizer else None))
+    ours = CheckpointWeights(checkpoint)
+    source = export_source(run.model, ours, describe_our_model(run.model), dtype, str(checkpoint))
+    types = {str(info.dtype).removeprefix("torch.") for info in source.infos.values()}
+    config = _config(run, tokenizer, types.pop() if len(types) == 1 else "float32")
+
+    def write_others(folder: Path) -> None:
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        tiling, data = run.tiling, run.data
+        if tokenizer is None:
+            write_code(folder)
+            return
+        write_companions(
+            folder,
+            config,
+            tokenizer,
+            data.template,
+            data.system,
+            tiling.tag_format,
+            tiling.max_tiles,
+            tiling.thumbnail_tag,
+        )
+
+    identity = (checkpoint / IDENTITY_FILE).read_text()
+    mark = {"checkpoint": str(checkpoint.resolve()), "identity": identity, "dtype": str(dtype), "bytes": most_bytes}
+    write_export(
+        out, source, write_others, {**mark, "model": dataclasses.asdict(run.model)}, progress(source), most_bytes
+    )
+    count = sum(info.parameters for info in source.infos.values())
+    missing = (
+        "" if tokenizer else "; without tokenizer and processor, since the weights came without: give data.tokenizer="
+    )
+    return f"{out}: NVLM-{run.model.variant.upper()}, {len(source.infos)} tensors, {count:,} numbers{missing}"
+
+
+def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
+    """The run's tokenizer; None if its weights were imported without one."""
+    path = Path(run.data.tokenizer)
+    if path.is_file():
+        return path
+    if save_load.read_identity(checkpoint).tokenizer:
+        raise UserError(f"there is no tokenizer at {path}; give data.tokenizer=FILE behind the options")
+    return None
+
+
+def _config(run: RunConfig, tokenizer: Path | None, dtype: str) -> dict[str, Any]:
+    parts = find_parts(run.model)
+    config = describe_folder(
+        parts.variant,
+        parts.language,
+        parts.vision,
+        run.model.cross_attention,
+        run.model.max_sequence_length,
+        run.tiling.max_tiles,
+        run.tiling.tag_format,
+        run.data.template,
+        dtype,
+    )
+    config["auto_map"] = auto_map(run.model.variant)
+    place = image_context_token_id(tokenizer, parts.language.vocab_size) if tokenizer else None
+    return config if place is None else {**config, "img_context_token_id": place}

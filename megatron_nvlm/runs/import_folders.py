@@ -1,0 +1,159 @@
+"""Hugging Face folders to the folder of a run that has made no step: to train from, to ask, to export again."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_nvlm.checkpoint.retention import step_folder, write_latest
+from megatron_nvlm.checkpoint.tensor_source import TensorSource
+from megatron_nvlm.config.load import dump_run, load_run
+from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.hf.config_json import cross_attention_of, is_whole_folder
+from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, language_preset_of, read_config, vision_preset_of
+from megatron_nvlm.hf.convert import Done, imported_source, write_import
+from megatron_nvlm.hf.our_model import describe_our_model
+from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, name_of
+from megatron_nvlm.runs.components import make_identity
+from megatron_nvlm.text.templates import TEMPLATES
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+STEP = step_folder(0)
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What is asked for on the command line."""
+
+    whole: Path | None
+    language: Path | None
+    vision: Path | None
+    variant: str
+    out: Path
+    tokenizer: Path | None
+    dtype: torch.dtype | None
+    seed: int
+    overrides: tuple[str, ...]
+
+
+def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Done]) -> str:
+    """Write the run's folder; returns a sentence of what was made.
+
+    Raises:
+        UserError: with what is wrong and how to mend it. CensusError: names or shapes that do not match.
+    """
+    _check_request(request)
+    run = _describe_run(request)
+    ours = describe_our_model(run.model)
+    source = imported_source(run.model, ours, request.seed, request.dtype)
+    tokenizer = _find_tokenizer(request)
+    checkpoint = request.out / "checkpoints" / STEP
+    identity = make_identity(run.model, Tokenizer.load(tokenizer) if tokenizer else None)
+    mark = {"model": dataclasses.asdict(run.model), "seed": request.seed, "dtype": str(request.dtype)}
+    write_import(checkpoint, source, ours, identity, mark, progress(source))
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, request.out / "tokenizer.json")
+    kept = dataclasses.replace(run.model, weights=None, language_weights=None, vision_weights=None)
+    (request.out / "config.yaml").write_text(dump_run(dataclasses.replace(run, model=kept)))
+    write_latest(checkpoint.parent, checkpoint.name)
+    count = sum(info.parameters for info in source.infos.values())
+    missing = "" if tokenizer else "; no tokenizer.json was found: give --tokenizer to ask it questions or to export it"
+    return f"{request.out}: NVLM-{request.variant.upper()}, {len(source.infos)} weights, {count:,} parameters{missing}"
+
+
+def _check_request(request: ImportRequest) -> None:
+    if (request.whole is None) == (request.language is None and request.vision is None):
+        raise UserError("name a whole NVLM folder with --hf, or its parts with --language-model and --vision-model")
+    if request.whole is None and (request.language is None or request.vision is None):
+        raise UserError("both --language-model and --vision-model are needed: neither part is ever new")
+    if (request.out / "checkpoints" / STEP).exists() or (request.out / "config.yaml").exists():
+        raise UserError(f"{request.out} is there already; name another folder, or remove it")
+    for folder in filter(None, (request.whole, request.language, request.vision)):
+        read_config(folder)
+
+
+def _describe_run(request: ImportRequest) -> RunConfig:
+    """A run file with the folders' sizes; the model's keys may be overridden."""
+    language = request.whole or request.language
+    vision = request.whole or request.vision
+    assert language is not None and vision is not None
+    config = read_config(language)
+    vision_preset = vision_preset_of(vision)
+    model: dict[str, Any] = {
+        "variant": request.variant,
+        "language": name_of(LANGUAGE_PRESETS, language_preset_of(language)),
+        "vision": name_of(VISION_PRESETS, vision_preset),
+    }
+    # Sizes without a name are read from a copy of the folder's config.json.
+    for key, presets, folder in (("language", LANGUAGE_PRESETS, language), ("vision", VISION_PRESETS, vision)):
+        if model[key] not in presets:
+            copied = request.out / f"{key}_model"
+            copied.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / CONFIG_FILE, copied / CONFIG_FILE)
+            model[key] = str(copied)
+    if request.whole is not None:
+        model["weights"] = str(request.whole)
+        if not is_whole_folder(config):
+            raise UserError(f"{request.whole} holds no whole NVLM; name it with --language-model or --vision-model")
+        model["cross_attention"] = dataclasses.asdict(cross_attention_of(config, request.whole))
+    else:
+        model |= {"language_weights": str(request.language), "vision_weights": str(request.vision)}
+    settings = _processor_settings(language)
+    template = settings.get("template", {}).get("name", config.get("template", "chatml"))
+    run = {
+        "run_dir": str(request.out),
+        "model": model,
+        "data": {
+            "train": [],
+            "tokenizer": str(request.out / "tokenizer.json"),
+            "sequence_length": 4096,
+            "template": template if template in TEMPLATES else "chatml",
+            **({"system": settings["system"]} if "system" in settings else {}),
+        },
+        "tiling": {
+            "tile_size": vision_preset.tile_size,
+            "max_tiles": int(config.get("max_dynamic_patch", 6)),
+            "tag_format": config.get("tag_format", "1d"),
+        },
+        "optimizer": {"max_lr": 0.0, "min_lr": 0.0, "warmup_steps": 0},
+        "training": {
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "train_steps": 1,
+            "seed": request.seed,
+            "precision": "bf16" if (request.dtype or _stored_dtype(config)) == torch.bfloat16 else "fp32",
+        },
+    }
+    request.out.mkdir(parents=True, exist_ok=True)
+    draft = request.out / ".config.yaml"
+    draft.write_text(yaml.safe_dump(run))
+    try:
+        return load_run(draft, request.overrides)
+    finally:
+        draft.unlink()
+
+
+def _processor_settings(folder: Path) -> dict[str, Any]:
+    """What a folder of ours says of prompts; nothing for others."""
+    path = folder / "processor_config.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if isinstance(found, dict) and isinstance(found.get("template"), dict) else {}
+
+
+def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    name = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _find_tokenizer(request: ImportRequest) -> Path | None:
+    if request.tokenizer is not None:
+        return request.tokenizer
+    places = [folder / "tokenizer.json" for folder in (request.whole, request.language) if folder is not None]
+    return next((path for path in places if path.is_file()), None)

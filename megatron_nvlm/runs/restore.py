@@ -1,0 +1,70 @@
+"""A trained run opened for questions: its configuration, pipeline and weights, under any tensor and pipeline layout."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nvlm.checkpoint import save_load
+from megatron_nvlm.config.load import load_run
+from megatron_nvlm.config.rules import check_files, check_run
+from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.data.prepare import SamplePipeline
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.parallel.device import use_device
+from megatron_nvlm.parallel.groups import start_groups, world_size_from_environment
+from megatron_nvlm.runs.components import make_identity, make_model, make_pipeline
+from megatron_nvlm.text.tokenizer import Tokenizer
+
+# Before the user's overrides: the depth in one stage, however it was trained.
+WHOLE_DEPTH = (
+    "parallelism.pipeline_model_parallel_size=1",
+    "parallelism.virtual_pipeline_model_parallel_size=1",
+    "parallelism.pipeline_layout=null",
+)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What answers questions."""
+
+    run: RunConfig
+    pipeline: SamplePipeline
+    model: NVLMModel
+    progress: save_load.Progress
+
+
+def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: Sequence[str] = ()) -> TrainedRun:
+    """Open the run of a folder at its newest checkpoint, or at a named one.
+
+    A checkpoint loads under any layout: pipeline stages of the training are joined, unless overrides ask for some.
+
+    Raises:
+        UserError: no run or checkpoint is there, or the layout does not fit.
+    """
+    config_file = run_dir / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{run_dir} is no run: it holds no config.yaml; name the run_dir of a training")
+    run = load_run(config_file, [*WHOLE_DEPTH, *overrides])
+    if run.parallelism.virtual_pipeline_model_parallel_size > 1:
+        raise UserError(
+            "parallelism.virtual_pipeline_model_parallel_size is for training; leave it out, "
+            "and set pipeline_model_parallel_size alone for stages that answer"
+        )
+    # The batch is of no interest here, and ranks may be fewer than in training.
+    world_size = world_size_from_environment()
+    training = dataclasses.replace(run.training, micro_batch_size=1, global_batch_size=world_size)
+    run = dataclasses.replace(run, training=training)
+    check_run(run, world_size)
+    check_files(run)
+    path = save_load.find_checkpoint(checkpoint or run_dir)
+    tokenizer = Tokenizer.load(run.data.tokenizer)
+    save_load.check_identity(path, make_identity(run.model, tokenizer))
+    device = use_device()
+    start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
+    model = make_model(
+        run.model, run.parallelism, run.training.precision, device.torch_device, run.training.seed
+    ).eval()
+    progress = save_load.load_model(path, model)
+    return TrainedRun(run, make_pipeline(run.data, run.tiling, run.model, tokenizer), model, progress)

@@ -1,0 +1,334 @@
+"""Weights in and out by the real commands: what goes in computes the same, and comes out as it was, bit for bit."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_nvlm.commands import convert_checkpoint
+from megatron_nvlm.commands import score as score_tool
+from megatron_nvlm.evaluation.score_cases import Case
+from megatron_nvlm.evaluation.score_model import open_scored, score_case
+from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
+from megatron_nvlm.parallel.device import Device
+from tests.support.folders import language_folder, vision_folder
+from tests.support.launch import environment
+
+ABSOLUTE, LOSS, RELATIVE = 5e-5, 1e-5, 1e-4
+
+
+def convert(*arguments: object) -> int:
+    """The command in this process; its status."""
+    with pytest.raises(SystemExit) as ended:
+        convert_checkpoint.main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def keep_groups(monkeypatch: pytest.MonkeyPatch, world_of_one: Device) -> None:
+    """Groups belong to the session here, and to the process when the command runs alone."""
+    monkeypatch.setattr(convert_checkpoint, "stop_groups", lambda: None)
+
+
+def run_score(*arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_nvlm.commands.score", *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_scores(folder: Path, found: dict[str, Tensor]) -> None:
+    inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
+    for case in ("case1", "case2", "case3"):
+        ids = inputs[f"{case}.input_ids"]
+        real = inputs.get(f"{case}.attention_mask", torch.ones_like(ids)).bool()
+        difference = (found[f"{case}.logits"] - outputs[f"{case}.logits"])[real].abs().max()
+        assert difference <= ABSOLUTE, case
+        assert (found[f"{case}.loss"] - outputs[f"{case}.loss"]).abs() <= LOSS
+    for name in ("vit_features", "pixel_shuffled", "mlp1_out"):
+        assert (found[f"case1.{name}"] - outputs[f"case1.{name}"]).abs().max() <= ABSOLUTE
+    gradients = load_file(folder / "grads_case1.safetensors")
+    gradients.pop("__input__.pixel_values")
+    for name, gradient in gradients.items():
+        gap = (found[f"case1.grad.{name}"] - gradient).norm()
+        assert gap <= RELATIVE * gradient.norm(), name
+
+
+@pytest.mark.distributed
+def test_the_release_goes_in_and_out(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores at four layouts, straight from the folder too; the exported folder is the original and scores the same."""
+    folder, run, out = reference / "nvlm_d_tiny", tmp_path / "run", tmp_path / "out"
+    assert convert("import", "--hf", folder, "--variant", "d", "--out", run) == 0
+    assert convert("inspect", run, folder) == 0
+    assert "1,375,424" in capsys.readouterr().out
+    assert convert("export", "--checkpoint", run, "--out", out, "--file-gigabytes", 0.001) == 0
+    assert convert("verify", out, folder) == convert("verify", run, folder) == 0
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 3
+    inputs = ("--inputs", folder / "inputs.safetensors", "--gradients")
+    for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        layout = ("--tensor-parallel", tensor, "--pipeline-parallel", pipeline)
+        run_score("--checkpoint", run, *inputs, *layout, "--out", tmp_path / "scores.safetensors")
+        check_scores(folder, load_file(tmp_path / "scores.safetensors"))
+    run_score("--hf", out, *inputs, "--tensor-parallel", 2, "--out", tmp_path / "scores.safetensors")
+    check_scores(folder, load_file(tmp_path / "scores.safetensors"))
+
+
+def test_used_padding_heads_are_refused(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dirty = tmp_path / "dirty"
+    shutil.copytree(reference / "nvlm_d_tiny", dirty)
+    dirty.chmod(0o755)
+    weights = load_file(dirty / "dirty_dummy_vit.safetensors")
+    for path in sorted(dirty.glob("model-*.safetensors")):
+        stored = load_file(path)
+        path.chmod(0o644)
+        save_file({name: weights.get(name, tensor) for name, tensor in stored.items()}, path)
+    for extra in ("dirty_dummy_vit", "inputs", "outputs", "eps_probe_outputs", "grads_case1"):
+        (dirty / f"{extra}.safetensors").unlink()
+    assert convert("import", "--hf", dirty, "--variant", "d", "--out", tmp_path / "run") == 2
+    assert "padding heads hold numbers other than zero" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@st.composite
+def language_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    groups = draw(st.sampled_from([1, 2, 3]))
+    heads = groups * draw(st.integers(1, 3))
+    return {
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_key_value_heads": groups,
+        "num_attention_heads": heads,
+        "hidden_size": heads * 2 * draw(st.integers(2, 4)),
+        "intermediate_size": draw(st.integers(5, 40)),
+        "vocab_size": draw(st.integers(20, 90)),
+    }
+
+
+def small_vision(folder: Path, is_6b: bool, heads: int = 2, layers: int = 1) -> Any:
+    sizes = {"hidden_size": 8 * heads, "intermediate_size": 20, "image_size": (28, 28), "patch_size": (14, 14)}
+    return vision_folder(folder, is_6b, num_attention_heads=heads, num_hidden_layers=layers, **sizes)
+
+
+@settings(max_examples=10)
+@given(language_sizes(), st.sampled_from(["qwen2", "llama"]), st.booleans(), st.integers(1, 3), st.integers(1, 2))
+def test_random_sizes_of_every_family(
+    sizes: dict[str, Any], family: str, is_6b: bool, vision_heads: int, vision_layers: int
+) -> None:
+    """Made by transformers: logits and encoder features are theirs, and every tensor comes out as it went in."""
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary)
+        language = language_folder(base / "language", family, **sizes)
+        vision = small_vision(base / "vision", is_6b, vision_heads, vision_layers)
+        parts = ("--language-model", base / "language", "--vision-model", base / "vision")
+        assert convert("import", *parts, "--variant", "d", "--out", base / "run") == 0
+        ids = torch.randint(0, sizes["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(1))
+        pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+        scored = open_scored(base / "run", None, 1, 1, "fp32")
+        found = score_case(scored, Case("text", {"input_ids": ids, "labels": ids}, None), gradients=False)
+        with torch.no_grad():
+            theirs = language(input_ids=ids, labels=ids)
+            features = vision(pixels).last_hidden_state[:, 1:]
+            ours = scored.model.encode_patches(pixels)
+        assert (found["logits"] - theirs.logits).abs().max() <= ABSOLUTE
+        assert abs(float(found["loss"]) - float(theirs.loss)) <= LOSS
+        assert (ours - features).abs().max() <= ABSOLUTE
+        assert convert("export", "--checkpoint", base / "run", "--out", base / "out") == 0
+        out = SafetensorsFolder(base / "out")
+        for prefix, part in (("language_model.", "language"), ("vision_model.", "vision")):
+            stored = SafetensorsFolder(base / part)
+            for name, info in stored.infos.items():
+                written = out.read(prefix + name)
+                if written.shape == info.shape:
+                    assert torch.equal(written, stored.read(name)), name
+                else:  # the release's folders have heads of zeros behind the real ones
+                    assert is_6b and "attn" in name
+            assert {name for name in out.infos if name.startswith(prefix)} == {prefix + name for name in stored.infos}
+
+
+@pytest.mark.distributed
+def test_a_vocabulary_that_ranks_do_not_divide(tmp_path: Path) -> None:
+    sizes = dict(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    language = language_folder(tmp_path / "language", "qwen2", vocab_size=43, **sizes)
+    small_vision(tmp_path / "vision", is_6b=True)
+    parts = ("--language-model", tmp_path / "language", "--vision-model", tmp_path / "vision")
+    assert (
+        convert("import", *parts, "--variant", "x", "--out", tmp_path / "run", "model.cross_attention.interval=2") == 0
+    )
+    ids = torch.arange(12)[None] * 3
+    save_file({"one.input_ids": ids, "one.labels": ids.clone()}, tmp_path / "in.safetensors")
+    out = tmp_path / "scores.safetensors"
+    run_score(
+        "--checkpoint", tmp_path / "run", "--inputs", tmp_path / "in.safetensors", "--out", out, "--tensor-parallel", 2
+    )
+    with torch.no_grad():
+        theirs = language(input_ids=ids, labels=ids)
+    found = load_file(out)
+    assert (found["one.logits"] - theirs.logits).abs().max() <= ABSOLUTE  # a new gate is closed: the language model's
+    assert abs(float(found["one.loss"]) - float(theirs.loss)) <= LOSS
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[object, ...]:
+    sizes = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    language_folder(tmp_path / "language", "qwen2", vocab_size=40, **sizes)
+    small_vision(tmp_path / "vision", is_6b=True)
+    return ("--language-model", tmp_path / "language", "--vision-model", tmp_path / "vision")
+
+
+def test_x_and_h_come_out_and_go_in_again(tmp_path: Path, parts: tuple[object, ...]) -> None:
+    for variant in "xh":
+        run, out, again = (tmp_path / f"{name}_{variant}" for name in ("run", "out", "again"))
+        interval = "model.cross_attention.interval=2"
+        assert convert("import", *parts, "--variant", variant, "--out", run, interval, "--dtype", "bf16") == 0
+        assert convert("export", "--checkpoint", run, "--out", out) == 0
+        assert convert("import", "--hf", out, "--variant", variant, "--out", again) == 0
+        assert convert("verify", run, again) == convert("verify", out, again) == 0
+        config = json.loads((out / "config.json").read_text())
+        assert config["cross_attention"]["layers"] == [1] and config["torch_dtype"] == "bfloat16"
+
+
+def test_verify_says_what_differs(
+    tmp_path: Path, parts: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tmp_path / "vision", tmp_path / "other")
+    stored = load_file(tmp_path / "vision" / "model.safetensors")
+    stored["encoder.layers.0.ls1"][3] += 0.5
+    del stored["encoder.layers.0.ls2"]
+    stored["encoder.layers.0.norm1.weight"] = stored["encoder.layers.0.norm1.weight"].bfloat16()
+    save_file(stored, tmp_path / "other" / "model.safetensors")
+    assert convert("verify", tmp_path / "vision", tmp_path / "other") == 1
+    printed = capsys.readouterr().out
+    assert "encoder.layers.0.ls1: 1 of 16 numbers differ, by 0.5 at most" in printed
+    assert "encoder.layers.0.ls2: only in the first" in printed
+    assert "encoder.layers.0.norm1.weight: float32 and bfloat16; " in printed
+    assert "3 of " in printed
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"drop": "model.layers.1.mlp.up_proj.weight"}, "lacks 1 tensors, model.layers.1.mlp.up_proj.weight"),
+        ({"add": "model.layers.0.self_attn.rotary"}, "1 tensors of .* belong to nothing"),
+        ({"config": {"tie_word_embeddings": True}}, "ties its embeddings"),
+        ({"config": {"vocab_size": 48}}, "tensors of other shapes, language_model.embedding"),
+        ({"config": {"num_hidden_layers": 3}}, "lacks 12 tensors"),
+        (
+            {
+                "shapes": {
+                    "model.layers.0.self_attn.q_proj.weight": (15, 16),
+                    "model.layers.1.mlp.up_proj.weight": (24, 9),
+                }
+            },
+            r"2 weights of impossible shapes: model.layers.0.self_attn.q_proj.weight \[15, 16\] and .* cannot make",
+        ),
+        (
+            {"shapes": {"model.layers.0.self_attn.o_proj.weight": (16, 8)}},
+            "tensors of other shapes, language_model.decoder",
+        ),
+        ({"config": {"architectures": ["GPT2LMHeadModel"]}}, "is of GPT2LMHeadModel, which is not supported"),
+        (
+            {"config": {"rope_parameters": {"rope_type": "yarn"}, "architectures": ["LlamaForCausalLM"]}},
+            "rotary .*yarn",
+        ),
+    ],
+)
+def test_another_model_is_refused(
+    tmp_path: Path,
+    parts: tuple[object, ...],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    sentence: str,
+) -> None:
+    """One sentence, the full list of findings, and nothing that looks like a checkpoint."""
+    import re
+
+    path, config = tmp_path / "language" / "model.safetensors", tmp_path / "language" / "config.json"
+    stored = load_file(path)
+    if "drop" in change:
+        del stored[change["drop"]]
+    if "add" in change:
+        stored[change["add"]] = torch.ones(2)
+    stored |= {name: torch.ones(shape) for name, shape in change.get("shapes", {}).items()}
+    save_file(stored, path, {"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change.get("config", {})}))
+    assert convert("import", *parts, "--variant", "d", "--out", tmp_path / "run") == 2
+    printed = capsys.readouterr().err
+    assert re.search(sentence, printed.splitlines()[-1]), printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run" / "config.yaml").exists() and not list((tmp_path / "run").glob("checkpoints/step*"))
+
+
+def test_what_is_asked_for_has_to_make_sense(
+    tmp_path: Path, parts: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert convert("import", *parts[:2], "--variant", "d", "--out", run) == 2
+    assert "both --language-model and --vision-model are needed" in capsys.readouterr().err
+    assert convert("import", "--hf", tmp_path / "nowhere", "--variant", "d", "--out", run) == 2
+    assert "no Hugging Face folder" in capsys.readouterr().err
+    assert convert("export", "--checkpoint", tmp_path / "nowhere", "--out", tmp_path / "out") == 2
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert convert("import", *parts, "--variant", "x", "--out", run, "model.cross_attention.interval=2") == 0
+    assert convert("import", *parts, "--variant", "x", "--out", run, "model.cross_attention.interval=2") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert convert("export", "--checkpoint", run, "--out", tmp_path / "x") == 0
+    capsys.readouterr()
+    assert convert("import", "--hf", tmp_path / "x", "--variant", "h", "--out", tmp_path / "h") == 2
+    assert "holds NVLM-X and model.variant is h" in capsys.readouterr().err
+    heads = "model.cross_attention.num_attention_heads=2"
+    assert convert("import", "--hf", tmp_path / "x", "--variant", "x", "--out", tmp_path / "h", heads) == 2
+    assert "has cross-attention in layers [1] with 4 heads, 2 groups and qk_norm False" in capsys.readouterr().err
+    (tmp_path / "language" / "model.safetensors").write_bytes(b"broken")
+    assert convert("import", *parts, "--variant", "d", "--out", tmp_path / "d") == 2
+    assert "is broken" in capsys.readouterr().err
+    assert score_tool.main(["--inputs", str(run), "--out", "x"]) == 2
+
+
+def test_killed_halfway_it_goes_on(tmp_path: Path) -> None:
+    """No folder that looks complete is left; the same command ends with the same bytes."""
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=4)
+    language_folder(tmp_path / "language", "qwen2", vocab_size=8192, num_hidden_layers=8, **sizes)
+    small_vision(tmp_path / "vision", is_6b=True)
+    parts = ["--language-model", str(tmp_path / "language"), "--vision-model", str(tmp_path / "vision")]
+
+    def interrupt(arguments: list[str], working: Path, pattern: str, final: Path) -> None:
+        command = [sys.executable, "-m", "megatron_nvlm.commands.convert_checkpoint", *arguments]
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(working.glob(pattern)):
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not final.exists() and working.exists()
+
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    arguments = ["import", *parts, "--variant", "d", "--out", str(run)]
+    interrupt(arguments, checkpoints / ".step_00000000.partial", "*.distcp", checkpoints / "step_00000000")
+    first = next((checkpoints / ".step_00000000.partial").glob("*.distcp"))
+    written = first.stat().st_mtime_ns
+    assert convert(*arguments) == 0
+    assert (checkpoints / "step_00000000" / first.name).stat().st_mtime_ns == written  # not made again
+    export = ["export", "--checkpoint", str(run), "--out", str(tmp_path / "out"), "--file-gigabytes", "0.05"]
+    interrupt(export, tmp_path / ".out.partial", "*.safetensors", tmp_path / "out")
+    assert convert(*export) == 0
+    assert convert("verify", run, tmp_path / "out") == 0
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".") or "conversion" in path.name]

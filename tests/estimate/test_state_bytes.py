@@ -1,0 +1,169 @@
+"""The dry run's weight, gradient and optimizer bytes are those that real ranks over gloo allocate."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_nvlm.estimate.ranks import build_ranks
+from megatron_nvlm.estimate.state_bytes import StateBytes, state_bytes
+from megatron_nvlm.models.build import build_chunks
+from megatron_nvlm.models.initialise import initialise, mark_splits
+from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.parallel.device import use_device
+from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
+from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
+from megatron_nvlm.training.step import wrap_model
+from megatron_nvlm.training.trainable import STAGES, freeze
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_config
+
+pytestmark = pytest.mark.distributed
+
+ALL_PARTS = ("vision_model", "vision_projection", "cross_attention", "language_model")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout with what is trained on it."""
+
+    ranks: int
+    partition: PartitionConfig
+    variant: str
+    trainable: tuple[str, ...]
+    dtype: torch.dtype
+
+
+CASES = {
+    "one rank": Case(1, PartitionConfig(), "h", ALL_PARTS, torch.float32),
+    "TP=2 with SP": Case(
+        2, PartitionConfig(tensor_model_parallel_size=2, sequence_parallel=True), "x", STAGES["sft"], torch.bfloat16
+    ),
+    "PP=2": Case(2, PartitionConfig(pipeline_model_parallel_size=2), "d", STAGES["sft"], torch.bfloat16),
+    "PP=2, encoder trains, plain optimizer": Case(
+        2,
+        PartitionConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=False),
+        "h",
+        ALL_PARTS,
+        torch.bfloat16,
+    ),
+    "DP=2": Case(2, PartitionConfig(), "x", STAGES["pretrain"], torch.bfloat16),
+    "DP=2 x TP=2": Case(4, PartitionConfig(tensor_model_parallel_size=2), "h", STAGES["sft"], torch.bfloat16),
+    "PP=2, replicated encoder that trains": Case(
+        2,
+        PartitionConfig(pipeline_model_parallel_size=2, vision_placement="replicated"),
+        "h",
+        ALL_PARTS,
+        torch.float32,
+    ),
+    "TP=2, tensor-parallel encoder": Case(
+        2,
+        PartitionConfig(tensor_model_parallel_size=2, vision_placement="tensor_parallel"),
+        "x",
+        ALL_PARTS,
+        torch.bfloat16,
+    ),
+    "PP=2 with two chunks": Case(
+        2,
+        PartitionConfig(
+            pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, payload_vision_tokens=64
+        ),
+        "d",
+        STAGES["sft"],
+        torch.float32,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one real rank holds after a step."""
+
+    place: tuple[int, int, int]
+    state: StateBytes
+
+
+def measure(case: Case) -> Measured:
+    """Make one update (Adam makes its state then) and add up the storages; runs on every rank."""
+    device = use_device()
+    start_groups(case.partition, device, seed=1)
+    model = build_chunks(
+        tiny_config(case.variant),
+        case.partition,
+        get_groups(),
+        get_single_rank_groups(),
+        case.dtype,
+        device.torch_device,
+    )
+    mark_splits(model)
+    initialise(model, seed=1)
+    freeze(model, case.trainable)
+    wrapped = wrap_model(model, case.partition.use_distributed_optimizer)
+    settings = OptimizerConfig(max_lr=1e-3, min_lr=1e-4, warmup_steps=1)
+    optimizer, _ = build_optimizer(settings, wrapped, 10, case.dtype, case.partition.use_distributed_optimizer)
+    optimizer.step()
+    weights = _storage_bytes([parameter.data for parameter in model.parameters()])
+    gradients = _storage_bytes([parameter.main_grad for parameter in model.parameters() if parameter.requires_grad])
+    state = [tensor for inner in _inner_optimizers(optimizer) for tensor in _state_tensors(inner)]
+    weight_storages = {parameter.data.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = [tensor for tensor in state if tensor.untyped_storage().data_ptr() not in weight_storages]
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    parallel_state.destroy_model_parallel()
+    return Measured(place, StateBytes(weights, gradients, _storage_bytes(kept)))
+
+
+def measure_all(cases: list[Case]) -> list[Measured]:
+    return [measure(case) for case in cases]
+
+
+def _inner_optimizers(optimizer):  # type: ignore[no-untyped-def]
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [one.optimizer for one in chained if one.optimizer is not None]
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Moments, steps, and what the optimizer updates (float32 copies, or the weights themselves)."""
+    updated = [parameter.data for group in optimizer.param_groups for parameter in group["params"]]
+    return updated + [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
+def _storage_bytes(tensors: list[torch.Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def predict(case: Case) -> dict[tuple[int, int, int], StateBytes]:
+    """By (stage, tensor-parallel rank, data-parallel rank); runs in a process that is in no group."""
+    ranks = build_ranks(tiny_config(case.variant), case.partition, case.ranks, case.dtype, case.trainable)
+    replicas = case.partition.data_parallel_size(case.ranks)
+    distributed = case.partition.use_distributed_optimizer
+    return {
+        (rank.stage, rank.tensor_rank, replica): state_bytes(rank, case.dtype, replica, replicas, distributed)
+        for rank in ranks
+        for replica in range(replicas)
+    }
+
+
+def predict_all() -> dict[str, dict[tuple[int, int, int], StateBytes]]:
+    return {name: predict(case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def predictions() -> dict[str, dict[tuple[int, int, int], StateBytes]]:
+    return run_ranks(1, predict_all)[0]
+
+
+@pytest.mark.parametrize("ranks", sorted({case.ranks for case in CASES.values()}))
+def test_bytes_are_those_of_real_ranks(
+    ranks: int, predictions: dict[str, dict[tuple[int, int, int], StateBytes]]
+) -> None:
+    names = [name for name, case in CASES.items() if case.ranks == ranks]
+    by_rank = run_ranks(ranks, measure_all, [CASES[name] for name in names])
+    for number, name in enumerate(names):
+        measured = {results[number].place: results[number].state for results in by_rank}
+        assert measured == predictions[name], name

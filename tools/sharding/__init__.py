@@ -1,1 +1,0 @@
-"""The parts of tools/build_shards.py and tools/lint_shards.py."""
