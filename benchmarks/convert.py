@@ -30,14 +30,14 @@ from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.build import ModelConfig, find_parts
+from megatron_nvlm.models.build import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS
 
 
 def make_folder(folder: Path, layers: int, vision_layers: int) -> None:
     """A folder of NVLM-D 72B with fewer layers; numbers from a block of random ones, so that making it takes no time."""
-    parts = find_parts(ModelConfig("d", "qwen2_72b", "internvit_6b"))
+    parts = resolve_model(ModelConfig("d", "qwen2_72b", "internvit_6b"))
     language = replace(LANGUAGE_PRESETS["qwen2_72b"], num_layers=layers)
     vision = replace(VISION_PRESETS["internvit_6b"], num_layers=vision_layers)
     config = describe_folder(

@@ -22,7 +22,7 @@ from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progr
 from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, LanguagePreset
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.runs.components import make_chunks
@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", help="where to write; a temporary folder by default")
     options = parser.parse_args()
-    device, partition = use_device(), PartitionConfig()
-    start_groups(partition, device, seed=1)
+    device, parallelism = use_device(), ParallelismConfig()
+    start_groups(parallelism, device, seed=1)
     keep_checkpoint_process()
     LANGUAGE_PRESETS["benchmark"] = SIZES
-    chunks = make_chunks(ModelConfig("d", "benchmark", "tiny"), partition, "fp32", device.torch_device, seed=1)
+    chunks = make_chunks(ModelConfig("d", "benchmark", "tiny"), parallelism, "fp32", device.torch_device, seed=1)
     models = wrap_model(chunks, use_distributed_optimizer=True)
     settings = OptimizerConfig(max_lr=1e-4, min_lr=1e-4, warmup_steps=0)
     optimizer, scheduler = build_optimizer(settings, models, 10, torch.float32, use_distributed_optimizer=True)

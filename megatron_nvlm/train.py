@@ -48,7 +48,7 @@ def run_training(run: RunConfig) -> None:
     trainer = setup.make_trainer(
         run.model,
         run.parallelism,
-        run.stage,
+        run.recipe,
         run.optimizer,
         run.training,
         run.data,

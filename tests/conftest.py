@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 
@@ -24,7 +24,7 @@ def world_of_one() -> Device:
     """Process groups of this process alone."""
     torch.set_num_threads(1)
     device = use_device()
-    start_groups(PartitionConfig(), device, seed=1)
+    start_groups(ParallelismConfig(), device, seed=1)
     return device
 
 

@@ -86,7 +86,7 @@ class ModelThread:
             sample = self.trained.pipeline.prepare(raw, open_answer=True)
             text = answer(self.trained, [sample], max_new_tokens, sampling)[0]
             seconds = round(time.monotonic() - began, 2)
-            return {"answer": text, "tiles": sample.rows.num_tiles, "seconds": seconds}
+            return {"answer": text, "tiles": sample.sequence.num_tiles, "seconds": seconds}
 
         return self._do(work)
 

@@ -15,16 +15,16 @@ from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.estimate.dry_run import Plan, dry_run
+from megatron_nvlm.estimate.dry_run import DryRunInput, dry_run
 from megatron_nvlm.estimate.report import render, to_plain
 from megatron_nvlm.estimate.sample import SampleShape
 from megatron_nvlm.estimate.step_time import Hardware
 from megatron_nvlm.estimate.suggest import render_suggestions, suggest
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import DTYPES
 from megatron_nvlm.runs.entry import user_errors_end_the_process
-from megatron_nvlm.runs.trainer import payload_rows
+from megatron_nvlm.runs.trainer import payload_tokens
 
 HARDWARE_OPTIONS = {
     "memory_gib": "--gpu-memory-gib",
@@ -39,18 +39,18 @@ TAG_TOKENS = 5
 """The release's scripts give each tile 5 rows beside its 256."""
 
 
-def make_plan(run: RunConfig, world_size: int, sample: SampleShape) -> Plan:
+def make_plan(run: RunConfig, world_size: int, sample: SampleShape) -> DryRunInput:
     """The run, for the dry run."""
-    return Plan(
+    return DryRunInput(
         model=replace(run.model, backend="local"),
-        partition=run.parallelism,
+        parallelism=run.parallelism,
         world_size=world_size,
         dtype=DTYPES[run.training.precision],
-        trainable=run.stage.trainable_parts(),
+        trainable=run.recipe.trainable_components(),
         micro_batch_size=run.training.micro_batch_size,
         global_batch_size=run.training.global_batch_size,
         sample=sample,
-        payload_rows=payload_rows(run.parallelism, run.training.micro_batch_size, run.data.sequence_length),
+        payload_tokens=payload_tokens(run.parallelism, run.training.micro_batch_size, run.data.sequence_length),
     )
 
 
@@ -60,7 +60,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, required=True, help="ranks (GPUs)")
     parser.add_argument("--suggest", action="store_true", help="list the layouts that fit, fastest first")
     parser.add_argument("--json", action="store_true", help="print numbers as one JSON object")
-    parser.add_argument("--sample-rows", type=int, help="decoder rows of a sample (data.sequence_length)")
+    parser.add_argument(
+        "--sample-tokens", "--sample-rows", type=int, help="decoder tokens of a sample (data.sequence_length)"
+    )
     parser.add_argument("--tiles", type=int, help="tiles of its image, thumbnail not counted (tiling.max_tiles)")
     parser.add_argument("--tag-tokens", type=int, default=TAG_TOKENS, help="tokens of a tile's tag (%(default)s)")
     parser.add_argument("--measured", type=float, help="samples/s of a real run: print what utilisation they amount to")
@@ -92,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = load_run(options.config, options.overrides)
     hardware = Hardware(**{field.name: getattr(options, field.name) for field in fields(Hardware)})
     sample = SampleShape(
-        rows=options.sample_rows or run.data.sequence_length,
+        num_tokens=options.sample_tokens or run.data.sequence_length,
         regular_tiles=run.tiling.max_tiles if options.tiles is None else options.tiles,
         tag_tokens=0 if run.tiling.tag_format == "none" else options.tag_tokens,
     )
@@ -110,8 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _suggest(run: RunConfig, options: argparse.Namespace, sample: SampleShape, hardware: Hardware) -> None:
-    def plan_of(model: ModelConfig, partition: PartitionConfig) -> Plan:
-        other = replace(run, model=model, parallelism=partition)
+    def plan_of(model: ModelConfig, parallelism: ParallelismConfig) -> DryRunInput:
+        other = replace(run, model=model, parallelism=parallelism)
         check_run(other, options.world_size)
         return make_plan(other, options.world_size, sample)
 

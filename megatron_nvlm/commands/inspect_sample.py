@@ -34,22 +34,22 @@ def make_panels(raw: RawSample, pipeline: SamplePipeline, stages: Sequence[str],
     shared = [draw.draw_stored(raw)] if first and "stored" in stages else []
     prepared = pipeline.prepare(raw)
     if first and "tiles" in stages:
-        grids = find_grids(raw, pipeline.tiling, prepared.rows.num_tiles)
+        grids = find_grids(raw, pipeline.tiling, prepared.sequence.num_tiles)
         tags = [tile_tags(grid, pipeline.tiling.tag_format, pipeline.tiling.thumbnail_tag) for grid in grids]
         shared.append(draw.draw_tiles(prepared.tiles, tags, grids))
-    name, rows = f"NVLM-{pipeline.variant.name.upper()}", prepared.rows
+    name, rows = f"NVLM-{pipeline.variant.name.upper()}", prepared.sequence
     panels = []
     if "rows" in stages:
         used = [
             one for one in ("given", "learned", "vision") if one != "vision" or (rows.decoder_vision_index >= 0).any()
         ]
-        cells = draw.row_cells(prepared, pipeline.tokenizer, pipeline.tokens_per_tile)
+        cells = draw.token_cells(prepared, pipeline.tokenizer, pipeline.tokens_per_tile)
         targets = int(rows.loss_mask.sum())
-        panels.append(draw.draw_cells(f"{name}: {len(rows.tokens)} decoder rows, {targets} learned", cells, used))
+        panels.append(draw.draw_cells(f"{name}: {len(rows.tokens)} decoder tokens, {targets} learned", cells, used))
         if len(rows.context_tokens):
             cells = draw.context_cells(prepared, pipeline.tokenizer, pipeline.tokens_per_tile)
             used = ["vision", "tag"] if pipeline.variant.tags_in_context else ["vision"]
-            panels.append(draw.draw_cells(f"{name}: {len(rows.context_tokens)} context rows", cells, used))
+            panels.append(draw.draw_cells(f"{name}: {len(rows.context_tokens)} context tokens", cells, used))
     if "intervals" in stages:
         panel = draw.draw_intervals(prepared, pipeline.tokens_per_tile)
         panels.append(draw.Panel(f"{name}: {panel.title}", panel.image))
@@ -86,10 +86,10 @@ def make_pipelines(options: argparse.Namespace) -> list[SamplePipeline]:
     """One for each variant that was asked for."""
     if options.config is not None:
         from megatron_nvlm.config.load import load_run  # imports the model; seconds
-        from megatron_nvlm.models.build import find_parts
+        from megatron_nvlm.models.build import resolve_model
 
         run = load_run(options.config, options.overrides)
-        parts = find_parts(run.model)
+        parts = resolve_model(run.model)
         variants = options.variant or [run.model.variant]
         tiling, length, per_tile = run.tiling, run.data.sequence_length, parts.vision.tokens_per_tile
         tokenizer, template, system = Tokenizer.load(run.data.tokenizer), run.data.template, run.data.system
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--tile-size", type=int, default=448, help="default 448")
     add("--max-tiles", type=int, default=6, help="default 6")
     add("--tag-format", choices=TAG_FORMATS, default="1d", help="default 1d")
-    add("--sequence-length", type=int, default=3200, help="most decoder rows (default 3200)")
+    add("--sequence-length", type=int, default=3200, help="most decoder tokens (default 3200)")
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="default chatml")
     add("--system", default=DEFAULT_SYSTEM, help=f"or none (default {DEFAULT_SYSTEM!r})")
     options = parser.parse_args(arguments)

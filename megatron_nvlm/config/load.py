@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import logging
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+RENAMED_SECTIONS = {"stage": "recipe"}
+"""Names of sections in run files of earlier versions, and today's."""
 RUN_FILE_FOLDERS = (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs")
 """Where run files are found by name: configs/ of a checkout, and the copy that an installed package carries."""
 
@@ -31,7 +37,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_run_file(path)
     try:
         config = OmegaConf.load(path)
-        for override in overrides:
+        for override in _rename_old_sections(config, overrides, str(path)):
             _apply(config, override)
         plain = OmegaConf.to_container(config, resolve=True)
     except UserError:
@@ -49,6 +55,34 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: {where} has a value of the wrong type ({str(error).splitlines()[0]})") from error
     assert isinstance(run, RunConfig)
     return run
+
+
+def _rename_old_sections(config: Any, overrides: Sequence[str], where: str) -> list[str]:
+    """Give sections of earlier versions today's names, in the file and in the overrides; one warning names them.
+
+    Returns:
+        The overrides by today's names.
+    """
+    found = set()
+    for old, new in RENAMED_SECTIONS.items():
+        if OmegaConf.is_dict(config) and old in config:
+            if new in config:
+                raise UserError(f"{where} has both {old} and {new}; {new} is the new name of {old}, so remove {old}")
+            config[new] = config.pop(old)
+            found.add(old)
+    renamed = []
+    for override in overrides:
+        section, dot, rest = override.partition(".")
+        if dot and section in RENAMED_SECTIONS:
+            found.add(section)
+            override = f"{RENAMED_SECTIONS[section]}.{rest}"
+        renamed.append(override)
+    if found and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(f"{old} is now {RENAMED_SECTIONS[old]}" for old in sorted(found))
+        logger.warning(
+            "%s: section names have changed (%s); the next version no longer reads the old names", where, names
+        )
+    return renamed
 
 
 def find_run_file(name: str | Path) -> Path:

@@ -9,7 +9,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.image.tiling import candidate_grids
 from megatron_nvlm.models.backends import BACKENDS
-from megatron_nvlm.models.build import check_model, find_parts
+from megatron_nvlm.models.build import check_model, resolve_model
 from megatron_nvlm.parallel.device import DTYPES
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.training.optimizer import check_optimizer
@@ -24,7 +24,7 @@ def model_can_be_built(run: RunConfig, world_size: int) -> None:
 
 def tiles_fit_the_encoder(run: RunConfig, world_size: int) -> None:
     """Tiles have the size that the vision model's positions are made for."""
-    size = find_parts(run.model).vision.tile_size
+    size = resolve_model(run.model).vision.tile_size
     if run.tiling.tile_size != size:
         raise UserError(
             f"tiling.tile_size is {run.tiling.tile_size} and {run.model.vision} encodes tiles of {size}; "
@@ -59,7 +59,7 @@ def virtual_stages_are_possible(run: RunConfig, world_size: int) -> None:
             f"{split.pipeline_model_parallel_size} pipeline stages, and a step has {micro_batches} (global_batch_size / "
             "micro_batch_size / data-parallel ranks); change training.global_batch_size"
         )
-    if find_parts(run.model).variant.needs_cross_attention and not split.payload_vision_tokens:
+    if resolve_model(run.model).variant.needs_cross_attention and not split.payload_vision_tokens:
         raise UserError(
             f"parallelism.payload_vision_tokens is 0 and NVLM-{run.model.variant.upper()} sends vision tokens between "
             "virtual pipeline stages; set it to the most that a micro-batch has in its context"
@@ -77,7 +77,7 @@ def samples_fit_the_decoder(run: RunConfig, world_size: int) -> None:
 
 def names_are_known(run: RunConfig, world_size: int) -> None:
     """Stage, precision and template exist."""
-    run.stage.trainable_parts()
+    run.recipe.trainable_components()
     if run.training.precision not in DTYPES:
         raise UserError(f"training.precision is {run.training.precision!r}; choose one of {', '.join(DTYPES)}")
     if run.checkpoint.verify not in VERIFY_CHOICES:
@@ -107,11 +107,11 @@ def counts_are_positive(run: RunConfig, world_size: int) -> None:
             raise UserError(f"{name} is {count}; it must be at least 1")
 
 
-def packed_rows_are_micro_batches(run: RunConfig, world_size: int) -> None:
+def packs_are_micro_batches(run: RunConfig, world_size: int) -> None:
     """With packing, a micro-batch is one row."""
     if run.data.packing.enabled and run.training.micro_batch_size != 1:
         raise UserError(
-            f"with data.packing.enabled a micro-batch is one packed row; set training.micro_batch_size=1, not "
+            f"with data.packing.enabled a micro-batch is one pack; set training.micro_batch_size=1, not "
             f"{run.training.micro_batch_size}, and let training.global_batch_size count rows"
         )
 
@@ -166,7 +166,9 @@ NOT_PROVEN: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ),
     (
         "a language model with tied embeddings in a pipeline",
-        lambda run: run.parallelism.pipeline_model_parallel_size > 1 and find_parts(run.model).language.tied_embeddings,
+        lambda run: (
+            run.parallelism.pipeline_model_parallel_size > 1 and resolve_model(run.model).language.tied_embeddings
+        ),
         "no preset has them, so their gradient over first and last stage is compared with nothing; "
         "set parallelism.pipeline_model_parallel_size=1",
     ),
@@ -189,7 +191,7 @@ RULES: tuple[Callable[[RunConfig, int], None], ...] = (
     samples_fit_the_decoder,
     names_are_known,
     counts_are_positive,
-    packed_rows_are_micro_batches,
+    packs_are_micro_batches,
     shares_are_possible,
     weights_come_from_one_place,
     schedule_is_possible,

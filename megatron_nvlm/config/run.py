@@ -6,11 +6,11 @@ from megatron_nvlm.checkpoint.save_load import CheckpointConfig
 from megatron_nvlm.data.loading.loader import DataConfig
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.training.loop import TrainingConfig
 from megatron_nvlm.training.metrics import LoggingConfig
 from megatron_nvlm.training.optimizer import OptimizerConfig
-from megatron_nvlm.training.trainable import StageConfig
+from megatron_nvlm.training.trainable import RecipeConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     training: TrainingConfig
     tiling: TilingConfig = field(default_factory=TilingConfig)
-    stage: StageConfig = field(default_factory=StageConfig)
-    parallelism: PartitionConfig = field(default_factory=PartitionConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

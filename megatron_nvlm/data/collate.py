@@ -13,7 +13,7 @@ from megatron_nvlm.sequence.micro_batch import MicroBatch, pack
 def build_micro_batch(
     samples: Sequence[PreparedSample],
     pipeline: SamplePipeline,
-    row_multiple: int = 1,
+    token_multiple: int = 1,
     with_pixels: bool = True,
     pin_memory: bool = False,
     keep_tiles: bool = True,
@@ -34,11 +34,11 @@ def build_micro_batch(
         if number:
             np.concatenate([sample.tiles for sample in samples], out=tiles.numpy())
     micro_batch = pack(
-        [sample.rows for sample in samples] or [_NO_SAMPLE],
+        [sample.sequence for sample in samples] or [_NO_SAMPLE],
         tiles,
         [sample.key for sample in samples],
         pipeline.tokens_per_tile,
-        row_multiple,
+        token_multiple,
         pipeline.variant.needs_cross_attention,
         first_tile,
     )

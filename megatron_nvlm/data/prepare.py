@@ -1,4 +1,4 @@
-"""One function per arrow: a stored sample -> pictures -> rows. `SamplePipeline` is all of them, with its settings."""
+"""One function per arrow: a stored sample -> pictures -> sequence. `SamplePipeline` is all of them, with its settings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class PreparedSample:
     """What a micro-batch takes from one sample."""
 
     key: str
-    rows: AssembledSample
+    sequence: AssembledSample
     tiles: np.ndarray
     """uint8 [tiles, 3, S, S]: all of the sample's, or the part that was asked for."""
     source: str
@@ -61,7 +61,7 @@ class _StoredImage:
 
 @dataclass(frozen=True)
 class SamplePipeline:
-    """Settings of the arrows. Building the same sample twice gives the same rows and pixels."""
+    """Settings of the arrows. Building the same sample twice gives the same sequence and pixels."""
 
     tokenizer: Tokenizer
     tiling: TilingConfig
@@ -101,12 +101,12 @@ class SamplePipeline:
         ]
         for limit in tile_limits(self.tiling.max_tiles):
             grids = [self._step("image", self._choose_grid, image, limit) for image in stored]
-            rows = self._step("conversation", self._assemble, turns, grids, open_answer)
-            if len(rows.tokens) <= self.sequence_length:
-                tiles = self._decode(raw, stored, grids, part or (0, rows.num_tiles), allocate)
-                return PreparedSample(raw.key, rows, tiles, str(raw.record.get("source", "unknown")))
+            sequence = self._step("conversation", self._assemble, turns, grids, open_answer)
+            if len(sequence.tokens) <= self.sequence_length:
+                tiles = self._decode(raw, stored, grids, part or (0, sequence.num_tiles), allocate)
+                return PreparedSample(raw.key, sequence, tiles, str(raw.record.get("source", "unknown")))
         raise BadSample(
-            "too_long", f"it has {len(rows.tokens)} rows, over data.sequence_length of {self.sequence_length}"
+            "too_long", f"it has {len(sequence.tokens)} tokens, over data.sequence_length of {self.sequence_length}"
         )
 
     @staticmethod
@@ -189,7 +189,7 @@ class SamplePipeline:
 
     def _assemble(self, turns: list[Turn], grids: list[Grid], open_answer: bool) -> AssembledSample:
         images = [
-            _rows_of_image(grid, self.tiling, self.variant, self.tokenizer, self.template, self.tokens_per_tile)
+            _lay_out_grid(grid, self.tiling, self.variant, self.tokenizer, self.template, self.tokens_per_tile)
             for grid in grids
         ]
         first_tags = [first_tag for first_tag, _ in images]
@@ -200,7 +200,7 @@ class SamplePipeline:
 
 
 @lru_cache(maxsize=1024)
-def _rows_of_image(
+def _lay_out_grid(
     grid: Grid, tiling: TilingConfig, variant: Variant, tokenizer: Tokenizer, template: str, tokens_per_tile: int
 ) -> tuple[str, ImageLayout]:
     """(first tag in the decoder, layout) of an image on this grid; the same for every such image."""

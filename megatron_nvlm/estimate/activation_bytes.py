@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_nvlm.estimate.flops import ModelSizes, Work
-from megatron_nvlm.models.padding import pad_heads
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.padding import pad_evenly
+from megatron_nvlm.models.parallelism import ParallelismConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ActivationModel:
     """
 
     sizes: ModelSizes
-    partition: PartitionConfig
+    parallelism: ParallelismConfig
     dtype: torch.dtype
     trainable: Collection[str]
     backend: str
@@ -57,17 +57,17 @@ class ActivationModel:
 
     @property
     def _tensor(self) -> int:
-        return self.partition.tensor_model_parallel_size
+        return self.parallelism.tensor_model_parallel_size
 
     @property
     def _shard(self) -> int:
         """Ranks over which rows outside attention and MLP are spread."""
-        return self._tensor if self.partition.sequence_parallel else 1
+        return self._tensor if self.parallelism.sequence_parallel else 1
 
     def chunk(self, chunk: ChunkSizes, work: Work) -> ActivationBytes:
         """A chunk's activations for a micro-batch of that work."""
         language = self.sizes.language
-        residual = work.rows * language.hidden_size * self.dtype.itemsize // self._shard
+        residual = work.num_tokens * language.hidden_size * self.dtype.itemsize // self._shard
         layer, cross = self._layer(work), self._cross_attention(work)
         working = 0
         if self.sizes.recompute == "full":
@@ -76,7 +76,7 @@ class ActivationModel:
         else:
             kept = chunk.layers * layer + chunk.cross_attention_layers * cross
         if self.sizes.variant.needs_cross_attention:
-            kept += work.context_rows * language.hidden_size * self.dtype.itemsize // self._shard
+            kept += work.num_context_tokens * language.hidden_size * self.dtype.itemsize // self._shard
         if chunk.has_encoder:
             kept += 0 if self._ahead else self._encoder(self._tiles_of_a_rank(work))
             working = max(working, self._encoder_working(work))
@@ -85,8 +85,8 @@ class ActivationModel:
             if self._ahead:  # a round's tiles of all ranks come together here, and then wait in the host's memory
                 working = max(working, self._features(self._tiles_at_once(work) * self._ranks))
         if chunk.has_output:
-            kept += self._norm(work.rows * language.hidden_size, self._shard, self._trains("language_model"))
-            columns = work.rows * (language.vocab_size // self._tensor)
+            kept += self._norm(work.num_tokens * language.hidden_size, self._shard, self._trains("language_model"))
+            columns = work.num_tokens * (language.vocab_size // self._tensor)
             kept += 4 * columns  # softmax in float32
             working = max(working, (self.dtype.itemsize + 8) * columns)
         return ActivationBytes(kept, working)
@@ -94,7 +94,7 @@ class ActivationModel:
     @property
     def _ahead(self) -> bool:
         """Whether tiles are encoded before the pipeline starts."""
-        return self.partition.vision_placement == "replicated"
+        return self.parallelism.vision_placement == "replicated"
 
     def _trains(self, part: str) -> bool:
         return part in self.trainable
@@ -115,8 +115,8 @@ class ActivationModel:
         if self.backend == "local":
             attention += language.hidden_size + keys  # queries and keys before rotation stand beside the values
         mlp = (4 + trains) * language.ffn_hidden_size  # both halves, activated, gated; and the second layer's input
-        split = work.rows * size * (attention + mlp) // self._tensor
-        return 2 * self._norm(work.rows * language.hidden_size, self._shard, trains) + split
+        split = work.num_tokens * size * (attention + mlp) // self._tensor
+        return 2 * self._norm(work.num_tokens * language.hidden_size, self._shard, trains) + split
 
     def _cross_attention(self, work: Work) -> int:
         language, cross, size = self.sizes.language, self.sizes.cross_attention, self.dtype.itemsize
@@ -124,8 +124,8 @@ class ActivationModel:
         head = language.hidden_size // language.num_attention_heads
         queries = (cross.num_attention_heads or language.num_attention_heads) * head
         keys = (cross.num_query_groups or language.num_query_groups) * head
-        split = size * (work.rows * 2 * queries + work.context_rows * 2 * keys) // self._tensor
-        rows = work.rows * language.hidden_size
+        split = size * (work.num_tokens * 2 * queries + work.num_context_tokens * 2 * keys) // self._tensor
+        rows = work.num_tokens * language.hidden_size
         gated = size * rows * trains // self._shard  # what the gate multiplies
         return self._norm(rows, self._shard, trains) + split + gated
 
@@ -149,16 +149,16 @@ class ActivationModel:
         return work.tiles if self._split_encoder else -(-work.tiles // self._tensor)
 
     def _tiles_at_once(self, work: Work) -> int:
-        return min(self._tiles_of_a_rank(work), self.partition.vision_tiles_at_once)
+        return min(self._tiles_of_a_rank(work), self.parallelism.vision_tiles_at_once)
 
     @property
     def _ranks(self) -> int:
         """Of a model replica."""
-        return self._tensor * self.partition.pipeline_model_parallel_size
+        return self._tensor * self.parallelism.pipeline_model_parallel_size
 
     @property
     def _split_encoder(self) -> bool:
-        return self.partition.vision_placement == "tensor_parallel"
+        return self.parallelism.vision_placement == "tensor_parallel"
 
     def _encoder(self, tiles: int) -> int:
         """Of so many tiles; nothing for a frozen encoder."""
@@ -168,7 +168,7 @@ class ActivationModel:
         ranks = self._tensor if self._split_encoder else 1
         rows = tiles * (vision.patches_per_tile + 1)
         width = rows * vision.hidden_size
-        heads = pad_heads(vision.num_attention_heads, ranks).padded * width // vision.num_attention_heads // ranks
+        heads = pad_evenly(vision.num_attention_heads, ranks).padded * width // vision.num_attention_heads // ranks
         norms = 2 * self._norm(width, 1, True) + 2 * vision.qk_norm * self._norm(heads, 1, True)
         # Both scaled branches; queries, keys, values, output of attention; before and behind the activation.
         others = size * (2 * width + 4 * heads + rows * 2 * vision.ffn_hidden_size // ranks)

@@ -13,32 +13,32 @@ from megatron_nvlm.estimate.ranks import BuiltRank, build_rank, build_ranks, bui
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.state_bytes import StateBytes, largest_state_bytes
 from megatron_nvlm.estimate.step_time import Hardware, StepTime, bubble_fraction, predict_step
-from megatron_nvlm.models.build import ModelConfig, find_parts
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.parallelism import ParallelismConfig
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
+class DryRunInput:
     """What a dry run needs to know of a run."""
 
     model: ModelConfig
     """Its backend is replaced by local, which has the same parameters."""
-    partition: PartitionConfig
+    parallelism: ParallelismConfig
     world_size: int
     dtype: torch.dtype
     trainable: tuple[str, ...]
     micro_batch_size: int
     global_batch_size: int
     sample: SampleShape
-    payload_rows: int = 0
+    payload_tokens: int = 0
     """Rows of each message between virtual stages; 0 where a message is as long as its micro-batch."""
 
     @property
     def replicas(self) -> int:
         """Data-parallel size."""
-        return self.partition.data_parallel_size(self.world_size)
+        return self.parallelism.data_parallel_size(self.world_size)
 
     @property
     def micro_batches(self) -> int:
@@ -48,14 +48,14 @@ class Plan:
     @property
     def sizes(self) -> ModelSizes:
         """For counting."""
-        parts = find_parts(self.model)
+        parts = resolve_model(self.model)
         return ModelSizes(
             parts.variant,
             parts.language,
             parts.vision,
             self.model.cross_attention,
             self.model.recompute,
-            encodes_twice=self.partition.vision_placement == "replicated",
+            encodes_twice=self.parallelism.vision_placement == "replicated",
         )
 
 
@@ -87,7 +87,7 @@ class StageReport:
 class DryRun:
     """The result."""
 
-    plan: Plan
+    plan: DryRunInput
     backend: str
     """The backend whose activations are estimated."""
     stages: tuple[StageReport, ...]
@@ -105,10 +105,10 @@ class DryRun:
     @property
     def bubble(self) -> float:
         """Share of a step."""
-        partition = self.plan.partition
+        parallelism = self.plan.parallelism
         return bubble_fraction(
-            partition.pipeline_model_parallel_size,
-            partition.virtual_pipeline_model_parallel_size,
+            parallelism.pipeline_model_parallel_size,
+            parallelism.virtual_pipeline_model_parallel_size,
             self.plan.micro_batches,
         )
 
@@ -146,33 +146,38 @@ class DryRun:
         return hardware.memory_gib - hardware.reserve_gib - fullest / GIB
 
 
-def dry_run(plan: Plan, hardware: Hardware, backend: str, whole: BuiltRank | None = None) -> DryRun:
+def dry_run(plan: DryRunInput, hardware: Hardware, backend: str, whole: BuiltRank | None = None) -> DryRun:
     """Build and count.
 
     Args:
         whole: the whole model, if it has been built already.
     """
-    ranks = build_ranks(plan.model, plan.partition, plan.world_size, plan.dtype, plan.trainable)
+    ranks = build_ranks(plan.model, plan.parallelism, plan.world_size, plan.dtype, plan.trainable)
     whole = whole or build_whole(plan.model, plan.dtype, plan.trainable)
     return _count(plan, hardware, backend, ranks, check_ownership(whole, ranks, _on_every_stage(plan)), whole)
 
 
-def _on_every_stage(plan: Plan) -> tuple[str, ...]:
-    return ("vision_model",) if plan.partition.vision_placement == "replicated" else ()
+def _on_every_stage(plan: DryRunInput) -> tuple[str, ...]:
+    return ("vision_model",) if plan.parallelism.vision_placement == "replicated" else ()
 
 
-def quick_dry_run(plan: Plan, hardware: Hardware, backend: str, whole: BuiltRank) -> DryRun:
+def quick_dry_run(plan: DryRunInput, hardware: Hardware, backend: str, whole: BuiltRank) -> DryRun:
     """Count with one tensor-parallel rank of each stage, in a world of one replica; ownership is not checked."""
-    stages = plan.partition.pipeline_model_parallel_size
-    world = stages * plan.partition.tensor_model_parallel_size
+    stages = plan.parallelism.pipeline_model_parallel_size
+    world = stages * plan.parallelism.tensor_model_parallel_size
     ranks = [
-        build_rank(plan.model, plan.partition, world, stage, 0, plan.dtype, plan.trainable) for stage in range(stages)
+        build_rank(plan.model, plan.parallelism, world, stage, 0, plan.dtype, plan.trainable) for stage in range(stages)
     ]
     return _count(plan, hardware, backend, ranks, [], whole)
 
 
 def _count(
-    plan: Plan, hardware: Hardware, backend: str, ranks: Sequence[BuiltRank], problems: Sequence[str], whole: BuiltRank
+    plan: DryRunInput,
+    hardware: Hardware,
+    backend: str,
+    ranks: Sequence[BuiltRank],
+    problems: Sequence[str],
+    whole: BuiltRank,
 ) -> DryRun:
     sizes = plan.sizes
     tokens_per_tile = sizes.vision.tokens_per_tile
@@ -180,7 +185,8 @@ def _count(
     work = count_work(micro_batch, tokens_per_tile)
     flops = count_flops(sizes, work, plan.trainable)
     by_stage = [
-        [rank for rank in ranks if rank.stage == stage] for stage in range(plan.partition.pipeline_model_parallel_size)
+        [rank for rank in ranks if rank.stage == stage]
+        for stage in range(plan.parallelism.pipeline_model_parallel_size)
     ]
     chunks = [[_chunk_sizes(names) for names in _names_by_chunk(group[0])] for group in by_stage]
     stages = tuple(_stage_report(plan, backend, work, group) for group in by_stage)
@@ -189,7 +195,7 @@ def _count(
         work,
         sizes,
         chunks,
-        plan.partition,
+        plan.parallelism,
         plan.micro_batches,
         plan.replicas,
         gradient_bytes=max(stage.state.gradients for stage in stages),
@@ -223,11 +229,11 @@ def _chunk_sizes(names: Sequence[str]) -> ChunkSizes:
     )
 
 
-def _stage_report(plan: Plan, backend: str, work: Work, ranks: Sequence[BuiltRank]) -> StageReport:
-    partition = plan.partition
+def _stage_report(plan: DryRunInput, backend: str, work: Work, ranks: Sequence[BuiltRank]) -> StageReport:
+    parallelism = plan.parallelism
     fullest = max(ranks, key=lambda rank: sum(parameter.numel for parameter in rank.parameters))
-    stage, stages = fullest.stage, partition.pipeline_model_parallel_size
-    model = ActivationModel(plan.sizes, partition, plan.dtype, plan.trainable, backend, plan.micro_batches)
+    stage, stages = fullest.stage, parallelism.pipeline_model_parallel_size
+    model = ActivationModel(plan.sizes, parallelism, plan.dtype, plan.trainable, backend, plan.micro_batches)
     names = _names_by_chunk(fullest)
     counted = [model.chunk(_chunk_sizes(chunk), work) for chunk in names]
     in_flight = micro_batches_in_flight(stage, stages, len(names), plan.micro_batches)
@@ -239,24 +245,26 @@ def _stage_report(plan: Plan, backend: str, work: Work, ranks: Sequence[BuiltRan
         has_encoder=any(name.startswith("vision_model.") for name in whole),
         parameters=sum(parameter.numel for parameter in fullest.parameters),
         trainable_parameters=sum(parameter.numel for parameter in fullest.parameters if parameter.trains),
-        state=largest_state_bytes(fullest, plan.dtype, plan.replicas, partition.use_distributed_optimizer),
+        state=largest_state_bytes(fullest, plan.dtype, plan.replicas, parallelism.use_distributed_optimizer),
         activations=round(in_flight * sum(chunk.kept for chunk in counted)),
         working=max(chunk.working for chunk in counted),
         payload_bytes=_payload_bytes(plan, work) if stage < stages - 1 or len(names) > 1 else 0,
     )
 
 
-def _payload_bytes(plan: Plan, work: Work) -> int:
-    """Decoder rows and, for X and H, the context, padded as training pads them; a shard of both under SP."""
-    partition = plan.partition
-    multiple = partition.row_multiple
-    context = max(work.context_rows, 1) if plan.sizes.variant.needs_cross_attention else 0
-    rows = -(-work.rows // multiple) * multiple + -(-context // multiple) * multiple
-    if plan.payload_rows:
-        if rows > plan.payload_rows:
+def _payload_bytes(plan: DryRunInput, work: Work) -> int:
+    """Decoder tokens and, for X and H, the context, padded as training pads them; a shard of both under SP."""
+    parallelism = plan.parallelism
+    multiple = parallelism.token_multiple
+    context = max(work.num_context_tokens, 1) if plan.sizes.variant.needs_cross_attention else 0
+    num_tokens = -(-work.num_tokens // multiple) * multiple + -(-context // multiple) * multiple
+    if plan.payload_tokens:
+        if num_tokens > plan.payload_tokens:
             raise UserError(
-                f"a micro-batch sends {rows} rows between stages and virtual pipeline stages send {plan.payload_rows}; "
-                f"raise parallelism.payload_vision_tokens to {partition.payload_vision_tokens + rows - plan.payload_rows}"
+                f"a micro-batch sends {num_tokens} tokens between stages and virtual pipeline stages send "
+                f"{plan.payload_tokens}; "
+                "raise parallelism.payload_vision_tokens to "
+                f"{parallelism.payload_vision_tokens + num_tokens - plan.payload_tokens}"
             )
-        rows = plan.payload_rows
-    return rows // multiple * plan.sizes.language.hidden_size * plan.dtype.itemsize
+        num_tokens = plan.payload_tokens
+    return num_tokens // multiple * plan.sizes.language.hidden_size * plan.dtype.itemsize

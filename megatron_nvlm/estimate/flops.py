@@ -1,4 +1,4 @@
-"""Operations of NVLM, counted from sizes: what real rows, tiles and attended pairs need, never what padding costs.
+"""Operations of NVLM, counted from sizes: what real tokens, tiles and attended pairs need, never what padding costs.
 
 A multiplication and an addition are two operations. Counted are the matrix products and the encoder's patch convolution;
 norms, activations, softmax and rotary embedding are not (as everywhere where utilisation is reported). Self-attention
@@ -55,13 +55,13 @@ class Flops:
 class Work:
     """What a micro-batch asks of the model."""
 
-    rows: int
-    """Decoder rows."""
+    num_tokens: int
+    """Decoder tokens."""
     self_pairs: int
-    """Pairs of a decoder row and a row that it sees in self-attention."""
-    context_rows: int
+    """Pairs of a decoder token and a row that it sees in self-attention."""
+    num_context_tokens: int
     context_pairs: int
-    """Pairs of a decoder row and a context row that it sees."""
+    """Pairs of a decoder token and a context token that it sees."""
     tiles: int
 
 
@@ -70,14 +70,14 @@ def count_work(micro_batch: MicroBatch, tokens_per_tile: int, dense_attention: b
 
     Args:
         dense_attention: count every pair of the score matrices that the local backend's attention fills, masked or not,
-            as `torch.utils.flop_counter` does: rows squared for each sample. For comparing with that counter.
+            as `torch.utils.flop_counter` does: tokens squared for each sample. For comparing with that counter.
     """
     samples = len(micro_batch.keys)
     bounds = micro_batch.cu_seqlens[: samples + 1].tolist()
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-    rows = bounds[-1]
-    intervals = micro_batch.context_intervals[:rows]
-    context_rows = int(intervals[:, 1].max())
+    num_tokens = bounds[-1]
+    intervals = micro_batch.context_intervals[:num_tokens]
+    num_context_tokens = int(intervals[:, 1].max())
     last_vision_token = int(micro_batch.decoder_vision_index.max())
     if len(micro_batch.context_vision_index):
         last_vision_token = max(last_vision_token, int(micro_batch.context_vision_index.max()))
@@ -88,10 +88,10 @@ def count_work(micro_batch: MicroBatch, tokens_per_tile: int, dense_attention: b
         self_pairs = sum(length * (length + 1) // 2 for length in lengths)
         context_pairs = int((intervals[:, 1] - intervals[:, 0]).clamp(min=0).sum())
     return Work(
-        rows=rows,
+        num_tokens=num_tokens,
         self_pairs=self_pairs,
-        context_rows=context_rows,
-        context_pairs=context_pairs if context_rows else 0,
+        num_context_tokens=num_context_tokens,
+        context_pairs=context_pairs if num_context_tokens else 0,
         tiles=(last_vision_token + 1) // tokens_per_tile,
     )
 
@@ -151,10 +151,10 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
     head = language.hidden_size // language.num_attention_heads
     hidden, groups = language.hidden_size, language.num_query_groups
     layer = _sum(
-        linear(work.rows, hidden, hidden + 2 * groups * head, language_trains),
-        linear(work.rows, hidden, hidden, language_trains),
-        linear(work.rows, hidden, 2 * language.ffn_hidden_size, language_trains),
-        linear(work.rows, language.ffn_hidden_size, hidden, language_trains),
+        linear(work.num_tokens, hidden, hidden + 2 * groups * head, language_trains),
+        linear(work.num_tokens, hidden, hidden, language_trains),
+        linear(work.num_tokens, hidden, 2 * language.ffn_hidden_size, language_trains),
+        linear(work.num_tokens, language.ffn_hidden_size, hidden, language_trains),
     )
     self_attention = attention(work.self_pairs, hidden)
 
@@ -162,9 +162,9 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
     query_width = (cross.num_attention_heads or language.num_attention_heads) * head
     group_width = (cross.num_query_groups or groups) * head
     cross_linears = _sum(
-        linear(work.rows, hidden, query_width, cross_trains),
-        linear(work.context_rows, hidden, 2 * group_width, cross_trains, context_has_gradient),
-        linear(work.rows, query_width, hidden, cross_trains),
+        linear(work.num_tokens, hidden, query_width, cross_trains),
+        linear(work.num_context_tokens, hidden, 2 * group_width, cross_trains, context_has_gradient),
+        linear(work.num_tokens, query_width, hidden, cross_trains),
     )
     cross_attention = attention(work.context_pairs, query_width)
     return ModelFlops(
@@ -172,13 +172,13 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
         projector=_projector(sizes, work.tiles * sizes.vision.tokens_per_tile, trains),
         decoder_layer=_with_recompute(layer, self_attention, sizes.recompute),
         cross_attention=_with_recompute(cross_linears, cross_attention, sizes.recompute),
-        output_layer=linear(work.rows, hidden, language.vocab_size, language_trains),
+        output_layer=linear(work.num_tokens, hidden, language.vocab_size, language_trains),
     )
 
 
-def linear(rows: int, inputs: int, outputs: int, trains: bool, input_has_gradient: bool = True) -> Flops:
-    """A linear layer over `rows`."""
-    products = 2 * rows * inputs * outputs
+def linear(tokens: int, inputs: int, outputs: int, trains: bool, input_has_gradient: bool = True) -> Flops:
+    """A linear layer over `tokens`."""
+    products = 2 * tokens * inputs * outputs
     return Flops(products, products * input_has_gradient, products * trains)
 
 
@@ -203,12 +203,12 @@ def _with_recompute(linears: Flops, core_attention: Flops, recompute: str) -> Fl
 def _vision(sizes: ModelSizes, tiles: int, trains: bool) -> Flops:
     preset = sizes.vision
     width, patches = preset.hidden_size, preset.patches_per_tile
-    rows = tiles * (patches + 1)  # with the class token
+    tokens = tiles * (patches + 1)  # with the class token
     layer = _sum(
-        linear(rows, width, 3 * width, trains, trains),
-        linear(rows, width, width, trains, trains),
-        linear(rows, width, preset.ffn_hidden_size, trains, trains),
-        linear(rows, preset.ffn_hidden_size, width, trains, trains),
+        linear(tokens, width, 3 * width, trains, trains),
+        linear(tokens, width, width, trains, trains),
+        linear(tokens, width, preset.ffn_hidden_size, trains, trains),
+        linear(tokens, preset.ffn_hidden_size, width, trains, trains),
         attention(tiles * (patches + 1) ** 2, width, trains),
     )
     convolution = linear(tiles * patches, 3 * preset.patch_size**2, width, trains, input_has_gradient=False)

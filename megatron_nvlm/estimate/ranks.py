@@ -15,8 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # torch regis
 
 from megatron_nvlm.core_compat import run_core_on_cpu
 from megatron_nvlm.models.build import ModelConfig, build_chunks
-from megatron_nvlm.models.initialise import named_parameters, part_of, split_of
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.initialise import component_of, named_parameters, split_of
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, lay_out_groups, stop_groups
 
@@ -40,7 +40,7 @@ class LocalParameter:
     @property
     def part(self) -> str:
         """vision_model, vision_projection, cross_attention or language_model."""
-        return part_of(self.name)
+        return component_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class BuiltRank:
 
 
 @contextmanager
-def pretend_to_be(rank: int, world_size: int, partition: PartitionConfig) -> Iterator[None]:
+def pretend_to_be(rank: int, world_size: int, parallelism: ParallelismConfig) -> Iterator[None]:
     """Within it, this process is one rank of a world whose other ranks do not exist; collectives return at once."""
     assert not dist.is_initialized(), "a dry run needs a process that is in no process group"
     run_core_on_cpu()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        lay_out_groups(partition, with_cpu_groups=False)
+        lay_out_groups(parallelism, with_cpu_groups=False)
         yield
     finally:
         stop_groups()
@@ -73,7 +73,7 @@ def pretend_to_be(rank: int, world_size: int, partition: PartitionConfig) -> Ite
 
 def build_rank(
     model: ModelConfig,
-    partition: PartitionConfig,
+    parallelism: ParallelismConfig,
     world_size: int,
     stage: int,
     tensor_rank: int,
@@ -81,22 +81,22 @@ def build_rank(
     trainable: Collection[str],
 ) -> BuiltRank:
     """Build one rank of the first model replica on the meta device, and note what it holds."""
-    stages = partition.pipeline_model_parallel_size
+    stages = parallelism.pipeline_model_parallel_size
     rank = stage * (world_size // stages) + tensor_rank  # core's order: tensor, then data, then pipeline parallel
-    with pretend_to_be(rank, world_size, partition):
+    with pretend_to_be(rank, world_size, parallelism):
         place = (
             parallel_state.get_pipeline_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_data_parallel_rank(),
         )
         assert place == (stage, tensor_rank, 0), place
-        chunks = build_chunks(model, partition, get_groups(), get_single_rank_groups(), dtype, torch.device("meta"))
+        chunks = build_chunks(model, parallelism, get_groups(), get_single_rank_groups(), dtype, torch.device("meta"))
         return BuiltRank(
             stage,
             tensor_rank,
             tuple(
                 tuple(
-                    LocalParameter(name, tuple(parameter.shape), part_of(name) in trainable, split_of(name, chunk))
+                    LocalParameter(name, tuple(parameter.shape), component_of(name) in trainable, split_of(name, chunk))
                     for name, parameter in named_parameters(chunk)
                 )
                 for chunk in chunks
@@ -106,19 +106,19 @@ def build_rank(
 
 def build_ranks(
     model: ModelConfig,
-    partition: PartitionConfig,
+    parallelism: ParallelismConfig,
     world_size: int,
     dtype: torch.dtype,
     trainable: Collection[str],
 ) -> list[BuiltRank]:
     """All distinct ranks: each tensor-parallel rank of each pipeline stage."""
     return [
-        build_rank(model, partition, world_size, stage, tensor_rank, dtype, trainable)
-        for stage in range(partition.pipeline_model_parallel_size)
-        for tensor_rank in range(partition.tensor_model_parallel_size)
+        build_rank(model, parallelism, world_size, stage, tensor_rank, dtype, trainable)
+        for stage in range(parallelism.pipeline_model_parallel_size)
+        for tensor_rank in range(parallelism.tensor_model_parallel_size)
     ]
 
 
 def build_whole(model: ModelConfig, dtype: torch.dtype, trainable: Collection[str]) -> BuiltRank:
     """The whole model, as a single rank would hold it."""
-    return build_rank(model, PartitionConfig(), 1, 0, 0, dtype, trainable)
+    return build_rank(model, ParallelismConfig(), 1, 0, 0, dtype, trainable)

@@ -19,13 +19,13 @@ def render(run: DryRun, hardware: Hardware, measured: float | None = None) -> st
 
 def _layout(run: DryRun) -> Iterator[str]:
     plan, sample = run.plan, run.plan.sample
-    partition = plan.partition
+    parallelism = plan.parallelism
     yield (
         f"NVLM-{plan.model.variant.upper()}: {plan.model.language}, {plan.model.vision}, on {plan.world_size} ranks: "
-        f"tensor {partition.tensor_model_parallel_size}, pipeline {partition.pipeline_model_parallel_size}"
+        f"tensor {parallelism.tensor_model_parallel_size}, pipeline {parallelism.pipeline_model_parallel_size}"
         f"{_chunks(run)}, data {plan.replicas}"
-        f"{', sequence parallel' if partition.sequence_parallel else ''}"
-        f"{', distributed optimizer' if partition.use_distributed_optimizer else ''}, recompute {plan.model.recompute}"
+        f"{', sequence parallel' if parallelism.sequence_parallel else ''}"
+        f"{', distributed optimizer' if parallelism.use_distributed_optimizer else ''}, recompute {plan.model.recompute}"
     )
     yield f"trains: {', '.join(part for part in plan.trainable if part in run.whole_parameters)}; the rest is frozen"
     yield (
@@ -33,13 +33,14 @@ def _layout(run: DryRun) -> Iterator[str]:
         "replica"
     )
     yield (
-        f"sample: {sample.rows} decoder rows, {run.work.context_rows // plan.micro_batch_size} context rows, "
+        f"sample: {sample.num_tokens} decoder tokens, "
+        f"{run.work.num_context_tokens // plan.micro_batch_size} context tokens, "
         f"{run.work.tiles // plan.micro_batch_size} tiles (tags of {sample.tag_tokens} tokens)"
     )
 
 
 def _chunks(run: DryRun) -> str:
-    chunks = run.plan.partition.virtual_pipeline_model_parallel_size
+    chunks = run.plan.parallelism.virtual_pipeline_model_parallel_size
     return f" in {chunks} chunks each" if chunks > 1 else ""
 
 
@@ -52,7 +53,7 @@ def _ownership(run: DryRun) -> Iterator[str]:
         yield from (f"  {problem}" for problem in run.problems[:10])
     else:
         yield f"each is owned exactly once per replica ({run.ranks_built} distinct ranks built)"
-        if run.plan.partition.vision_placement == "replicated":
+        if run.plan.parallelism.vision_placement == "replicated":
             yield "but for the encoder, of which every rank has a copy, as parallelism.vision_placement says"
 
 
@@ -150,7 +151,7 @@ def to_plain(run: DryRun, hardware: Hardware, measured: float | None = None) -> 
     utilisation = None if measured is None else run.model_flops_utilisation(measured, hardware)
     return {
         "world_size": run.plan.world_size,
-        "parallelism": asdict(run.plan.partition),
+        "parallelism": asdict(run.plan.parallelism),
         "recompute": run.plan.model.recompute,
         "ownership_problems": list(run.problems),
         "parameters": run.whole_parameters,

@@ -1,6 +1,6 @@
 """The sample that a dry run reckons with: one image of the most tiles, then text to the end of the sequence.
 
-It is laid out by the code that lays out training samples, so its rows and the ranges that they see are the real ones.
+It is laid out by the code that lays out training samples, so its tokens and the ranges that they see are the real ones.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from megatron_nvlm.text.conversation import ImagePiece, TextPiece
 class SampleShape:
     """A sample's sizes."""
 
-    rows: int
-    """Decoder rows, image included."""
+    num_tokens: int
+    """Decoder tokens, image included."""
     regular_tiles: int
     """Tiles of its image without the thumbnail; 1 is a single tile, 0 no image."""
     tag_tokens: int
@@ -31,13 +31,14 @@ def make_sample(shape: SampleShape, variant: Variant, tokens_per_tile: int) -> A
     """The sample; UserError if its image leaves no row for text."""
     pictures = shape.regular_tiles + (shape.regular_tiles > 1)
     if not pictures:
-        return assemble([TextPiece([0] * shape.rows, True)], [])
+        return assemble([TextPiece([0] * shape.num_tokens, True)], [])
     layout = lay_out_image([[0] * shape.tag_tokens] * pictures, variant, tokens_per_tile)
-    text = shape.rows - len(layout.decoder_tokens)
+    text = shape.num_tokens - len(layout.decoder_tokens)
     if text < 1:
         raise UserError(
-            f"an image of {shape.regular_tiles} tiles takes {len(layout.decoder_tokens)} decoder rows of NVLM-"
-            f"{variant.name.upper()} and a sample has {shape.rows}; lower tiling.max_tiles or raise data.sequence_length"
+            f"an image of {shape.regular_tiles} tiles takes {len(layout.decoder_tokens)} decoder tokens of NVLM-"
+            f"{variant.name.upper()} and a sample has {shape.num_tokens}; lower tiling.max_tiles or raise "
+            "data.sequence_length"
         )
     return assemble([ImagePiece(0), TextPiece([0] * text, True)], [layout])
 

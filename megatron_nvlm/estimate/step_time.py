@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_nvlm.estimate.activation_bytes import ChunkSizes
 from megatron_nvlm.estimate.flops import ModelFlops, ModelSizes, Work
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def predict_step(
     work: Work,
     sizes: ModelSizes,
     stages: Sequence[Sequence[ChunkSizes]],
-    partition: PartitionConfig,
+    parallelism: ParallelismConfig,
     micro_batches: int,
     replicas: int,
     gradient_bytes: int,
@@ -93,25 +93,25 @@ def predict_step(
         gradient_bytes, weight_bytes: what trains on the fullest rank.
         payload_bytes: of one micro-batch between stages, on one rank.
     """
-    tensor = partition.tensor_model_parallel_size
-    ahead = partition.vision_placement == "replicated"
-    encoding = _encoding_operations(flops, work, partition, micro_batches)
+    tensor = parallelism.tensor_model_parallel_size
+    ahead = parallelism.vision_placement == "replicated"
+    encoding = _encoding_operations(flops, work, parallelism, micro_batches)
     times = []
     for number, chunks in enumerate(stages):
         operations = sum(_chunk_operations(flops, chunk) for chunk in chunks) / tensor
         if number == 0 and not ahead:
             operations += encoding
         compute = operations / hardware.flops_per_second()
-        messages = sum(_chunk_messages(work, sizes, chunk, partition) for chunk in chunks)
+        messages = sum(_chunk_messages(work, sizes, chunk, parallelism) for chunk in chunks)
         neighbours = (number > 0) + (number < len(stages) - 1)
         between = neighbours * len(chunks) * payload_bytes / hardware.bytes_per_second(tensor * len(stages) * replicas)
         times.append((compute, messages / hardware.bytes_per_second(tensor), between))
     compute, tensor_parallel, between = max(times, key=sum)
-    waiting = (len(stages) - 1) / partition.virtual_pipeline_model_parallel_size
+    waiting = (len(stages) - 1) / parallelism.virtual_pipeline_model_parallel_size
     # Core orders ranks tensor first, then data, then pipeline parallel. In a ring each rank sends (replicas - 1) / replicas
     # of the whole, once to reduce and once to gather.
     data_parallel = (replicas - 1) / replicas * (gradient_bytes + weight_bytes)
-    if not partition.use_distributed_optimizer:
+    if not parallelism.use_distributed_optimizer:
         data_parallel = (replicas - 1) / replicas * 2 * gradient_bytes
     return StepTime(
         encoding_ahead=encoding / hardware.flops_per_second() if ahead else 0.0,
@@ -123,16 +123,16 @@ def predict_step(
     )
 
 
-def _encoding_operations(flops: ModelFlops, work: Work, partition: PartitionConfig, micro_batches: int) -> float:
+def _encoding_operations(flops: ModelFlops, work: Work, parallelism: ParallelismConfig, micro_batches: int) -> float:
     """Of the rank with most tiles: for a micro-batch, or for the whole step if tiles are encoded ahead."""
     if not work.tiles:
         return 0.0
-    tensor = partition.tensor_model_parallel_size
-    if partition.vision_placement == "tensor_parallel":
+    tensor = parallelism.tensor_model_parallel_size
+    if parallelism.vision_placement == "tensor_parallel":
         return flops.vision.executed / tensor
     tiles, ranks = work.tiles, tensor
-    if partition.vision_placement == "replicated":
-        tiles, ranks = work.tiles * micro_batches, tensor * partition.pipeline_model_parallel_size
+    if parallelism.vision_placement == "replicated":
+        tiles, ranks = work.tiles * micro_batches, tensor * parallelism.pipeline_model_parallel_size
     return -(-tiles // ranks) * flops.vision.executed / work.tiles
 
 
@@ -146,22 +146,24 @@ def _chunk_operations(flops: ModelFlops, chunk: ChunkSizes) -> int:
     return operations
 
 
-def _chunk_messages(work: Work, sizes: ModelSizes, chunk: ChunkSizes, partition: PartitionConfig) -> float:
+def _chunk_messages(work: Work, sizes: ModelSizes, chunk: ChunkSizes, parallelism: ParallelismConfig) -> float:
     """Bytes that a rank sends to its tensor-parallel peers for a micro-batch, forward and backward.
 
     Each half of a layer gathers its rows before and reduces them behind (an all-reduce without sequence parallelism is
     both at once), in the forward pass, in the backward pass and in what is recomputed; under sequence parallelism rows are
     gathered once more for the gradients of weights.
     """
-    ranks = partition.tensor_model_parallel_size
-    passes = 4 + (1 if partition.sequence_parallel else 0) + (2 if sizes.recompute == "full" else 0)
+    ranks = parallelism.tensor_model_parallel_size
+    passes = 4 + (1 if parallelism.sequence_parallel else 0) + (2 if sizes.recompute == "full" else 0)
     width = 2 * sizes.language.hidden_size * (ranks - 1) / ranks  # bytes of a row in bf16, as a ring sends it
-    rows = 2 * chunk.layers * work.rows + chunk.cross_attention_layers * (work.rows + work.context_rows / 2)
+    rows = 2 * chunk.layers * work.num_tokens + chunk.cross_attention_layers * (
+        work.num_tokens + work.num_context_tokens / 2
+    )
     if chunk.has_output:
-        rows += work.rows
+        rows += work.num_tokens
     sent = passes * rows * width
     if chunk.has_projector:
         features = 2 * work.tiles * sizes.vision.patches_per_tile * sizes.vision.hidden_size * (ranks - 1) / ranks
         # Gathered once; a tensor-parallel encoder reduces its rows twice a layer instead, an all-reduce each.
-        sent += features * (4 * sizes.vision.num_layers if partition.vision_placement == "tensor_parallel" else 1)
+        sent += features * (4 * sizes.vision.num_layers if parallelism.vision_placement == "tensor_parallel" else 1)
     return sent

@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.estimate.dry_run import DryRun, Plan, quick_dry_run
+from megatron_nvlm.estimate.dry_run import DryRun, DryRunInput, quick_dry_run
 from megatron_nvlm.estimate.ranks import build_whole
 from megatron_nvlm.estimate.step_time import Hardware
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 
 RECOMPUTE_KINDS = ("none", "selective", "full")
 MOST_CHUNKS = 2
 """Virtual stages that are tried."""
 
 
-def candidates(plan: Plan, hardware: Hardware) -> Iterator[tuple[ModelConfig, PartitionConfig]]:
+def candidates(plan: DryRunInput, hardware: Hardware) -> Iterator[tuple[ModelConfig, ParallelismConfig]]:
     """Tensor parallel within a node, any pipeline, one or two chunks a stage, each kind of recomputation.
 
     Sequence parallelism goes with tensor parallelism (it costs nothing and saves memory). Chunks and pipelines that the
@@ -33,13 +33,13 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _partition(plan: Plan, tensor: int, pipeline: int, chunks: int) -> PartitionConfig:
+def _partition(plan: DryRunInput, tensor: int, pipeline: int, chunks: int) -> ParallelismConfig:
     context = 0
     if chunks > 1 and plan.sizes.variant.needs_cross_attention:
         pictures = plan.sample.regular_tiles + 1
         context = plan.micro_batch_size * pictures * (plan.sizes.vision.tokens_per_tile + plan.sample.tag_tokens)
     return dataclasses.replace(
-        plan.partition,
+        plan.parallelism,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=tensor > 1,
@@ -50,7 +50,10 @@ def _partition(plan: Plan, tensor: int, pipeline: int, chunks: int) -> Partition
 
 
 def suggest(
-    plan: Plan, hardware: Hardware, backend: str, plan_of: Callable[[ModelConfig, PartitionConfig], Plan]
+    plan: DryRunInput,
+    hardware: Hardware,
+    backend: str,
+    plan_of: Callable[[ModelConfig, ParallelismConfig], DryRunInput],
 ) -> tuple[list[DryRun], int]:
     """Layouts that fit, fastest first; and how many the rules allow.
 
@@ -60,9 +63,9 @@ def suggest(
     """
     whole = build_whole(plan.model, plan.dtype, plan.trainable)
     allowed = []
-    for model, partition in candidates(plan, hardware):
+    for model, parallelism in candidates(plan, hardware):
         try:
-            candidate = plan_of(model, partition)
+            candidate = plan_of(model, parallelism)
         except UserError:
             continue
         allowed.append(quick_dry_run(candidate, hardware, backend, whole))
@@ -79,10 +82,10 @@ def render_suggestions(runs: list[DryRun], allowed: int, hardware: Hardware, mos
         f"{'bubble':>8}{'GiB free':>9}",
     ]
     for run in runs[:most]:
-        partition = run.plan.partition
+        parallelism = run.plan.parallelism
         lines.append(
-            f"{partition.tensor_model_parallel_size:>6}{partition.pipeline_model_parallel_size:>9}"
-            f"{partition.virtual_pipeline_model_parallel_size:>7}{run.plan.replicas:>5}{run.plan.model.recompute:>10}"
+            f"{parallelism.tensor_model_parallel_size:>6}{parallelism.pipeline_model_parallel_size:>9}"
+            f"{parallelism.virtual_pipeline_model_parallel_size:>7}{run.plan.replicas:>5}{run.plan.model.recompute:>10}"
             f"{run.samples_per_second:>10.1f}{run.time.total:>8.2f}{run.bubble:>8.1%}{run.free_gib(hardware):>9.1f}"
         )
     return "\n".join(lines)

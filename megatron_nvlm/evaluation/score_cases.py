@@ -1,4 +1,4 @@
-"""Saved inputs of a Hugging Face model as one of our micro-batches. Shapes: b samples, r rows, t tiles, c context rows."""
+"""Saved inputs of a Hugging Face model as one of our micro-batches. Shapes: b samples, r rows, t tiles, c context tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -16,12 +16,12 @@ from megatron_nvlm.evaluation.score_cases import Case, to_micro_batch
 from megatron_nvlm.hf.config_json import cross_attention_of, variant_of
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.build import ModelConfig, ModelParts, check_model, find_parts
+from megatron_nvlm.models.build import ModelConfig, ResolvedModel, check_model, resolve_model
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.families.folder_sizes import read_config
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split, gather_parts, join
 from megatron_nvlm.models.weight_rows import convert_to_theirs
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
@@ -48,9 +48,9 @@ class Scored:
         return next(iter(self.chunks))
 
     @property
-    def parts(self) -> ModelParts:
+    def parts(self) -> ResolvedModel:
         """Its sizes."""
-        return find_parts(self.config)
+        return resolve_model(self.config)
 
 
 def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipeline: int, precision: str) -> Scored:
@@ -59,7 +59,7 @@ def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipel
     Raises:
         UserError: the layout is impossible, or there is no such model.
     """
-    partition = PartitionConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    parallelism = ParallelismConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     if tensor * pipeline != world_size_from_environment():
         raise UserError(
             f"{world_size_from_environment()} ranks cannot be tensor-parallel {tensor} x pipeline-parallel {pipeline}; "
@@ -72,12 +72,12 @@ def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipel
     else:
         assert folder is not None
         config = _config_of(folder)
-    check_model(config, partition)
+    check_model(config, parallelism)
     weights = open_weights(config) if path is None else None  # a run's checkpoint has taken its folders' weights
     device = use_device()
     if not dist.is_initialized():
-        start_groups(partition, device, seed=1)
-    chunks = make_chunks(config, partition, precision, device.torch_device, seed=1)
+        start_groups(parallelism, device, seed=1)
+    chunks = make_chunks(config, parallelism, precision, device.torch_device, seed=1)
     if path is not None:
         save_load.load_model(path, chunks)
     if weights is not None:

@@ -26,10 +26,10 @@ from megatron_nvlm.checkpoint.tensor_source import (
     in_pieces,
 )
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.hf.open_folders import check_shapes, open_folders, refuse_missing_parts
+from megatron_nvlm.hf.open_folders import check_shapes, open_folders, refuse_missing_components
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.build import ModelConfig, find_parts
+from megatron_nvlm.models.build import ModelConfig, resolve_model
 from megatron_nvlm.models.initialise import Spread, keeps_first_value, new_weight
 from megatron_nvlm.models.sharding import VOCABULARY_SPLITS
 from megatron_nvlm.models.weight_rows import Row, check_our_names
@@ -65,10 +65,10 @@ def imported_source(model: ModelConfig, ours: OurModel, seed: int, dtype: torch.
     weights = open_folders(model)
     if weights is None:
         raise UserError("no folder is named; give --hf, or --language-model and --vision-model")
-    new = refuse_missing_parts(list(weights.ours.infos), list(ours.infos), "the import")
+    new = refuse_missing_components(list(weights.ours.infos), list(ours.infos), "the import")
     check_shapes(weights.ours.infos, ours.infos, "the folder")
     kept = next(iter(weights.ours.infos.values())).dtype
-    spread = Spread(model.init_std, find_parts(model).language.num_layers)
+    spread = Spread(model.init_std, resolve_model(model).language.num_layers)
 
     def make(name: str) -> Tensor:
         shape = list(ours.infos[name].shape)
@@ -134,7 +134,7 @@ def export_source(
     model: ModelConfig, ours: TensorSource, described: OurModel, dtype: torch.dtype | None, where: str
 ) -> TensorSource:
     """A checkpoint's weights under the names of a Hugging Face folder; CensusError unless it is of that model."""
-    parts = find_parts(model)
+    parts = resolve_model(model)
     rows = nvlm_rows(parts.variant, parts.language, parts.vision, model.cross_attention)
     vocabulary = parts.language.vocab_size
     filled_up = {name: vocabulary for name, info in ours.infos.items() if is_filled_up(name, info, vocabulary)}

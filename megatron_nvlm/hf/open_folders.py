@@ -12,11 +12,11 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.config_json import cross_attention_of, is_whole_folder, padding_heads_of, variant_of
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
-from megatron_nvlm.models.build import ModelConfig, ModelParts, find_parts
+from megatron_nvlm.models.build import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.folder_sizes import language_preset_of, read_config, vision_preset_of
 from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
-from megatron_nvlm.models.initialise import part_of
+from megatron_nvlm.models.initialise import component_of
 from megatron_nvlm.models.weight_rows import CensusError, Row, check_their_names
 
 # Parts of our model that a run may begin without: they are new where the folders have none.
@@ -57,7 +57,7 @@ def open_folders(model: ModelConfig) -> FolderWeights | None:
         raise UserError(
             "model.weights names a whole NVLM, and model.language_weights or model.vision_weights a part; keep one of them"
         )
-    parts = find_parts(model)
+    parts = resolve_model(model)
     opened: list[tuple[list[Row], TensorSource, str]] = []
     if model.weights is not None:
         opened.append(_whole(Path(model.weights), model, parts))
@@ -78,7 +78,7 @@ def open_folders(model: ModelConfig) -> FolderWeights | None:
     return FolderWeights({row.ours: row for row in rows}, Joined(theirs), Joined(ours))
 
 
-def expected_names(model: ModelConfig, parts: ModelParts) -> list[str]:
+def expected_names(model: ModelConfig, parts: ResolvedModel) -> list[str]:
     """Our names of the whole model, from the tables."""
     rows = nvlm_rows(parts.variant, parts.language, parts.vision, model.cross_attention)
     return [row.ours for row in rows]
@@ -96,7 +96,7 @@ def folder_rows(folder: Path) -> list[Row]:
     return language_rows(language_preset_of(folder))
 
 
-def _whole(folder: Path, model: ModelConfig, parts: ModelParts) -> tuple[list[Row], TensorSource, str]:
+def _whole(folder: Path, model: ModelConfig, parts: ResolvedModel) -> tuple[list[Row], TensorSource, str]:
     config = read_config(folder)
     if not is_whole_folder(config):
         raise UserError(f"{folder} holds no whole NVLM; name it as model.language_weights or model.vision_weights")
@@ -193,10 +193,10 @@ def check_shapes(found: dict[str, TensorInfo], wanted: dict[str, TensorInfo], wh
         )
 
 
-def refuse_missing_parts(found: Sequence[str], wanted: Sequence[str], where: str) -> list[str]:
+def refuse_missing_components(found: Sequence[str], wanted: Sequence[str], where: str) -> list[str]:
     """Names that are to be new; CensusError if anything is missing that cannot be."""
     new = sorted(set(wanted) - set(found))
-    missing = [name for name in new if part_of(name) not in MAY_BE_NEW]
+    missing = [name for name in new if component_of(name) not in MAY_BE_NEW]
     if missing:
         raise CensusError(
             f"{where} gives nothing for {len(missing)} weights of parts that are never new, {missing[0]} among them; name "

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron_nvlm.hf.convert import OurModel, describe_model
 from megatron_nvlm.models.build import ModelConfig, build_model
 from megatron_nvlm.models.initialise import mark_splits, named_parameters
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 
@@ -14,9 +14,9 @@ from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, st
 def describe_our_model(model: ModelConfig) -> OurModel:
     """Names and shapes of all parameters, and the entries without numbers, from the model that training builds."""
     if not dist.is_initialized():
-        start_groups(PartitionConfig(), use_device(), seed=1)
+        start_groups(ParallelismConfig(), use_device(), seed=1)
     built = build_model(
-        model, PartitionConfig(), get_groups(), get_single_rank_groups(), torch.float32, torch.device("meta")
+        model, ParallelismConfig(), get_groups(), get_single_rank_groups(), torch.float32, torch.device("meta")
     )
     mark_splits(built)
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built)}

@@ -15,6 +15,6 @@ def answer(
     """Texts for samples prepared with `open_answer`; every rank of a model replica calls it alike."""
     tokenizer = trained.pipeline.tokenizer
     stop_id = tokenizer.special_id(TEMPLATES[trained.run.data.template].turn_end)
-    row_multiple = trained.run.parallelism.row_multiple
-    ids = generate(trained.model, samples, trained.pipeline, stop_id, max_new_tokens, row_multiple, sampling)
+    token_multiple = trained.run.parallelism.token_multiple
+    ids = generate(trained.model, samples, trained.pipeline, stop_id, max_new_tokens, token_multiple, sampling)
     return [tokenizer.decode(found) for found in ids]

@@ -34,7 +34,7 @@ def generate(
     pipeline: SamplePipeline,
     stop_id: int,
     max_new_tokens: int,
-    row_multiple: int = 1,
+    token_multiple: int = 1,
     sampling: Sampling = GREEDY,
     on_logits: OnLogits | None = None,
 ) -> list[list[int]]:
@@ -44,7 +44,7 @@ def generate(
         model: this rank's pipeline stage, in evaluation mode.
         samples: prepared with `open_answer`.
         stop_id: token that ends an answer; not part of it.
-        row_multiple: rows are padded to a multiple of it, as in `pack`.
+        token_multiple: rows are padded to a multiple of it, as in `pack`.
 
     Returns:
         New ids of each sample, at most `max_new_tokens`.
@@ -53,12 +53,12 @@ def generate(
     if not samples or max_new_tokens < 1:
         return answers
     device = next(model.parameters()).device
-    micro_batch = build_micro_batch(samples, pipeline, row_multiple).to(device)
+    micro_batch = build_micro_batch(samples, pipeline, token_multiple).to(device)
     cache = KeyValueCache(model, micro_batch.cu_seqlens, micro_batch.context_intervals, len(samples))
     chooser = TokenChooser(sampling, [sample.key for sample in samples])
     open_samples = list(range(len(samples)))
     with cache.installed():
-        logits = _read_prompts(model, micro_batch, cache, row_multiple)
+        logits = _read_prompts(model, micro_batch, cache, token_multiple)
         while True:
             tokens = _choose(model, logits, open_samples, chooser, on_logits)
             goes_on = []
@@ -73,20 +73,22 @@ def generate(
             if len(goes_on) < len(open_samples):
                 cache.keep(torch.tensor(goes_on, device=device))
                 open_samples = [open_samples[place] for place in goes_on]
-            logits = _read_tokens(model, [tokens[place] for place in goes_on], cache, row_multiple)
+            logits = _read_tokens(model, [tokens[place] for place in goes_on], cache, token_multiple)
 
 
-def _read_prompts(model: NVLMModel, micro_batch: MicroBatch, cache: KeyValueCache, row_multiple: int) -> Tensor | None:
+def _read_prompts(
+    model: NVLMModel, micro_batch: MicroBatch, cache: KeyValueCache, token_multiple: int
+) -> Tensor | None:
     """Logits [samples, vocabulary / TP] of each sample's last row, on the last stage."""
-    last_rows = cache.last_rows
+    last_tokens = cache.last_tokens
 
-    def last_rows_only(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def last_tokens_only(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the output layer: logits of whole prompts would take more memory than all else."""
         hidden = arguments[0]
         group = model.language_model.pg_collection.tp
         if model.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=group)
-        hidden = pad(hidden[last_rows], (0, 0, 0, 0, 0, -len(last_rows) % row_multiple))
+        hidden = pad(hidden[last_tokens], (0, 0, 0, 0, 0, -len(last_tokens) % token_multiple))
         if model.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=group)
         return (hidden, *arguments[1:])
@@ -98,19 +100,19 @@ def _read_prompts(model: NVLMModel, micro_batch: MicroBatch, cache: KeyValueCach
 
     hook = None
     if model.post_process:
-        hook = model.language_model.output_layer.register_forward_pre_hook(last_rows_only)
+        hook = model.language_model.output_layer.register_forward_pre_hook(last_tokens_only)
     try:
         rows = len(micro_batch.tokens) + (len(micro_batch.context_tokens) if model.has_context else 0)
         output = pass_through(model, rows, compute)
     finally:
         if hook is not None:
             hook.remove()
-    return None if output is None else output[: len(last_rows)]
+    return None if output is None else output[: len(last_tokens)]
 
 
-def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, row_multiple: int) -> Tensor | None:
+def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, token_multiple: int) -> Tensor | None:
     """Logits [open samples, vocabulary / TP] behind one token more of each, on the last stage."""
-    rows = len(tokens) + -len(tokens) % row_multiple
+    rows = len(tokens) + -len(tokens) % token_multiple
     language = model.language_model
 
     def compute(message: Tensor | None) -> Tensor:

@@ -1,12 +1,12 @@
 """Keys and values kept between the steps of an answer, of a decoder as it was built for training.
 
-The packed row of the prompts passes through the model once; each attention keeps what it computed, by sample. Then each
+The pack of the prompts passes through the model once; each attention keeps what it computed, by sample. Then each
 step passes one row per open sample, and attention reads what is kept. For that time `KeyValueCache` stands in three
 places of the decoder: in the `core_attention` slots, in place of the projection of the context (whose keys and values are
 the same for every step), and behind the rotary module, since each row has a position of its own. What happens in a step is
 this file's own attention, whatever backend the model was built with.
 Shapes: r rows of a step (o open samples, then padding), b samples of a cache, l kept rows of its longest sample,
-n query heads, g groups, d head size, s rows of the prompts, c context rows.
+n query heads, g groups, d head size, s rows of the prompts, c context tokens.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ ROOM = 64
 """Rows by which a cache grows when it is full."""
 
 
-class KeptRows:
+class KeptTokens:
     """Keys and values of each sample, in one padded tensor [b, l, g, d] each."""
 
     def __init__(self, key: Tensor, value: Tensor, starts: Tensor, lengths: Tensor) -> None:
@@ -75,14 +75,16 @@ class _Attention(torch.nn.Module):
         self.scale = attention.config.softmax_scale
         self.grows = attention.attention_type == "self"
         self.cache = cache
-        self.kept: KeptRows | None = None
+        self.kept: KeptTokens | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The prompts' rows [s, n, d] (or [s, 1, n, d]), or a step's [r, 1, n, d] -> rows of n * d."""
         if self.kept is None:
-            starts, lengths = self.cache.own_rows if self.grows else self.cache.context_rows
+            starts, lengths = self.cache.own_tokens if self.grows else self.cache.num_context_tokens
             rows = key.shape[0]
-            self.kept = KeptRows(key.view(rows, *key.shape[-2:]), value.view(rows, *value.shape[-2:]), starts, lengths)
+            self.kept = KeptTokens(
+                key.view(rows, *key.shape[-2:]), value.view(rows, *value.shape[-2:]), starts, lengths
+            )
             output: Tensor = self.inner(query, key, value, *args, **kwargs)
             return output
         open_samples = len(self.kept.lengths)
@@ -120,11 +122,11 @@ class KeyValueCache:
 
     def __init__(self, model: NVLMModel, cu_seqlens: Tensor, context_intervals: Tensor, num_samples: int) -> None:
         boundaries = cu_seqlens[: num_samples + 1].long()
-        self.last_rows = boundaries[1:] - 1
-        self.own_rows = (boundaries[:-1], boundaries[1:] - boundaries[:-1])
-        start, end = context_intervals[self.last_rows].long().unbind(1)
-        self.context_rows = (start, (end - start).clamp(min=0))
-        self.positions = self.own_rows[1]
+        self.last_tokens = boundaries[1:] - 1
+        self.own_tokens = (boundaries[:-1], boundaries[1:] - boundaries[:-1])
+        start, end = context_intervals[self.last_tokens].long().unbind(1)
+        self.num_context_tokens = (start, (end - start).clamp(min=0))
+        self.positions = self.own_tokens[1]
         """[o] position of the next row of each open sample."""
         self._model = model.language_model
         self._attentions: list[_Attention] = []

@@ -2,7 +2,7 @@
 
 Parameter names and shapes are the same in both (norms are never fused into the linear layer behind them), so a
 checkpoint of one backend loads into the other.
-Shapes: s decoder rows, b batch, n query heads, g key/value groups, d head size, h hidden.
+Shapes: s decoder tokens, b batch, n query heads, g key/value groups, d head size, h hidden.
 """
 
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ class TorchCoreAttention(torch.nn.Module):
 
 
 class IntervalCoreAttention(torch.nn.Module):
-    """The `core_attention` of gated cross-attention: the mask is one range of context rows per decoder row."""
+    """The `core_attention` of gated cross-attention: the mask is one range of context tokens per decoder token."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()

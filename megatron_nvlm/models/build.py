@@ -29,8 +29,8 @@ from megatron_nvlm.models.families.sizes import (
 from megatron_nvlm.models.intern_vit import Holder, InternViTModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.padding import HeadPadding, pad_heads
-from megatron_nvlm.models.parallelism import PartitionConfig, check_partition
+from megatron_nvlm.models.padding import Padding, pad_evenly
+from megatron_nvlm.models.parallelism import ParallelismConfig, check_parallelism
 from megatron_nvlm.models.projector import LinearProjector, MLPProjector
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
 
@@ -65,7 +65,7 @@ class ModelConfig:
     recompute: str = "none"
     """Activations computed again in the backward pass: none, selective (core attention), full (each layer)."""
     max_sequence_length: int = 4096
-    """Longest sample in decoder rows."""
+    """Longest sample in decoder tokens."""
     weights: str | None = None
     """Hugging Face folder of a whole NVLM that a new run starts with; null for new weights."""
     language_weights: str | None = None
@@ -75,7 +75,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ModelParts:
+class ResolvedModel:
     """The presets and declarations that a ModelConfig names."""
 
     variant: Variant
@@ -83,13 +83,13 @@ class ModelParts:
     vision: VisionPreset
 
 
-def find_parts(config: ModelConfig) -> ModelParts:
+def resolve_model(config: ModelConfig) -> ResolvedModel:
     """Look up what the configuration names; UserError names the nearest choices."""
     if config.variant not in VARIANTS:
         raise UserError(f"model.variant is {config.variant!r}; choose one of {', '.join(VARIANTS)}")
     if config.recompute not in RECOMPUTE:
         raise UserError(f"model.recompute is {config.recompute!r}; choose one of {', '.join(RECOMPUTE)}")
-    return ModelParts(
+    return ResolvedModel(
         VARIANTS[config.variant],
         _find_sizes(LANGUAGE_PRESETS, config.language, "model.language", language_preset_of),
         _find_sizes(VISION_PRESETS, config.vision, "model.vision", vision_preset_of),
@@ -101,17 +101,17 @@ def _find_sizes(presets: dict[str, Preset], name: str, key: str, read: Callable[
     return read(Path(name)) if Path(name).is_dir() else find_preset(presets, name, key)
 
 
-def check_model(config: ModelConfig, partition: PartitionConfig) -> None:
+def check_model(config: ModelConfig, parallelism: ParallelismConfig) -> None:
     """Refuse a model or a split that cannot be built, before anything is."""
-    parts = find_parts(config)
+    parts = resolve_model(config)
     cross = config.cross_attention
     if parts.variant.needs_cross_attention and not cross.layers(parts.language.num_layers):
         raise UserError(
             f"model.cross_attention.interval {cross.interval} gives no cross-attention layer among the "
             f"{parts.language.num_layers} of {config.language}; NVLM-{config.variant.upper()} needs at least one"
         )
-    check_partition(
-        partition,
+    check_parallelism(
+        parallelism,
         parts.language,
         parts.vision,
         cross.num_attention_heads or parts.language.num_attention_heads,
@@ -120,7 +120,7 @@ def check_model(config: ModelConfig, partition: PartitionConfig) -> None:
 
 
 def language_config(
-    config: ModelConfig, preset: LanguagePreset, partition: PartitionConfig, dtype: torch.dtype, on_cpu: bool
+    config: ModelConfig, preset: LanguagePreset, parallelism: ParallelismConfig, dtype: torch.dtype, on_cpu: bool
 ) -> TransformerConfig:
     """The decoder's configuration. Cross-attention stands on some layers only, so checkpoints are keyed by layer."""
     return TransformerConfig(
@@ -137,13 +137,13 @@ def language_config(
         activation_func=torch.nn.functional.silu,
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,
-        tensor_model_parallel_size=partition.tensor_model_parallel_size,
-        pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
-        sequence_parallel=partition.sequence_parallel,
-        virtual_pipeline_model_parallel_size=_virtual_size(partition),
-        pipeline_model_parallel_layout=partition.pipeline_layout,
+        tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
+        sequence_parallel=parallelism.sequence_parallel,
+        virtual_pipeline_model_parallel_size=_virtual_size(parallelism),
+        pipeline_model_parallel_layout=parallelism.pipeline_layout,
         # Messages as long as the micro-batch. Interleaved stages have one length (core cannot agree on others there).
-        variable_seq_lengths=partition.pipeline_model_parallel_size > 1 and _virtual_size(partition) is None,
+        variable_seq_lengths=parallelism.pipeline_model_parallel_size > 1 and _virtual_size(parallelism) is None,
         moe_token_dispatcher_type="alltoall",  # core asks for it beside variable_seq_lengths, also without experts
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
@@ -164,7 +164,7 @@ def vision_config(
         num_layers=preset.num_layers,
         hidden_size=preset.hidden_size,
         ffn_hidden_size=preset.ffn_hidden_size,
-        num_attention_heads=pad_heads(preset.num_attention_heads, tensor_parallel).padded,
+        num_attention_heads=pad_evenly(preset.num_attention_heads, tensor_parallel).padded,
         kv_channels=preset.hidden_size // preset.num_attention_heads,
         tensor_model_parallel_size=tensor_parallel,
         normalization=preset.normalization,
@@ -181,7 +181,7 @@ def vision_config(
 
 
 def projector_config(
-    config: ModelConfig, preset: LanguagePreset, partition: PartitionConfig, dtype: torch.dtype, on_cpu: bool
+    config: ModelConfig, preset: LanguagePreset, parallelism: ParallelismConfig, dtype: torch.dtype, on_cpu: bool
 ) -> TransformerConfig:
     """The projector's configuration: tensor parallel, without sequence parallelism (its rows are vision tokens)."""
     return TransformerConfig(
@@ -192,7 +192,7 @@ def projector_config(
         add_bias_linear=False,
         gated_linear_unit=False,
         activation_func=torch.nn.functional.gelu,
-        tensor_model_parallel_size=partition.tensor_model_parallel_size,
+        tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
         **_common(config, dtype, on_cpu),
     )
 
@@ -217,15 +217,15 @@ def _common(config: ModelConfig, dtype: torch.dtype, on_cpu: bool) -> dict[str, 
     )
 
 
-def _virtual_size(partition: PartitionConfig) -> int | None:
+def _virtual_size(parallelism: ParallelismConfig) -> int | None:
     """Core's spelling of the number of chunks: None without interleaving."""
-    chunks = partition.virtual_pipeline_model_parallel_size
+    chunks = parallelism.virtual_pipeline_model_parallel_size
     return chunks if chunks > 1 else None
 
 
 def build_model(
     config: ModelConfig,
-    partition: PartitionConfig,
+    parallelism: ParallelismConfig,
     groups: ProcessGroupCollection,
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
@@ -239,13 +239,13 @@ def build_model(
         device: where parameters live; `meta` allocates nothing.
         vp_stage: which of the stage's chunks, if it has several (`build_chunks` makes them all).
     """
-    parts, backend = find_parts(config), get_backend(config.backend)
+    parts, backend = resolve_model(config), get_backend(config.backend)
     on_cpu = device.type != "cuda"
     stages, stage = groups.pp.size(), groups.pp.rank()
     first = stage == 0 and not vp_stage
-    last = stage == stages - 1 and vp_stage in (None, partition.virtual_pipeline_model_parallel_size - 1)
-    language = language_config(config, parts.language, partition, dtype, on_cpu)
-    vocabulary = vocabulary_padding(parts.language, partition)
+    last = stage == stages - 1 and vp_stage in (None, parallelism.virtual_pipeline_model_parallel_size - 1)
+    language = language_config(config, parts.language, parallelism, dtype, on_cpu)
+    vocabulary = vocabulary_padding(parts.language, parallelism)
     with torch.device(device):
         language_model = GPTModel(
             language,
@@ -262,49 +262,49 @@ def build_model(
             vp_stage=vp_stage,
         )
         vision_model = vision_projection = None
-        if first or (partition.vision_placement == "replicated" and not vp_stage):
-            vision_model = build_vision(config, parts.vision, partition, groups, single_rank_groups, dtype, on_cpu)
+        if first or (parallelism.vision_placement == "replicated" and not vp_stage):
+            vision_model = build_vision(config, parts.vision, parallelism, groups, single_rank_groups, dtype, on_cpu)
         if first:
-            projector = projector_config(config, parts.language, partition, dtype, on_cpu)
+            projector = projector_config(config, parts.language, parallelism, dtype, on_cpu)
             vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, 4 * parts.vision.hidden_size)
     return NVLMModel(
         language_model,
         vision_model,
         vision_projection,
         parts.variant.needs_cross_attention,
-        vision_heads(parts.vision, partition),
-        partition.vision_tiles_at_once,
-        partition.vision_placement == "replicated",
+        vision_heads(parts.vision, parallelism),
+        parallelism.vision_tiles_at_once,
+        parallelism.vision_placement == "replicated",
         vocabulary,
     )
 
 
-def vocabulary_padding(preset: LanguagePreset, partition: PartitionConfig) -> HeadPadding | None:
+def vocabulary_padding(preset: LanguagePreset, parallelism: ParallelismConfig) -> Padding | None:
     """How the rows of the vocabulary are filled up for the tensor-parallel ranks; None where they divide them."""
-    ranks = partition.tensor_model_parallel_size
-    return pad_heads(preset.vocab_size, ranks) if preset.vocab_size % ranks else None
+    ranks = parallelism.tensor_model_parallel_size
+    return pad_evenly(preset.vocab_size, ranks) if preset.vocab_size % ranks else None
 
 
-def vision_heads(preset: VisionPreset, partition: PartitionConfig) -> HeadPadding | None:
+def vision_heads(preset: VisionPreset, parallelism: ParallelismConfig) -> Padding | None:
     """How the encoder's heads are shared by tensor-parallel ranks; None where each rank holds the encoder whole."""
-    if partition.vision_placement != "tensor_parallel" or partition.tensor_model_parallel_size == 1:
+    if parallelism.vision_placement != "tensor_parallel" or parallelism.tensor_model_parallel_size == 1:
         return None
-    return pad_heads(preset.num_attention_heads, partition.tensor_model_parallel_size)
+    return pad_evenly(preset.num_attention_heads, parallelism.tensor_model_parallel_size)
 
 
 def build_chunks(
     config: ModelConfig,
-    partition: PartitionConfig,
+    parallelism: ParallelismConfig,
     groups: ProcessGroupCollection,
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
     device: torch.device,
 ) -> ModelChunks:
     """All that this rank holds of the model: one chunk, or several under virtual pipeline stages."""
-    chunks = partition.virtual_pipeline_model_parallel_size
+    chunks = parallelism.virtual_pipeline_model_parallel_size
     numbers = range(chunks) if chunks > 1 else [None]
     return ModelChunks(
-        build_model(config, partition, groups, single_rank_groups, dtype, device, number) for number in numbers
+        build_model(config, parallelism, groups, single_rank_groups, dtype, device, number) for number in numbers
     )
 
 
@@ -325,7 +325,7 @@ _PROJECTORS: dict[str, Callable[[TransformerConfig, Backend, int], torch.nn.Modu
 
 def _decoder_layers(
     config: ModelConfig,
-    parts: ModelParts,
+    parts: ResolvedModel,
     language: TransformerConfig,
     backend: Backend,
     stage: int,
@@ -353,14 +353,14 @@ _ENCODE_DIFFERENT_TILES: dict[str, str | None] = {
 def build_vision(
     config: ModelConfig,
     preset: VisionPreset,
-    partition: PartitionConfig,
+    parallelism: ParallelismConfig,
     groups: ProcessGroupCollection,
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
     on_cpu: bool,
 ) -> InternViTModel:
     """This rank's encoder, or its part of one."""
-    heads, backend = vision_heads(preset, partition), get_backend(config.backend)
+    heads, backend = vision_heads(preset, parallelism), get_backend(config.backend)
     own_groups = single_rank_groups
     if heads is not None:
         alone = single_rank_groups
@@ -379,6 +379,6 @@ def build_vision(
             groups.tp.rank(),
             groups.tp.size(),
             groups.dp_cp.rank(),
-            _ENCODE_DIFFERENT_TILES[partition.vision_placement],
+            _ENCODE_DIFFERENT_TILES[parallelism.vision_placement],
         ),
     )

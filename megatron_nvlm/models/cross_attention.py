@@ -3,7 +3,7 @@
 The paper names gated cross-attention (sections 4.3, 4.4) and leaves its inside open; every choice here is ours and is
 listed in docs/choices.md. Both classes fill slots that Megatron-core's TransformerLayer has between self-attention and
 MLP.
-Shapes: s decoder rows, c context rows, n query heads, g groups, d head size, h hidden.
+Shapes: s decoder tokens, c context tokens, n query heads, g groups, d head size, h hidden.
 """
 
 import copy

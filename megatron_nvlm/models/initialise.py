@@ -97,12 +97,12 @@ def count_parameters(model: NVLMModel | ModelChunks) -> dict[str, int]:
     ranks = _tensor_group(model).size()
     counts: dict[str, int] = {}
     for name, parameter in named_parameters(model):
-        part = part_of(name)
+        part = component_of(name)
         counts[part] = counts.get(part, 0) + math.prod(full_shape(parameter.shape, split_of(name, model), ranks))
     return counts
 
 
-def part_of(name: str) -> str:
+def component_of(name: str) -> str:
     """vision_model, vision_projection, cross_attention or language_model: the units that stages freeze and train."""
     if ".cross_attention." in name or ".cross_attn_bda." in name or ".pre_cross_attn_layernorm." in name:
         return "cross_attention"

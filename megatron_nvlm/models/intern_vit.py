@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_nvlm.models.padding import HeadPadding, SplitRMSNorm, shard_evenly, shard_heads
+from megatron_nvlm.models.padding import Padding, SplitRMSNorm, shard_evenly, shard_heads
 from megatron_nvlm.models.sharding import find_split
 
 
@@ -83,7 +83,7 @@ class Holder:
             (tensor parallel, or the whole replica); None where all encode the same.
     """
 
-    heads: HeadPadding | None
+    heads: Padding | None
     stage: int
     tensor_rank: int
     tensor_ranks: int

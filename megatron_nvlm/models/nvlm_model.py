@@ -1,8 +1,8 @@
 """One pipeline stage of NVLM: vision tokens made once, put where the micro-batch says, decoded by a GPTModel.
 
-D, X and H are the same code: the micro-batch carries, for every decoder row and every context row, either a token or the
+D, X and H are the same code: the micro-batch carries, for every decoder token and every context token, either a token or the
 number of a vision token (sequence/assemble.py writes them by the variant's row of the table).
-Shapes: s decoder rows, c context rows, h hidden, t tiles.
+Shapes: s decoder tokens, c context tokens, h hidden, t tiles.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD
 from megatron_nvlm.models.intern_vit import InternViTModel
-from megatron_nvlm.models.padding import HeadPadding
+from megatron_nvlm.models.padding import Padding
 from megatron_nvlm.models.vision_clock import VisionClock
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
@@ -28,7 +28,7 @@ from megatron_nvlm.sequence.micro_batch import MicroBatch
 class NVLMModel(MegatronModule):
     """A pipeline stage; the first also holds the vision model and its projector.
 
-    Between stages travels [s + c, 1, h] (under sequence parallelism each rank's shards of both): decoder rows, and behind
+    Between stages travels [s + c, 1, h] (under sequence parallelism each rank's shards of both): decoder tokens, and behind
     them the context that cross-attention layers of later stages read, so that gradients return to the projector.
 
     Args:
@@ -47,10 +47,10 @@ class NVLMModel(MegatronModule):
         vision_model: InternViTModel | None,
         vision_projection: torch.nn.Module | None,
         has_context: bool,
-        vision_heads: HeadPadding | None = None,
+        vision_heads: Padding | None = None,
         tiles_at_once: int = 8,
         encodes_ahead: bool = False,
-        vocabulary: HeadPadding | None = None,
+        vocabulary: Padding | None = None,
     ) -> None:
         super().__init__(config=language_model.config)
         self.language_model = language_model
@@ -66,7 +66,7 @@ class NVLMModel(MegatronModule):
         self.post_process = language_model.post_process
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
-        self.payload_rows = 0
+        self.payload_tokens = 0
         """Rows of the message between stages, padding included; 0 for as many as the micro-batch has."""
         self._payload: Tensor | None = None
 
@@ -186,18 +186,18 @@ class NVLMModel(MegatronModule):
         rows = len(micro_batch.tokens) // shards
         if not self.has_context:
             return self._payload[:rows], None
-        context_rows = len(micro_batch.context_tokens) // shards
-        return self._payload[:rows], self._payload[rows : rows + context_rows]
+        num_context_tokens = len(micro_batch.context_tokens) // shards
+        return self._payload[:rows], self._payload[rows : rows + num_context_tokens]
 
     def _join_payload(self, micro_batch: MicroBatch, output: Tensor, context: Tensor | None) -> Tensor:
-        """The message to the next stage: decoder rows, context rows and, with a fixed length, zeros."""
+        """The message to the next stage: decoder tokens, context tokens and, with a fixed length, zeros."""
         parts = [output] if context is None else [output, context]
-        if self.payload_rows:
-            missing = self.payload_rows // self._sequence_shards - sum(len(part) for part in parts)
+        if self.payload_tokens:
+            missing = self.payload_tokens // self._sequence_shards - sum(len(part) for part in parts)
             if missing < 0:
                 raise UserError(
                     f"the micro-batch of {', '.join(micro_batch.keys)} has {-missing * self._sequence_shards} rows more "
-                    f"than the {self.payload_rows} that virtual pipeline stages send; raise "
+                    f"than the {self.payload_tokens} that virtual pipeline stages send; raise "
                     "parallelism.payload_vision_tokens by as many"
                 )
             parts.append(output.new_zeros(missing, *output.shape[1:]))

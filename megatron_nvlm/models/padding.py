@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class HeadPadding:
+class Padding:
     """How many of the heads are real."""
 
     real: int
@@ -34,9 +34,9 @@ class HeadPadding:
         return padded.narrow(dim, 0, padded.shape[dim] // self.padded * self.real)
 
 
-def pad_heads(heads: int, ranks: int) -> HeadPadding:
+def pad_evenly(heads: int, ranks: int) -> Padding:
     """The fewest heads that the ranks can share evenly."""
-    return HeadPadding(heads, -(-heads // ranks) * ranks)
+    return Padding(heads, -(-heads // ranks) * ranks)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -78,7 +78,7 @@ class SplitRMSNorm(torch.nn.Module):
 
 
 def shard_heads(
-    whole: ShardedTensor, dim: int, padding: HeadPadding, rank: int, ranks: int, replica: int
+    whole: ShardedTensor, dim: int, padding: Padding, rank: int, ranks: int, replica: int
 ) -> ShardedTensorFactory:
     """How a rank's part of a tensor split by heads along `dim` is kept: a piece for each real head, none for the others.
 

@@ -10,7 +10,7 @@ VISION_PLACEMENTS = ("first_stage", "replicated", "tensor_parallel")
 
 
 @dataclass(frozen=True)
-class PartitionConfig:
+class ParallelismConfig:
     """Section `parallelism` of a run; data parallelism is what remains of the ranks."""
 
     tensor_model_parallel_size: int = 1
@@ -26,7 +26,7 @@ class PartitionConfig:
     pipeline_layout: str | None = None
     """Megatron-core's string of layers by part of the pipeline, such as Et*13|t*16|t*16|t*15L; null for equal parts."""
     payload_vision_tokens: int = 0
-    """Context rows that a micro-batch may send from stage to stage. Virtual stages only: their messages have one length,
+    """Context tokens that a micro-batch may send from stage to stage. Virtual stages only: their messages have one length,
     micro_batch_size * sequence_length + this; otherwise messages are as long as the micro-batch."""
     context_parallel_size: int = 1
     """Ranks that share a sample's rows: 1 only, see config/rules.py."""
@@ -40,7 +40,7 @@ class PartitionConfig:
     """Most tiles that a rank encodes at a time, which bounds the encoder's memory."""
 
     @property
-    def row_multiple(self) -> int:
+    def token_multiple(self) -> int:
         """Rows of a micro-batch are padded to a multiple of this, so that sequence shards are equal."""
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
@@ -56,15 +56,15 @@ class PartitionConfig:
         return world_size // replica
 
 
-def check_partition(
-    partition: PartitionConfig, language: LanguagePreset, vision: VisionPreset, heads: int, groups: int
+def check_parallelism(
+    parallelism: ParallelismConfig, language: LanguagePreset, vision: VisionPreset, heads: int, groups: int
 ) -> None:
     """Refuse a split that the model's sizes do not allow, naming the two numbers that disagree.
 
     Args:
         heads, groups: of the gated cross-attention, or of the language model where there is none.
     """
-    tensor, pipeline = partition.tensor_model_parallel_size, partition.pipeline_model_parallel_size
+    tensor, pipeline = parallelism.tensor_model_parallel_size, parallelism.pipeline_model_parallel_size
     if tensor < 1 or pipeline < 1:
         raise UserError("parallelism: tensor_model_parallel_size and pipeline_model_parallel_size must be at least 1")
     for what, count in (
@@ -81,18 +81,18 @@ def check_partition(
             )
     if heads % groups:
         raise UserError(f"model.cross_attention: {heads} attention heads cannot share {groups} query groups evenly")
-    _check_pipeline(partition, language.num_layers)
-    _check_vision(partition, vision)
-    if partition.sequence_parallel and tensor == 1:
+    _check_pipeline(parallelism, language.num_layers)
+    _check_vision(parallelism, vision)
+    if parallelism.sequence_parallel and tensor == 1:
         raise UserError(
             "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size of at least 2; "
             "set it to false or raise the size"
         )
 
 
-def _check_pipeline(partition: PartitionConfig, num_layers: int) -> None:
-    stages, chunks = partition.pipeline_model_parallel_size, partition.virtual_pipeline_model_parallel_size
-    if chunks < 1 or partition.payload_vision_tokens < 0:
+def _check_pipeline(parallelism: ParallelismConfig, num_layers: int) -> None:
+    stages, chunks = parallelism.pipeline_model_parallel_size, parallelism.virtual_pipeline_model_parallel_size
+    if chunks < 1 or parallelism.payload_vision_tokens < 0:
         raise UserError(
             "parallelism.virtual_pipeline_model_parallel_size must be at least 1 and payload_vision_tokens at least 0"
         )
@@ -107,15 +107,17 @@ def _check_pipeline(partition: PartitionConfig, num_layers: int) -> None:
             f"parallelism.pipeline_model_parallel_size is {stages}{virtual}, more than the {num_layers} layers "
             "of the language model; each stage needs at least one layer"
         )
-    chunk_layers(partition.pipeline_layout, stages, chunks, num_layers)
+    chunk_layers(parallelism.pipeline_layout, stages, chunks, num_layers)
 
 
-def _check_vision(partition: PartitionConfig, vision: VisionPreset) -> None:
-    tensor, placement = partition.tensor_model_parallel_size, partition.vision_placement
+def _check_vision(parallelism: ParallelismConfig, vision: VisionPreset) -> None:
+    tensor, placement = parallelism.tensor_model_parallel_size, parallelism.vision_placement
     if placement not in VISION_PLACEMENTS:
         raise UserError(f"parallelism.vision_placement is {placement!r}; choose one of {', '.join(VISION_PLACEMENTS)}")
-    if partition.vision_tiles_at_once < 1:
-        raise UserError(f"parallelism.vision_tiles_at_once is {partition.vision_tiles_at_once}; it must be at least 1")
+    if parallelism.vision_tiles_at_once < 1:
+        raise UserError(
+            f"parallelism.vision_tiles_at_once is {parallelism.vision_tiles_at_once}; it must be at least 1"
+        )
     if placement == "tensor_parallel" and vision.ffn_hidden_size % tensor:
         raise UserError(
             f"parallelism.vision_placement is tensor_parallel and tensor_model_parallel_size {tensor} does not divide the "

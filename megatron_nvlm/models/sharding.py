@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nvlm.models.padding import HeadPadding
+from megatron_nvlm.models.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Split:
 
     dim: int
     blocks: int = 1
-    padding: HeadPadding | None = None
+    padding: Padding | None = None
     """Zeros that stand behind the whole tensor before it is cut, in units of heads, or of rows of the vocabulary."""
 
 
@@ -51,9 +51,7 @@ VISION_SPLITS: tuple[tuple[str, Split], ...] = (
 )
 
 
-def find_split(
-    name: str, vision_heads: HeadPadding | None = None, vocabulary: HeadPadding | None = None
-) -> Split | None:
+def find_split(name: str, vision_heads: Padding | None = None, vocabulary: Padding | None = None) -> Split | None:
     """How the parameter of that name is split; None if it is whole on every rank.
 
     Args:

@@ -49,7 +49,7 @@ def interval_attention(
 
 
 def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
-    """Cut the rows where no later row sees a key that an earlier one saw: between samples of a packed row.
+    """Cut the rows where no later row sees a key that an earlier one saw: between samples of a pack.
 
     Each segment then needs scores for its own keys only, not for those of the whole row.
 

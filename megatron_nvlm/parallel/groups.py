@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device
 
 AFTER_WATCHDOG_SECONDS = 30
@@ -27,19 +27,19 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_groups(partition: PartitionConfig, device: Device, seed: int, timeout_seconds: float = 600) -> None:
+def start_groups(parallelism: ParallelismConfig, device: Device, seed: int, timeout_seconds: float = 600) -> None:
     """Join the other ranks and lay out the groups. A process that no launcher started is a world of its own."""
-    partition.data_parallel_size(world_size_from_environment())
+    parallelism.data_parallel_size(world_size_from_environment())
     if not dist.is_initialized():
         if "WORLD_SIZE" not in os.environ:
             os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
         timeout = datetime.timedelta(seconds=timeout_seconds + AFTER_WATCHDOG_SECONDS)
         dist.init_process_group(device.communication, timeout=timeout)
-    lay_out_groups(partition, timeout_seconds=timeout_seconds)
+    lay_out_groups(parallelism, timeout_seconds=timeout_seconds)
     model_parallel_cuda_manual_seed(seed)
 
 
-def lay_out_groups(partition: PartitionConfig, with_cpu_groups: bool = True, timeout_seconds: float = 600) -> None:
+def lay_out_groups(parallelism: ParallelismConfig, with_cpu_groups: bool = True, timeout_seconds: float = 600) -> None:
     """Divide the ranks of an initialised world into groups.
 
     Args:
@@ -47,10 +47,10 @@ def lay_out_groups(partition: PartitionConfig, with_cpu_groups: bool = True, tim
             process only, cannot.
         timeout_seconds: of the watchdog; collectives give up somewhat later.
     """
-    chunks = partition.virtual_pipeline_model_parallel_size
+    chunks = parallelism.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=partition.tensor_model_parallel_size,
-        pipeline_model_parallel_size=partition.pipeline_model_parallel_size,
+        tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         create_gloo_process_groups=with_cpu_groups,
         distributed_timeout_minutes=(timeout_seconds + AFTER_WATCHDOG_SECONDS) / 60,

@@ -22,7 +22,7 @@ from megatron_nvlm.ops.gather_tiles import share_of
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
 
-def share_number(tensor_rank: int, stage: int, stages: int) -> int:
+def share_index(tensor_rank: int, stage: int, stages: int) -> int:
     """Which of the tensor x pipeline shares is a rank's."""
     return tensor_rank * stages + stage
 
@@ -53,7 +53,7 @@ class SpreadVision:
         """Of each micro-batch, on the first stage; their gradients gather here."""
 
     def _number(self, tensor_rank: int, stage: int) -> int:
-        return share_number(tensor_rank, stage, self.pipeline.size())
+        return share_index(tensor_rank, stage, self.pipeline.size())
 
     def encode(self) -> list[Tensor | None]:
         """Features [t, tokens per tile, 4 v] of each micro-batch on the first stage, None on the others.

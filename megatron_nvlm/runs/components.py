@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_nvlm.hf.open_folders import FolderWeights, expected_names, open_folders, refuse_missing_parts
+from megatron_nvlm.hf.open_folders import FolderWeights, expected_names, open_folders, refuse_missing_components
 from megatron_nvlm.checkpoint.save_load import Identity
 from megatron_nvlm.data.loading.loader import DataConfig
 from megatron_nvlm.data.order.order import BlendedOrder
@@ -13,11 +13,11 @@ from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.build import ModelConfig, build_chunks, build_model, find_parts
+from megatron_nvlm.models.build import ModelConfig, build_chunks, build_model, resolve_model
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.initialise import initialise, mark_splits
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, name_of
 from megatron_nvlm.parallel.device import DTYPES
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
@@ -27,7 +27,7 @@ Built = TypeVar("Built", NVLMModel, ModelChunks)
 
 
 @dataclass(frozen=True)
-class DataParts:
+class OpenedData:
     """Opened data: everything that can be wrong with it has been looked for."""
 
     sets: list[ShardSet]
@@ -35,9 +35,9 @@ class DataParts:
     pipeline: SamplePipeline
 
 
-def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> DataParts:
+def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> OpenedData:
     """Open shards and tokenizer; needs no process groups."""
-    parts = find_parts(model)
+    parts = resolve_model(model)
     tokenizer = Tokenizer.load(data.tokenizer)
     if tokenizer.vocab_size > parts.language.vocab_size:
         raise UserError(
@@ -60,12 +60,12 @@ def open_data(data: DataConfig, tiling: TilingConfig, model: ModelConfig) -> Dat
         data.seed,
         data.shuffle_window_shards,
     )
-    return DataParts(sets, order, make_pipeline(data, tiling, model, tokenizer))
+    return OpenedData(sets, order, make_pipeline(data, tiling, model, tokenizer))
 
 
 def make_pipeline(data: DataConfig, tiling: TilingConfig, model: ModelConfig, tokenizer: Tokenizer) -> SamplePipeline:
     """The arrows from stored samples to rows, for this model."""
-    parts = find_parts(model)
+    parts = resolve_model(model)
     return SamplePipeline(
         tokenizer=tokenizer,
         tiling=tiling,
@@ -79,24 +79,24 @@ def make_pipeline(data: DataConfig, tiling: TilingConfig, model: ModelConfig, to
 
 def make_identity(model: ModelConfig, tokenizer: Tokenizer | None) -> Identity:
     """What a checkpoint of this run is of; weights that came without a tokenizer are of none."""
-    parts = find_parts(model)
+    parts = resolve_model(model)
     language, vision = name_of(LANGUAGE_PRESETS, parts.language), name_of(VISION_PRESETS, parts.vision)
     return Identity(model.variant, language, vision, tokenizer.fingerprint if tokenizer else "")
 
 
 def make_model(
-    model: ModelConfig, partition: PartitionConfig, precision: str, device: torch.device, seed: int
+    model: ModelConfig, parallelism: ParallelismConfig, precision: str, device: torch.device, seed: int
 ) -> NVLMModel:
     """This rank's stage with new weights."""
-    built = build_model(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
+    built = build_model(model, parallelism, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
     return _with_new_weights(built, seed)
 
 
 def make_chunks(
-    model: ModelConfig, partition: PartitionConfig, precision: str, device: torch.device, seed: int
+    model: ModelConfig, parallelism: ParallelismConfig, precision: str, device: torch.device, seed: int
 ) -> ModelChunks:
     """All that this rank holds, with new weights: for training, where a stage may be several chunks."""
-    built = build_chunks(model, partition, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
+    built = build_chunks(model, parallelism, get_groups(), get_single_rank_groups(), DTYPES[precision], device)
     return _with_new_weights(built, seed)
 
 
@@ -108,7 +108,7 @@ def open_weights(model: ModelConfig) -> FolderWeights | None:
     """
     weights = open_folders(model)
     if weights is not None:
-        refuse_missing_parts(list(weights.ours.infos), expected_names(model, find_parts(model)), "the run")
+        refuse_missing_components(list(weights.ours.infos), expected_names(model, resolve_model(model)), "the run")
     return weights
 
 

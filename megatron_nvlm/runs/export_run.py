@@ -20,7 +20,7 @@ from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE
 from megatron_nvlm.hf.convert import Done, export_source, write_export
 from megatron_nvlm.hf.our_model import describe_our_model
-from megatron_nvlm.models.build import find_parts
+from megatron_nvlm.models.build import resolve_model
 from megatron_nvlm.runs.components import make_identity
 from megatron_nvlm.text.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
 
 
 def _config(run: RunConfig, tokenizer: Path | None, dtype: str) -> dict[str, Any]:
-    parts = find_parts(run.model)
+    parts = resolve_model(run.model)
     config = describe_folder(
         parts.variant,
         parts.language,

@@ -13,9 +13,9 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class AssembledSample:
-    """One sample's rows (numpy); numbers of vision tokens and context rows count within the sample.
+    """One sample's rows (numpy); numbers of vision tokens and context tokens count within the sample.
 
-    Shapes: s decoder rows, c context rows.
+    Shapes: s decoder tokens, c context tokens.
     """
 
     tokens: np.ndarray
@@ -31,7 +31,7 @@ class AssembledSample:
     context_vision_index: np.ndarray
     """[c] number of the vision token that stands here; -1 for tags."""
     context_intervals: np.ndarray
-    """[s, 2] range [start, end) of context rows that this row sees."""
+    """[s, 2] range [start, end) of context tokens that this row sees."""
     num_tiles: int
 
 
@@ -66,7 +66,7 @@ def assemble(pieces: Sequence[TextPiece | ImagePiece], layouts: Sequence[ImageLa
         is_target.append(np.zeros(len(layout.decoder_tokens), dtype=bool))
         decoder_index.append(_shift(layout.decoder_vision_index, vision_before))
         own = layout.decoder_intervals
-        # "All tiles so far" of an image begins at the sample's first context row; a tag's own tile does not.
+        # "All tiles so far" of an image begins at the sample's first context token; a tag's own tile does not.
         start = np.where(layout.decoder_sees_own_tile, own[:, 0] + context_before, 0)
         end = own[:, 1] + context_before
         intervals.append(np.stack([start, end], axis=1).astype(np.int32))

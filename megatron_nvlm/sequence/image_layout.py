@@ -10,7 +10,7 @@ from megatron_nvlm.sequence.variants import Variant
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Rows of one image, counted within the image. Shapes: d its decoder rows, c its context rows."""
+    """Rows of one image, counted within the image. Shapes: d its decoder tokens, c its context tokens."""
 
     num_tiles: int
     """Tiles and thumbnail together."""
@@ -20,7 +20,7 @@ class ImageLayout:
     decoder_vision_index: np.ndarray
     """[d] number of the vision token; -1 for tags."""
     decoder_intervals: np.ndarray
-    """[d, 2] range of the image's context rows that the row sees."""
+    """[d, 2] range of the image's context tokens that the row sees."""
     decoder_sees_own_tile: np.ndarray
     """[d] true where the range is one tile's alone, whatever images came before."""
     context_tokens: np.ndarray
@@ -56,11 +56,11 @@ def lay_out_image(tag_ids: Sequence[Sequence[int]], variant: Variant, tokens_per
             start = sum(len(run.tokens) for run in context)
             context.append(_Run.of_tile(tile, tokens_per_tile))
             tile_ranges[tile] = (start, start + tokens_per_tile)
-    context_rows = sum(len(run.tokens) for run in context)
+    num_context_tokens = sum(len(run.tokens) for run in context)
     intervals, own = [], []
     for run in decoder:
         alone = variant.tag_sees_own_tile_only and run.is_tag and run.tile in tile_ranges
-        seen = tile_ranges[run.tile] if alone else (0, context_rows)
+        seen = tile_ranges[run.tile] if alone else (0, num_context_tokens)
         intervals.append(np.tile(np.array([seen], dtype=np.int32), (len(run.tokens), 1)))
         own.append(np.full(len(run.tokens), alone))
     return ImageLayout(

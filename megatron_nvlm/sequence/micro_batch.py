@@ -1,7 +1,7 @@
 """The micro-batch: one ragged row of samples, and for each of its rows where its content comes from.
 
 All pipeline stages hold it; only where tiles are encoded does it carry pixels.
-Shapes: s decoder rows, c context rows, t tiles, S pixels along an edge of a tile.
+Shapes: s decoder tokens, c context tokens, t tiles, S pixels along an edge of a tile.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tensors of one micro-batch; numbers of vision tokens and context rows count over the whole micro-batch."""
+    """Tensors of one micro-batch; numbers of vision tokens and context tokens count over the whole micro-batch."""
 
     tokens: Tensor
     """[s] ids; 0 where a vision token stands."""
@@ -37,7 +37,7 @@ class MicroBatch:
     context_vision_index: Tensor
     """[c] number of the vision token that stands here; -1 for tags and padding."""
     context_intervals: Tensor
-    """[s, 2] range [start, end) of context rows that this row sees; int32."""
+    """[s, 2] range [start, end) of context tokens that this row sees; int32."""
     tiles: Tensor
     """[t, 3, S, S] uint8; t may be 0. All tiles, or the range of them that this rank encodes, or none."""
     keys: tuple[str, ...]
@@ -80,17 +80,19 @@ def pack(
         tiles: [t, 3, S, S], those of all samples in order, or a range of them that begins at `first_tile` (none, where
             nothing is encoded).
         tokens_per_tile: vision tokens that a tile becomes.
-        pad_to_multiple: decoder and context rows are padded to a multiple of it (sequence parallelism). Padding is a
+        pad_to_multiple: decoder and context tokens are padded to a multiple of it (sequence parallelism). Padding is a
             sample of its own without target, and no row sees padding of the context.
         with_context: whether the model has cross-attention; the context then has at least one row, so that batches
             without images run the same collectives.
     """
     rows = sum(len(sample.tokens) for sample in samples)
-    row_padding = -rows % pad_to_multiple
-    context_rows = sum(len(sample.context_tokens) for sample in samples) if with_context else 0
-    context_padding = max(-context_rows % pad_to_multiple, pad_to_multiple - context_rows) if with_context else 0
+    token_padding = -rows % pad_to_multiple
+    num_context_tokens = sum(len(sample.context_tokens) for sample in samples) if with_context else 0
+    context_padding = (
+        max(-num_context_tokens % pad_to_multiple, pad_to_multiple - num_context_tokens) if with_context else 0
+    )
 
-    lengths = [len(sample.tokens) for sample in samples] + ([row_padding] if row_padding else [])
+    lengths = [len(sample.tokens) for sample in samples] + ([token_padding] if token_padding else [])
     decoder_index, context_index, intervals = [], [], []
     vision_before = context_before = 0
     for sample in samples:
@@ -105,16 +107,16 @@ def pack(
         vision_before += sample.num_tiles * tokens_per_tile
     context_tokens = [sample.context_tokens for sample in samples] if with_context else []
     return MicroBatch(
-        tokens=_join([sample.tokens for sample in samples], row_padding, 0, np.int64),
+        tokens=_join([sample.tokens for sample in samples], token_padding, 0, np.int64),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        labels=_join([sample.labels for sample in samples], row_padding, IGNORED_LABEL, np.int64),
-        loss_mask=_join([sample.loss_mask for sample in samples], row_padding, 0, np.float32),
+        labels=_join([sample.labels for sample in samples], token_padding, IGNORED_LABEL, np.int64),
+        loss_mask=_join([sample.loss_mask for sample in samples], token_padding, 0, np.float32),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
-        decoder_vision_index=_join(decoder_index, row_padding, -1, np.int64),
+        decoder_vision_index=_join(decoder_index, token_padding, -1, np.int64),
         context_tokens=_join(context_tokens, context_padding, 0, np.int64),
         context_vision_index=_join(context_index, context_padding, -1, np.int64),
         context_intervals=torch.from_numpy(
-            np.concatenate([*intervals, np.zeros((row_padding, 2), dtype=np.int32)]).astype(np.int32)
+            np.concatenate([*intervals, np.zeros((token_padding, 2), dtype=np.int32)]).astype(np.int32)
         ),
         tiles=tiles,
         keys=tuple(keys),

@@ -149,7 +149,7 @@ def _record(
         "learning_rate": learning_rate,
         "grad_norm": totals.grad_norm,
         "samples": totals.samples,
-        "tokens": totals.rows,
+        "tokens": totals.tokens,
         "targets": totals.targets,
         "tiles": totals.tiles,
         "tiles_per_rank": totals.tiles_per_rank,
@@ -162,7 +162,7 @@ def _record(
     }
     if trainer.data.packing.enabled:
         room = trainer.config.global_batch_size * trainer.data.sequence_length
-        record["packing_efficiency"] = totals.rows / room
+        record["packing_efficiency"] = totals.tokens / room
     return record
 
 

@@ -38,7 +38,7 @@ class StepTotals:
     grad_norm: float
     targets: int
     samples: int
-    rows: int
+    tokens: int
     tiles: int
     tiles_per_rank: float
     """Mean over the ranks that encode."""
@@ -64,7 +64,7 @@ def total_over_ranks(result: StepResult, bad_samples: int, stop: bool, model: NV
     head = [
         result.loss_sum * counts_loss,
         result.num_targets * counts_loss,
-        result.rows * counts_data,
+        result.tokens * counts_data,
         result.tiles * counts_data,
         bad_samples * counts_data,
         sum(map(len, result.keys)) * counts_data,
@@ -80,7 +80,7 @@ def total_over_ranks(result: StepResult, bad_samples: int, stop: bool, model: NV
             gates[num_layers + layer] = 1.0
     vector = torch.tensor([*head, *gates], dtype=torch.float64, device=next(model.parameters()).device)
     dist.all_reduce(vector)
-    loss_sum, targets, rows, tiles, bad, samples, stops, encoded, encoders, *all_gates = vector.tolist()
+    loss_sum, targets, tokens, tiles, bad, samples, stops, encoded, encoders, *all_gates = vector.tolist()
     most, vision_seconds = _largest(vector, result.encoded_tiles, result.vision_seconds)
     per_rank = encoded / max(encoders, 1)
     return StepTotals(
@@ -88,7 +88,7 @@ def total_over_ranks(result: StepResult, bad_samples: int, stop: bool, model: NV
         grad_norm=result.grad_norm,
         targets=round(targets),
         samples=round(samples),
-        rows=round(rows),
+        tokens=round(tokens),
         tiles=round(tiles),
         tiles_per_rank=per_rank,
         tile_imbalance=most / per_rank if per_rank else 0.0,

@@ -28,7 +28,7 @@ class StepResult:
     loss_sum: float
     num_targets: float
     grad_norm: float
-    rows: int
+    tokens: int
     tiles: int
     """Of this replica."""
     keys: tuple[tuple[str, ...], ...]
@@ -116,7 +116,7 @@ def run_step(
         models: the chunks of this rank's stage, as `wrap_model` returns them.
         on_micro_batch: told the names of the samples as each micro-batch begins.
     """
-    rows = tiles = 0
+    tokens = tiles = 0
     keys: list[tuple[str, ...]] = []
     first_chunk: NVLMModel = models[0].module
     vision = None
@@ -129,11 +129,11 @@ def run_step(
         model.module.config.finalize_model_grads_func = partial(finalize_gradients, vision=vision)
 
     def forward_step(iterator: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
-        nonlocal rows, tiles
+        nonlocal tokens, tiles
         micro_batch, features = next(iterator)
         on_micro_batch(micro_batch.keys)
         if module is models[0]:  # every chunk sees the micro-batch
-            rows += len(micro_batch.tokens)
+            tokens += len(micro_batch.tokens)
             tiles += micro_batch.num_tiles
             keys.append(micro_batch.keys)
         if vision is not None:  # pixels have done their work
@@ -154,7 +154,7 @@ def run_step(
         model=models[0] if single else models,
         num_microbatches=num_micro_batches,
         # Of effect between interleaved stages only; elsewhere shapes travel with the tensors (variable_seq_lengths).
-        seq_length=first_chunk.payload_rows or 1,
+        seq_length=first_chunk.payload_tokens or 1,
         micro_batch_size=1,
         forward_only=False,
     )
@@ -164,4 +164,4 @@ def run_step(
         grad_norm = float(norm) if norm is not None else 0.0
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
     encoded_tiles, vision_seconds = first_chunk.vision_clock.take()
-    return StepResult(total[0], total[1], grad_norm, rows, tiles, tuple(keys), encoded_tiles, vision_seconds)
+    return StepResult(total[0], total[1], grad_norm, tokens, tiles, tuple(keys), encoded_tiles, vision_seconds)

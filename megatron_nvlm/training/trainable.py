@@ -1,53 +1,53 @@
-"""What trains in each stage: the paper's Tables 10 and 11 as one small table, applied by module name."""
+"""What trains under each recipe: the paper's Tables 10 and 11 as one small table, applied by module name."""
 
 from dataclasses import dataclass
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
-from megatron_nvlm.models.initialise import count_parameters, named_parameters, part_of
+from megatron_nvlm.models.initialise import component_of, count_parameters, named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 
-PARTS = ("vision_model", "vision_projection", "cross_attention", "language_model")
+COMPONENTS = ("vision_model", "vision_projection", "cross_attention", "language_model")
 
-# (stage) -> the parts that train. Variants without a part have nothing of that name to train.
-# Tables 10 and 11: the encoder is frozen in every stage; X's one-layer projector is new, so it trains with its layers.
-STAGES: dict[str, tuple[str, ...]] = {
+# Recipe -> the components that train. A variant without a component has nothing of that name to train.
+# Tables 10 and 11: the encoder is frozen in every recipe; X's one-layer projector is new, so it trains with its layers.
+RECIPES: dict[str, tuple[str, ...]] = {
     "pretrain": ("vision_projection", "cross_attention"),
     "sft": ("vision_projection", "cross_attention", "language_model"),
 }
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """Section `stage` of a run."""
+class RecipeConfig:
+    """Section `recipe` of a run."""
 
     name: str = "sft"
-    """pretrain or sft: which parts train by default."""
+    """pretrain or sft: which components train by default."""
     trainable: list[str] | None = None
-    """Parts that train instead of the stage's own, of vision_model, vision_projection, cross_attention, language_model."""
+    """Components that train instead of the recipe's own: vision_model, vision_projection, cross_attention, language_model."""
 
-    def trainable_parts(self) -> tuple[str, ...]:
-        """The parts that train; UserError if stage or part is unknown."""
-        if self.name not in STAGES:
-            raise UserError(f"stage.name is {self.name!r}; choose one of {', '.join(STAGES)}")
-        parts = tuple(self.trainable) if self.trainable is not None else STAGES[self.name]
-        unknown = [part for part in parts if part not in PARTS]
-        if unknown or not parts:
-            raise UserError(f"stage.trainable is {list(parts)}; name at least one of {', '.join(PARTS)}")
-        return parts
+    def trainable_components(self) -> tuple[str, ...]:
+        """The components that train; UserError if recipe or component is unknown."""
+        if self.name not in RECIPES:
+            raise UserError(f"recipe.name is {self.name!r}; choose one of {', '.join(RECIPES)}")
+        components = tuple(self.trainable) if self.trainable is not None else RECIPES[self.name]
+        unknown = [component for component in components if component not in COMPONENTS]
+        if unknown or not components:
+            raise UserError(f"recipe.trainable is {list(components)}; name at least one of {', '.join(COMPONENTS)}")
+        return components
 
 
 def freeze(model: NVLMModel | ModelChunks, trainable: tuple[str, ...]) -> None:
-    """Freeze everything, then let the named parts train."""
+    """Freeze everything, then let the named components train."""
     for name, parameter in named_parameters(model):
-        parameter.requires_grad_(part_of(name) in trainable)
+        parameter.requires_grad_(component_of(name) in trainable)
 
 
 def describe(model: NVLMModel | ModelChunks, trainable: tuple[str, ...]) -> list[str]:
-    """A line per part of this stage's model: parameters, and whether it trains."""
+    """A line per component of this stage's model: parameters, and whether it trains."""
     counts = count_parameters(model)
     return [
-        f"{part:18s} {counts[part]:>15,} parameters, {'trains' if part in trainable else 'frozen'}"
-        for part in PARTS
-        if part in counts
+        f"{component:18s} {counts[component]:>15,} parameters, {'trains' if component in trainable else 'frozen'}"
+        for component in COMPONENTS
+        if component in counts
     ]

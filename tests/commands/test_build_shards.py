@@ -162,7 +162,7 @@ def test_everything_written_can_be_trained_on(material: Path, tokenizer: Path, i
         for number in range(len(shards)):
             raw = shards.read(number)
             prepared = pipeline.prepare(raw)
-            assert prepared.rows.loss_mask.sum() > 0
+            assert prepared.sequence.loss_mask.sum() > 0
             assert int(shards.samples[number]["num_text_tokens"]) == counter(raw.record)
 
 

@@ -88,7 +88,7 @@ def test_a_pipeline_of_the_72b_model_on_1024_ranks(printed: dict[str, Printed]) 
     stages = result["stages"]
     assert [stage["layers"] for stage in stages] == [list(range(20 * n, 20 * n + 20)) for n in range(4)]
     assert [stage["cross_attention_layers"] for stage in stages] == [[7, 15], [23, 31, 39], [47, 55], [63, 71, 79]]
-    # Between stages: 1024 decoder rows and 7 x 256 context rows of 8192 bf16 numbers, a shard of 8 each.
+    # Between stages: 1024 decoder tokens and 7 x 256 context tokens of 8192 bf16 numbers, a shard of 8 each.
     assert [stage["payload_bytes"] for stage in stages] == [(1024 + 1792) // 8 * 8192 * 2] * 3 + [0]
     assert [stage["has_encoder"] for stage in stages] == [True, False, False, False]
     assert result["bubble"] == pytest.approx(3 / (256 / 32 + 3))

@@ -35,10 +35,10 @@ def test_cells_spell_the_rows(folder: Path, variant: str) -> None:
     raw = ShardSet(folder / "set").read(4)
     arrows = pipeline(folder, variant)
     prepared = arrows.prepare(raw)
-    cells = draw.row_cells(prepared, arrows.tokenizer, 4)
+    cells = draw.token_cells(prepared, arrows.tokenizer, 4)
     learned = "".join(cell.text for cell in cells if cell.colour == "learned")
     assert learned == "this<|im_end|>\\n"
-    assert sum(cell.colour == "learned" for cell in cells) == int(prepared.rows.loss_mask.sum())
+    assert sum(cell.colour == "learned" for cell in cells) == int(prepared.sequence.loss_mask.sum())
     tiles = [cell.text for cell in cells if cell.colour == "vision"]
     expected = {"d": [1, 2, 3, 4], "x": [], "h": [3, 4]}[variant]
     assert tiles == [f"tile {number}: 4 vision tokens" for number in expected]
@@ -50,7 +50,7 @@ def test_the_interval_picture_is_dark_where_a_row_sees(folder: Path) -> None:
     arrows = pipeline(folder, "x")
     prepared = arrows.prepare(ShardSet(folder / "set").read(4))
     image = np.asarray(draw.draw_intervals(prepared, 4).image)
-    rows = prepared.rows
+    rows = prepared.sequence
     height, width = image.shape[0] - 30, round(len(rows.context_tokens) * 16.0)
     left, above = 2 * draw.MARGIN + 6, 20
     for row in range(len(rows.tokens)):
@@ -67,7 +67,7 @@ def test_tiles_are_drawn_under_their_tags(folder: Path) -> None:
     arrows = pipeline(folder, "d")
     raw = ShardSet(folder / "set").read(4)
     prepared = arrows.prepare(raw)
-    assert find_grids(raw, arrows.tiling, prepared.rows.num_tiles) == [Grid(2, 1), Grid(1, 1)]
+    assert find_grids(raw, arrows.tiling, prepared.sequence.num_tiles) == [Grid(2, 1), Grid(1, 1)]
     titles = [panel.title for panel in make_panels(raw, arrows, ("stored", "tiles", "rows", "intervals"), first=True)]
     assert titles[:2] == ["stored", "tiles with their tags"] and len(titles) == 4
 
@@ -77,10 +77,10 @@ def test_a_sample_that_gave_up_tiles_is_drawn_with_those_it_has(folder: Path, tm
     arrows = pipeline(folder, "d", length=90)
     raw = sets.read(0)
     prepared = arrows.prepare(raw)
-    assert prepared.rows.num_tiles < 7
+    assert prepared.sequence.num_tiles < 7
     assert (
-        sum(grid.num_pictures for grid in find_grids(raw, arrows.tiling, prepared.rows.num_tiles))
-        == prepared.rows.num_tiles
+        sum(grid.num_pictures for grid in find_grids(raw, arrows.tiling, prepared.sequence.num_tiles))
+        == prepared.sequence.num_tiles
     )
     make_panels(raw, arrows, ("tiles",), first=True)
 

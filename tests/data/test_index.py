@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_nvlm.data.order.lengths import RowCounter, TextTokenCounter, check_counts
+from megatron_nvlm.data.order.lengths import LengthCounter, TextTokenCounter, check_counts
 from megatron_nvlm.data.prepare import SamplePipeline
-from megatron_nvlm.data.shards.index import IMAGES_FILE, INDEX_FILE, SAMPLES_FILE, ShardRows, open_index, write_index
+from megatron_nvlm.data.shards.index import IMAGES_FILE, INDEX_FILE, SAMPLES_FILE, ShardEntries, open_index, write_index
 from megatron_nvlm.data.shards.read import ShardSet, ShardWriter
 from megatron_nvlm.data.shards.write import index_folder, index_shard, shard_name, write_shard
 from megatron_nvlm.errors import UserError
@@ -47,17 +47,17 @@ def test_rows_and_tiles_follow_from_the_index_alone(
     shards = ShardSet(folder)
     check_counts(shards.index, folder, counter.description)
     tiling = TilingConfig(tile_size=56, max_tiles=max_tiles, tag_format=tag_format)
-    counted = RowCounter(tokenizer, tiling, VARIANTS[variant], 4, sequence_length)
+    counted = LengthCounter(tokenizer, tiling, VARIANTS[variant], 4, sequence_length)
     sizes = counted.sizes(shards.index, range(len(shards)))
     pipeline = SamplePipeline(tokenizer, tiling, VARIANTS[variant], 4, sequence_length, "chatml", "Answer.")
     for number in range(len(shards)):
         try:
             prepared = pipeline.prepare(shards.read(number))
-            expected = (len(prepared.rows.tokens), len(prepared.tiles))
+            expected = (len(prepared.sequence.tokens), len(prepared.tiles))
         except UserError:
             expected = (0, 0)
-        assert (sizes.rows[number], sizes.tiles[number]) == expected, shards.read(number).key
-    assert (sizes.rows > 0).sum() >= 14
+        assert (sizes.tokens[number], sizes.tiles[number]) == expected, shards.read(number).key
+    assert (sizes.tokens > 0).sum() >= 14
 
 
 def test_shards_written_apart_join_to_the_index_of_one_writer(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -70,7 +70,7 @@ def test_shards_written_apart_join_to_the_index_of_one_writer(tmp_path: Path, to
     for number in (2, 0, 1):  # in any order
         part = [(f"sample_{at:04d}", *samples[at]) for at in range(8 * number, min(8 * number + 8, len(samples)))]
         write_shard(apart / shard_name("shard", number), part, counter).save(tmp_path / f"{number}.rows")
-    rows = [ShardRows.load(tmp_path / f"{number}.rows") for number in range(3)]
+    rows = [ShardEntries.load(tmp_path / f"{number}.rows") for number in range(3)]
     write_index(apart, rows, {}, counter.description)
     for name in (INDEX_FILE, SAMPLES_FILE, IMAGES_FILE, "shard-000001.tar"):
         assert (apart / name).read_bytes() == (one / name).read_bytes(), name

@@ -161,7 +161,7 @@ def test_a_bad_sample_leaves_its_place_empty(
 
 def test_a_row_of_bad_samples_is_a_row_without_target(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = counted_samples(tmp_path / "shards", [(record("?", "2"), {"0.jpg": b"none"})] * 8, tokenizer)
-    with make_loader(folder, tokenizer, row_multiple=4) as loader:
+    with make_loader(folder, tokenizer, token_multiple=4) as loader:
         rows = list(loader.step(DataPosition()))
     assert len(rows) == 4 and len(loader.bad) == 8
     assert all(row.keys == () and row.loss_mask.sum() == 0 and len(row.tokens) == 4 for row in rows)

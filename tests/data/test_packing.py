@@ -24,9 +24,9 @@ def test_every_sample_stands_in_one_row_and_no_row_is_too_long(pairs: list[tuple
     sizes = sizes_of(pairs)
     rows = pack_window(sizes, LENGTH)
     assert sorted(place for row in rows for place in row) == list(range(len(pairs)))
-    assert all(sizes.rows[row].sum() <= LENGTH for row in rows)
+    assert all(sizes.tokens[row].sum() <= LENGTH for row in rows)
     assert rows == pack_window(sizes, LENGTH)
-    total = int(sizes.rows.sum())
+    total = int(sizes.tokens.sum())
     # Best fit decreasing needs at most 11/9 of the fewest rows and two thirds of a row more.
     assert len(rows) <= max(1, -(-total // LENGTH) * 2)
 

@@ -72,7 +72,7 @@ def test_a_bad_sample_says_what_is_wrong(tokenizer: Tokenizer, sample: RawSample
 def test_any_size_goes_through(tokenizer: Tokenizer, variant: str, size: tuple[int, int], pictures: int) -> None:
     prepared = make_pipeline(tokenizer, variant).prepare(raw(record("?", "yes"), {"0.png": picture(*size)}))
     assert prepared.tiles.shape == (pictures, 3, 56, 56)
-    assert prepared.rows.num_tiles == pictures
+    assert prepared.sequence.num_tiles == pictures
 
 
 def test_a_long_sample_gives_up_tiles_before_it_is_refused(tokenizer: Tokenizer) -> None:

@@ -22,7 +22,7 @@ from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.shards.records import describe_images
 from megatron_nvlm.image.pixels import decode_image
 from megatron_nvlm.image.tiling import Grid
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.runs.trainer import tile_share
@@ -145,9 +145,9 @@ def test_shares_make_up_the_whole(
     check(draw_by_threads(ranks, folder, packed), draw_whole(folder, packed))
 
 
-def draw_on_rank(partition: PartitionConfig, folder: Path, packed: bool, settings: dict[str, Any]) -> list[Step]:
+def draw_on_rank(parallelism: ParallelismConfig, folder: Path, packed: bool, settings: dict[str, Any]) -> list[Step]:
     device = use_device()
-    start_groups(partition, device, seed=1)
+    start_groups(parallelism, device, seed=1)
     return draw(make_share(tile_share(device), folder, packed, **settings))
 
 
@@ -164,15 +164,15 @@ def test_processes_with_workers_make_up_the_whole(tmp_path: Path, packed: bool, 
     samples = 2 * good + broken
     random.Random(3).shuffle(samples)
     folder = write(tmp_path / "set", samples)
-    partition = PartitionConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    parallelism = ParallelismConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     whole = draw_whole(folder, packed)
     assert {bad.kind for _, found in whole for bad in found} == {"image", "too_long", "conversation"}
-    check(run_ranks(4, draw_on_rank, partition, folder, packed, settings), whole)
+    check(run_ranks(4, draw_on_rank, parallelism, folder, packed, settings), whole)
 
 
-def count_decodes(partition: PartitionConfig, folder: Path) -> tuple[int, int]:
+def count_decodes(parallelism: ParallelismConfig, folder: Path) -> tuple[int, int]:
     """Images that this rank decodes of one step, and tiles of its share."""
-    start_groups(partition, use_device(), seed=1)
+    start_groups(parallelism, use_device(), seed=1)
     decoded = 0
     decode = megatron_nvlm.data.prepare.decode_image
 
@@ -193,7 +193,7 @@ def test_a_rank_decodes_its_share_alone(tmp_path: Path, cut: bool) -> None:
     """Seven images of five tiles on two ranks. Both decode the middle one, but of tiles cut in advance only their own."""
     image = cut_sample(Grid(2, 2)) if cut else (record("?", "!"), {"0.png": picture(112, 112)})
     folder = write(tmp_path / "set", [image] * 7 + [(record("?", "!", images=0), {})])
-    seen = run_ranks(2, count_decodes, PartitionConfig(pipeline_model_parallel_size=2), folder)
+    seen = run_ranks(2, count_decodes, ParallelismConfig(pipeline_model_parallel_size=2), folder)
     assert seen == ([(17, 17), (18, 18)] if cut else [(4, 17), (4, 18)])
 
 

@@ -9,12 +9,12 @@ import torch
 from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes
 from megatron_nvlm.estimate.flops import ModelSizes, count_work
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
-from megatron_nvlm.models.build import find_parts
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.build import resolve_model
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.training.step import loss_function
-from megatron_nvlm.training.trainable import PARTS, STAGES, freeze
+from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
 from tests.support.ranks import run_ranks
 from tests.support.tiny import VISION, tiny_config, tiny_model
 
@@ -48,34 +48,36 @@ class Kept:
     real: int
 
 
-def keep(device: Device, variant: str, trainable: tuple[str, ...], recompute: str, partition: PartitionConfig) -> Kept:
+def keep(
+    device: Device, variant: str, trainable: tuple[str, ...], recompute: str, parallelism: ParallelismConfig
+) -> Kept:
     config = dataclasses.replace(tiny_config(variant), recompute=recompute)
-    model = tiny_model(config, device, partition, dtype=torch.bfloat16)
+    model = tiny_model(config, device, parallelism, dtype=torch.bfloat16)
     freeze(model, trainable)
-    parts = find_parts(config)
+    parts = resolve_model(config)
     sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, recompute)
     micro_batch = make_micro_batch(SampleShape(512, 6, 5), parts.variant, VISION.tokens_per_tile, 1)
     micro_batch = dataclasses.replace(micro_batch, tiles=torch.zeros(7, 3, 56, 56, dtype=torch.uint8))
     work = count_work(micro_batch, VISION.tokens_per_tile)
-    estimate = ActivationModel(sizes, partition, torch.bfloat16, trainable, "local").chunk(
+    estimate = ActivationModel(sizes, parallelism, torch.bfloat16, trainable, "local").chunk(
         ChunkSizes(4, len(sizes.cross_attention_layers), True, True, True), work
     )
     return Kept(estimate.kept, kept_bytes(model, micro_batch))
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("trainable", [PARTS, STAGES["sft"], STAGES["pretrain"]], ids=["all", "sft", "pretrain"])
+@pytest.mark.parametrize("trainable", [COMPONENTS, RECIPES["sft"], RECIPES["pretrain"]], ids=["all", "sft", "pretrain"])
 @pytest.mark.parametrize("variant", "dxh")
 def test_estimate(variant: str, trainable: tuple[str, ...], recompute: str, world_of_one: Device) -> None:
-    kept = keep(world_of_one, variant, trainable, recompute, PartitionConfig())
+    kept = keep(world_of_one, variant, trainable, recompute, ParallelismConfig())
     assert kept.estimated == pytest.approx(kept.real, rel=TOLERANCE)
 
 
 def keep_on_two_ranks() -> list[Kept]:
-    partition = PartitionConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    parallelism = ParallelismConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     device = use_device()
-    start_groups(partition, device, seed=1)
-    return [keep(device, variant, STAGES["sft"], "none", partition) for variant in "dxh"]
+    start_groups(parallelism, device, seed=1)
+    return [keep(device, variant, RECIPES["sft"], "none", parallelism) for variant in "dxh"]
 
 
 @pytest.mark.distributed

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nvlm.estimate.flops import Flops, ModelSizes, attention, count_flops, count_work, linear
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
-from megatron_nvlm.models.build import find_parts
+from megatron_nvlm.models.build import resolve_model
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.training.step import loss_function
-from megatron_nvlm.training.trainable import PARTS, STAGES, freeze
+from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
 from tests.support.paper import TABLE_3_ROWS, paper_sizes, whole_model
 from tests.support.tiny import VISION, micro_batch_of, plain_samples, tiny_config, tiny_model
 
@@ -26,7 +26,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("trainable", [PARTS, STAGES["sft"], STAGES["pretrain"]], ids=["all", "sft", "pretrain"])
+@pytest.mark.parametrize("trainable", [COMPONENTS, RECIPES["sft"], RECIPES["pretrain"]], ids=["all", "sft", "pretrain"])
 @pytest.mark.parametrize("variant", "dxh")
 def test_counted_operations(variant: str, trainable: tuple[str, ...], recompute: str, world_of_one: Device) -> None:
     """The counter sees no fused attention on a CPU, so attention runs as matrix products; it counts whole score matrices,
@@ -34,7 +34,7 @@ def test_counted_operations(variant: str, trainable: tuple[str, ...], recompute:
     config = dataclasses.replace(tiny_config(variant), recompute=recompute)
     model = tiny_model(config, world_of_one)
     freeze(model, trainable)
-    parts = find_parts(config)
+    parts = resolve_model(config)
     sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, recompute)
     for name, samples in BATCHES.items():
         micro_batch = micro_batch_of(samples, variant)
@@ -53,9 +53,13 @@ def test_real_work_is_less_than_dense() -> None:
         micro_batch = micro_batch_of([TWO_IMAGES], variant)
         real = count_work(micro_batch, VISION.tokens_per_tile)
         dense = count_work(micro_batch, VISION.tokens_per_tile, dense_attention=True)
-        assert real.self_pairs == real.rows * (real.rows + 1) // 2 < dense.self_pairs
+        assert real.self_pairs == real.num_tokens * (real.num_tokens + 1) // 2 < dense.self_pairs
         assert real.context_pairs <= dense.context_pairs
-        assert (real.rows, real.context_rows, real.tiles) == (dense.rows, dense.context_rows, dense.tiles)
+        assert (real.num_tokens, real.num_context_tokens, real.tiles) == (
+            dense.num_tokens,
+            dense.num_context_tokens,
+            dense.tiles,
+        )
         assert real.tiles == 7
 
 
@@ -71,10 +75,10 @@ def test_frozen_weights_have_no_gradient() -> None:
     assert attention(10, 4) == Flops(160, 320)
     sizes = paper_sizes("h")
     micro_batch = make_micro_batch(SampleShape(1280, 6, 5), sizes.variant, 256, 1)
-    flops = count_flops(sizes, count_work(micro_batch, 256), STAGES["sft"])
+    flops = count_flops(sizes, count_work(micro_batch, 256), RECIPES["sft"])
     assert flops.vision.input_gradient == flops.vision.weight_gradient == 0
     assert flops.decoder_layer.weight_gradient > 0
-    frozen = count_flops(sizes, count_work(micro_batch, 256), STAGES["pretrain"])
+    frozen = count_flops(sizes, count_work(micro_batch, 256), RECIPES["pretrain"])
     assert frozen.decoder_layer.weight_gradient == frozen.output_layer.weight_gradient == 0
     assert frozen.cross_attention == flops.cross_attention
 
@@ -85,8 +89,8 @@ def test_order_of_the_papers_table_3() -> None:
     for variant, rows in TABLE_3_ROWS.items():
         sizes = paper_sizes(variant)
         work = count_work(make_micro_batch(SampleShape(rows, 6, 5), sizes.variant, 256, 1), 256)
-        assert (work.rows, work.tiles) == (rows, 7)
-        per_sample[variant] = whole_model(sizes, count_flops(sizes, work, STAGES["sft"])).model
+        assert (work.num_tokens, work.tiles) == (rows, 7)
+        per_sample[variant] = whole_model(sizes, count_flops(sizes, work, RECIPES["sft"])).model
     assert per_sample["x"] < per_sample["h"] < per_sample["d"]
     # 6 operations a weight and row (all decoder weights but the embedding train), the usual rule, within its own error
     language = 34_388_917_248 - 64000 * 7168

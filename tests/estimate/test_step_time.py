@@ -9,8 +9,8 @@ from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes,
 from megatron_nvlm.estimate.flops import count_flops, count_work
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.step_time import Hardware, bubble_fraction, predict_step
-from megatron_nvlm.models.parallelism import PartitionConfig
-from megatron_nvlm.training.trainable import STAGES
+from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.training.trainable import RECIPES
 from tests.support.paper import paper_sizes, whole_model
 
 counts = st.integers(1, 64)
@@ -41,10 +41,10 @@ def test_earlier_stages_hold_more_micro_batches(stages: int, micro_batches: int)
 def step_seconds(hardware: Hardware) -> float:
     sizes = paper_sizes("h")
     work = count_work(make_micro_batch(SampleShape(1280, 6, 5), sizes.variant, 256, 1), 256)
-    partition = PartitionConfig(tensor_model_parallel_size=8, sequence_parallel=True)
+    parallelism = ParallelismConfig(tensor_model_parallel_size=8, sequence_parallel=True)
     chunk = ChunkSizes(60, 10, has_encoder=True, has_projector=True, has_output=True)
-    flops = count_flops(sizes, work, STAGES["sft"])
-    return predict_step(flops, work, sizes, [[chunk]], partition, 16, 16, 10**10, 5 * 10**9, 0, hardware).total
+    flops = count_flops(sizes, work, RECIPES["sft"])
+    return predict_step(flops, work, sizes, [[chunk]], parallelism, 16, 16, 10**10, 5 * 10**9, 0, hardware).total
 
 
 def test_faster_hardware_is_faster() -> None:
@@ -57,9 +57,9 @@ def test_faster_hardware_is_faster() -> None:
 def test_one_gpu_at_full_use_takes_its_operations_over_its_peak() -> None:
     sizes = paper_sizes("d")
     work = count_work(make_micro_batch(SampleShape(2816, 6, 5), sizes.variant, 256, 1), 256)
-    flops = count_flops(sizes, work, STAGES["sft"])
+    flops = count_flops(sizes, work, RECIPES["sft"])
     chunk = ChunkSizes(60, 0, has_encoder=True, has_projector=True, has_output=True)
-    time = predict_step(flops, work, sizes, [[chunk]], PartitionConfig(), 3, 1, 1, 1, 0, Hardware(utilisation=1))
+    time = predict_step(flops, work, sizes, [[chunk]], ParallelismConfig(), 3, 1, 1, 1, 0, Hardware(utilisation=1))
     assert time.total == pytest.approx(3 * whole_model(sizes, flops).executed / 989e12)
 
 
@@ -68,6 +68,6 @@ def test_recomputing_keeps_less() -> None:
     for recompute in ("full", "none"):
         sizes = paper_sizes("h", recompute)
         work = count_work(make_micro_batch(SampleShape(1280, 6, 5), sizes.variant, 256, 1), 256)
-        model = ActivationModel(sizes, PartitionConfig(), torch.bfloat16, STAGES["sft"], "te")
+        model = ActivationModel(sizes, ParallelismConfig(), torch.bfloat16, RECIPES["sft"], "te")
         kept.append(model.chunk(ChunkSizes(60, 10, False, False, False), work).kept)
     assert kept[0] < kept[1] / 10

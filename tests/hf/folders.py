@@ -17,7 +17,7 @@ from megatron_nvlm.hf.companions import auto_map, write_companions
 from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.build import ModelConfig, find_parts
+from megatron_nvlm.models.build import ModelConfig, resolve_model
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.weight_rows import convert_to_theirs
@@ -74,7 +74,7 @@ def pipeline_of(
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
     """What `export` writes into config.json."""
-    parts = find_parts(model)
+    parts = resolve_model(model)
     described = describe_folder(
         parts.variant, parts.language, parts.vision, model.cross_attention, 4096, 6, "1d", "chatml", "float64"
     )
@@ -83,7 +83,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
 
 def weights_of(model: NVLMModel, config: ModelConfig) -> dict[str, Tensor]:
     """A model's weights by the folder's names."""
-    parts = find_parts(config)
+    parts = resolve_model(config)
     ours = {name: parameter.detach() for name, parameter in named_parameters(model)}
     return convert_to_theirs(nvlm_rows(parts.variant, parts.language, parts.vision, config.cross_attention), ours)
 

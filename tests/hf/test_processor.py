@@ -52,13 +52,13 @@ def make_processor(folder: Path, variant: str, template: str = "chatml", tag_for
 
 def check(inputs: Any, samples: list[PreparedSample], variant: str) -> None:
     """Every tensor against training's rows; padding stands on the left and says that it is padding."""
-    most_rows = max(len(sample.rows.tokens) for sample in samples)
-    assert inputs["input_ids"].shape == (len(samples), most_rows)
+    most_tokens = max(len(sample.sequence.tokens) for sample in samples)
+    assert inputs["input_ids"].shape == (len(samples), most_tokens)
     with_images = any(len(sample.tiles) for sample in samples)
     assert ("pixel_values" in inputs) == with_images
     assert ("context_intervals" in inputs) == (with_images and variant != "d")
     for number, sample in enumerate(samples):
-        rows, missing = sample.rows, most_rows - len(sample.rows.tokens)
+        rows, missing = sample.sequence, most_tokens - len(sample.sequence.tokens)
         own = inputs["input_ids"][number, missing:].numpy()
         assert inputs["attention_mask"][number].tolist() == [0] * missing + [1] * len(rows.tokens)
         is_vision = rows.decoder_vision_index >= 0

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
@@ -28,14 +28,14 @@ def prepared(variant: str) -> list[PreparedSample]:
     ]
 
 
-def answers_of(variant: str, device: Device, partition: PartitionConfig, stop_id: int = -1) -> list[list[int]]:
-    model = tiny_model(tiny_config(variant), device, partition).eval()
-    return generate(model, prepared(variant), pipeline_of(variant), stop_id, NEW_TOKENS, partition.row_multiple)
+def answers_of(variant: str, device: Device, parallelism: ParallelismConfig, stop_id: int = -1) -> list[list[int]]:
+    model = tiny_model(tiny_config(variant), device, parallelism).eval()
+    return generate(model, prepared(variant), pipeline_of(variant), stop_id, NEW_TOKENS, parallelism.token_multiple)
 
 
 @pytest.mark.parametrize("variant", ["d", "x", "h"])
 def test_equals_the_plain_form_token_by_token(world_of_one: Device, variant: str) -> None:
-    answers = answers_of(variant, world_of_one, PartitionConfig())
+    answers = answers_of(variant, world_of_one, ParallelismConfig())
     model = tiny_model(tiny_config(variant), world_of_one)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for sample, answer in zip(plain_samples()[-1], answers, strict=True):
@@ -47,8 +47,8 @@ def test_equals_the_plain_form_token_by_token(world_of_one: Device, variant: str
 
 
 def test_an_answer_ends_before_the_stop_token(world_of_one: Device) -> None:
-    free = answers_of("h", world_of_one, PartitionConfig())
+    free = answers_of("h", world_of_one, ParallelismConfig())
     stop = free[0][2]
-    stopped = answers_of("h", world_of_one, PartitionConfig(), stop_id=stop)
+    stopped = answers_of("h", world_of_one, ParallelismConfig(), stop_id=stop)
     assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in free]
     assert stopped[0] == free[0][: free[0].index(stop)]

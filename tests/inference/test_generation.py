@@ -10,7 +10,7 @@ from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference.generation import generate
 from megatron_nvlm.inference.sampling import GREEDY, Sampling
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.sequence.variants import VARIANTS
@@ -48,20 +48,20 @@ def prepared(variant: str, prompts: str = "ragged") -> list[PreparedSample]:
 def answers_of(
     variant: str,
     device: Device,
-    partition: PartitionConfig,
+    parallelism: ParallelismConfig,
     stop_id: int = -1,
     sampling: Sampling = GREEDY,
     prompts: str = "ragged",
 ) -> list[list[int]]:
-    model = tiny_model(tiny_config(variant), device, partition).eval()
+    model = tiny_model(tiny_config(variant), device, parallelism).eval()
     samples = prepared(variant, prompts)
-    return generate(model, samples, pipeline_of(variant), stop_id, NEW_TOKENS, partition.row_multiple, sampling)
+    return generate(model, samples, pipeline_of(variant), stop_id, NEW_TOKENS, parallelism.token_multiple, sampling)
 
 
-def answers_on_rank(partition: PartitionConfig, sampling: Sampling, stop_id: int) -> dict[str, list[list[int]]]:
+def answers_on_rank(parallelism: ParallelismConfig, sampling: Sampling, stop_id: int) -> dict[str, list[list[int]]]:
     device = use_device()
-    start_groups(partition, device, seed=1)
-    return {variant: answers_of(variant, device, partition, stop_id, sampling) for variant in VARIANT_NAMES}
+    start_groups(parallelism, device, seed=1)
+    return {variant: answers_of(variant, device, parallelism, stop_id, sampling) for variant in VARIANT_NAMES}
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
@@ -78,7 +78,7 @@ def test_each_step_equals_a_fresh_forward_pass(world_of_one: Device, variant: st
     for step in range(NEW_TOKENS):
         longer = []
         for sample, answer in zip(samples, answers, strict=True):
-            rows = sample.rows
+            rows = sample.sequence
             for token in answer[:step]:
                 rows = cacheless.append_token(rows, token)
             longer.append(dataclasses.replace(sample, rows=rows))
@@ -91,9 +91,9 @@ def test_each_step_equals_a_fresh_forward_pass(world_of_one: Device, variant: st
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_samples_end_by_themselves(world_of_one: Device, variant: str) -> None:
     """The cache forgets samples that are done; the others go on as if nothing had happened."""
-    free = answers_of(variant, world_of_one, PartitionConfig())
+    free = answers_of(variant, world_of_one, ParallelismConfig())
     stop = free[1][2]
-    stopped = answers_of(variant, world_of_one, PartitionConfig(), stop_id=stop)
+    stopped = answers_of(variant, world_of_one, ParallelismConfig(), stop_id=stop)
     assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in free]
     assert len({len(answer) for answer in stopped}) > 1
 
@@ -106,14 +106,14 @@ def test_the_model_is_as_it_was(world_of_one: Device) -> None:
 
 
 LAYOUTS = {
-    "TP2": (2, PartitionConfig(tensor_model_parallel_size=2)),
-    "TP2 with sequence parallelism": (2, PartitionConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "PP2": (2, PartitionConfig(pipeline_model_parallel_size=2)),
-    "PP4": (4, PartitionConfig(pipeline_model_parallel_size=4)),
-    "PP2, uneven": (2, PartitionConfig(pipeline_model_parallel_size=2, pipeline_layout="Et|t*3L")),
+    "TP2": (2, ParallelismConfig(tensor_model_parallel_size=2)),
+    "TP2 with sequence parallelism": (2, ParallelismConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP2": (2, ParallelismConfig(pipeline_model_parallel_size=2)),
+    "PP4": (4, ParallelismConfig(pipeline_model_parallel_size=4)),
+    "PP2, uneven": (2, ParallelismConfig(pipeline_model_parallel_size=2, pipeline_layout="Et|t*3L")),
     "TP2 x PP2": (
         4,
-        PartitionConfig(
+        ParallelismConfig(
             tensor_model_parallel_size=2,
             pipeline_model_parallel_size=2,
             sequence_parallel=True,
@@ -129,11 +129,11 @@ LAYOUTS = {
 )
 def test_layouts_give_the_same_answers(world_of_one: Device, name: str) -> None:
     """Greedy and drawn, on every rank; with a stop token, so that the number of open samples becomes odd."""
-    ranks, partition = LAYOUTS[name]
-    stop = answers_of("h", world_of_one, PartitionConfig())[1][2]
+    ranks, parallelism = LAYOUTS[name]
+    stop = answers_of("h", world_of_one, ParallelismConfig())[1][2]
     for sampling in (GREEDY, Sampling(temperature=1.0, top_p=0.9, seed=4)):
         expected = {
-            variant: answers_of(variant, world_of_one, PartitionConfig(), stop, sampling) for variant in VARIANT_NAMES
+            variant: answers_of(variant, world_of_one, ParallelismConfig(), stop, sampling) for variant in VARIANT_NAMES
         }
-        for found in run_ranks(ranks, answers_on_rank, partition, sampling, stop):
+        for found in run_ranks(ranks, answers_on_rank, parallelism, sampling, stop):
             assert found == expected

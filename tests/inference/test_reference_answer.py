@@ -13,7 +13,7 @@ from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference import generation
 from megatron_nvlm.models.build import ModelConfig
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.runs.components import make_chunks, open_weights
@@ -51,8 +51,8 @@ def pipeline_of(tile_size: int, tokens_per_tile: int) -> SamplePipeline:
     return SamplePipeline(tokenizer, TilingConfig(tile_size=tile_size), NVLM_D, tokens_per_tile, 512, "chatml", None)
 
 
-def model_of(config: ModelConfig, partition: PartitionConfig, device: Device) -> Any:
-    chunks = make_chunks(config, partition, "fp32", device.torch_device, seed=1)
+def model_of(config: ModelConfig, parallelism: ParallelismConfig, device: Device) -> Any:
+    chunks = make_chunks(config, parallelism, "fp32", device.torch_device, seed=1)
     weights = open_weights(config)
     assert weights is not None
     load_folder_weights(chunks, weights)
@@ -66,16 +66,16 @@ def test_the_original_codes_tokens(reference: Path, world_of_one: Device, form: 
     prompt = inputs["case1.input_ids"][0, : int(expected["gen.prompt_len"])].numpy()
     sample = sample_of(prompt, int(inputs["img_context_token_id"]), inputs["case1.pixel_values"].numpy())
     config = ModelConfig("d", str(folder), str(folder), weights=str(folder))
-    model = model_of(config, PartitionConfig(), world_of_one)
+    model = model_of(config, ParallelismConfig(), world_of_one)
     wanted = expected["gen.ids"][0].tolist()
     assert form(model, [sample], pipeline_of(56, 4), NEVER, len(wanted)) == [wanted]
 
 
-def answers_on_rank(config: ModelConfig, partition: PartitionConfig, ids: np.ndarray) -> list[list[int]]:
+def answers_on_rank(config: ModelConfig, parallelism: ParallelismConfig, ids: np.ndarray) -> list[list[int]]:
     device = use_device()
-    start_groups(partition, device, seed=1)
+    start_groups(parallelism, device, seed=1)
     sample = sample_of(ids, None, np.zeros((0, 3, 28, 28), dtype=np.uint8))
-    return generation.generate(model_of(config, partition, device), [sample], pipeline_of(28, 1), NEVER, 12)
+    return generation.generate(model_of(config, parallelism, device), [sample], pipeline_of(28, 1), NEVER, 12)
 
 
 @pytest.mark.distributed
@@ -96,5 +96,5 @@ def test_columns_without_an_id_are_never_chosen(tmp_path: Path) -> None:
     ids = np.arange(9) * 4
     with torch.no_grad():
         expected = language.generate(torch.from_numpy(ids)[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
-    for answers in run_ranks(2, answers_on_rank, config, PartitionConfig(tensor_model_parallel_size=2), ids):
+    for answers in run_ranks(2, answers_on_rank, config, ParallelismConfig(tensor_model_parallel_size=2), ids):
         assert answers == [expected[0, len(ids) :].tolist()]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_nvlm.models.initialise import named_parameters, part_of
+from megatron_nvlm.models.initialise import component_of, named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.parallel.device import Device
 from tests.support.tiny import PlainSample, TextRun, micro_batch_of, plain_samples, tiny_config, tiny_model
@@ -15,7 +15,7 @@ def base_language_model(like: NVLMModel, device: Device) -> NVLMModel:
     weights = dict(named_parameters(like))
     with torch.no_grad():
         for name, parameter in named_parameters(base):
-            if part_of(name) == "language_model":
+            if component_of(name) == "language_model":
                 parameter.copy_(weights[name])
     return base
 

@@ -22,7 +22,7 @@ from megatron_nvlm.models.families import sizes as presets
 from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.weight_rows import convert
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
 from megatron_nvlm.parallel.device import Device
@@ -57,7 +57,7 @@ def model(folder: Path, world_of_one: Device, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(presets.VISION_PRESETS, "reference", VISION)
     built = build_model(
         ModelConfig("d", "reference", "reference"),
-        PartitionConfig(),
+        ParallelismConfig(),
         get_groups(),
         get_single_rank_groups(),
         torch.float32,
@@ -157,7 +157,7 @@ def test_a_wrong_epsilon_would_be_seen(folder: Path, world_of_one: Device, monke
     monkeypatch.setitem(presets.VISION_PRESETS, "reference", VISION)
     model = build_model(
         ModelConfig("d", "reference", "reference"),
-        PartitionConfig(),
+        ParallelismConfig(),
         get_groups(),
         get_single_rank_groups(),
         torch.float32,

@@ -13,8 +13,8 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron_nvlm.models.build import ModelConfig, build_vision, vision_heads
 from megatron_nvlm.models.families.sizes import VISION_PRESETS, VisionPreset
 from megatron_nvlm.models.intern_vit import InternViTModel
-from megatron_nvlm.models.padding import HeadPadding, pad_heads
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.padding import Padding, pad_evenly
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape, gather_parts, join
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
@@ -31,29 +31,29 @@ CONFIG = ModelConfig("d", "tiny", "tiny")
 @pytest.mark.parametrize(("ranks", "padded"), [(1, 25), (2, 26), (3, 27), (4, 28), (8, 32), (5, 25)])
 def test_heads_of_the_6b_model_are_padded_to_a_multiple_of_the_ranks(ranks: int, padded: int) -> None:
     heads = VISION_PRESETS["internvit_6b"].num_attention_heads
-    assert pad_heads(heads, ranks) == HeadPadding(25, padded)
+    assert pad_evenly(heads, ranks) == Padding(25, padded)
 
 
 @given(st.integers(1, 9), st.integers(1, 8), st.integers(1, 3), st.integers(0, 1))
 def test_what_is_cut_is_joined_again(heads: int, ranks: int, size: int, dim: int) -> None:
     full = torch.randn(heads * size, heads * size)
-    split = Split(dim, padding=pad_heads(heads, ranks))
+    split = Split(dim, padding=pad_evenly(heads, ranks))
     parts = [cut(full, split, rank, ranks) for rank in range(ranks)]
     assert len({part.shape for part in parts}) == 1
     assert full_shape(parts[0].shape, split, ranks) == list(full.shape)
     torch.testing.assert_close(join(parts, split), full, rtol=0, atol=0)
 
 
-def partition_of(placement: str, ranks: int) -> PartitionConfig:
-    return PartitionConfig(tensor_model_parallel_size=ranks, vision_placement=placement)
+def parallelism_of(placement: str, ranks: int) -> ParallelismConfig:
+    return ParallelismConfig(tensor_model_parallel_size=ranks, vision_placement=placement)
 
 
 def make_encoder(preset: VisionPreset, placement: str, seed: int | None) -> InternViTModel:
     """With weights that are a function of their name; `seed` None leaves them at 7."""
     groups = get_groups()
-    partition = partition_of(placement, groups.tp.size())
-    encoder = build_vision(CONFIG, preset, partition, groups, get_single_rank_groups(), torch.float64, on_cpu=True)
-    heads = vision_heads(preset, partition)
+    parallelism = parallelism_of(placement, groups.tp.size())
+    encoder = build_vision(CONFIG, preset, parallelism, groups, get_single_rank_groups(), torch.float64, on_cpu=True)
+    heads = vision_heads(preset, parallelism)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             split = find_split(f"vision_model.{name}", heads)
@@ -70,7 +70,7 @@ def make_encoder(preset: VisionPreset, placement: str, seed: int | None) -> Inte
     return encoder
 
 
-def whole(encoder: InternViTModel, heads: HeadPadding | None, of: str) -> dict[str, torch.Tensor]:
+def whole(encoder: InternViTModel, heads: Padding | None, of: str) -> dict[str, torch.Tensor]:
     """Weights or gradients of all ranks together, by name."""
     group, found = parallel_state.get_tensor_model_parallel_group(), {}
     for name, parameter in encoder.named_parameters():
@@ -90,13 +90,15 @@ def whole(encoder: InternViTModel, heads: HeadPadding | None, of: str) -> dict[s
 def encode(family: str, ranks: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Features and gradients of a tensor-parallel encoder."""
     use_device()
-    start_groups(partition_of("tensor_parallel", ranks), use_device(), seed=1)
+    start_groups(parallelism_of("tensor_parallel", ranks), use_device(), seed=1)
     preset = PRESETS[family]
     encoder = make_encoder(preset, "tensor_parallel", seed=5)
     pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(2)).double()
     features = encoder(pixels)
     features.square().sum().backward()
-    return features.detach(), whole(encoder, vision_heads(preset, partition_of("tensor_parallel", ranks)), "gradients")
+    return features.detach(), whole(
+        encoder, vision_heads(preset, parallelism_of("tensor_parallel", ranks)), "gradients"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +134,19 @@ def metadata() -> dict[str, object]:
 
 
 def save(folder: Path, placement: str, ranks: int) -> None:
-    start_groups(partition_of(placement, ranks), use_device(), seed=1)
+    start_groups(parallelism_of(placement, ranks), use_device(), seed=1)
     encoder = make_encoder(PRESETS["6B family"], placement, seed=9)
     dist_checkpointing.save({"model": encoder.sharded_state_dict("vision_model.", metadata=metadata())}, str(folder))
 
 
 def load(folder: Path, placement: str, ranks: int) -> dict[str, torch.Tensor]:
-    partition = partition_of(placement, ranks)
-    start_groups(partition, use_device(), seed=1)
+    parallelism = parallelism_of(placement, ranks)
+    start_groups(parallelism, use_device(), seed=1)
     encoder = make_encoder(PRESETS["6B family"], placement, seed=None)
     state = encoder.sharded_state_dict("vision_model.", metadata=metadata())
     loaded = dist_checkpointing.load({"model": state}, str(folder))["model"]
     encoder.load_state_dict({name.removeprefix("vision_model."): value for name, value in loaded.items()})
-    return whole(encoder, vision_heads(PRESETS["6B family"], partition), "weights")
+    return whole(encoder, vision_heads(PRESETS["6B family"], parallelism), "weights")
 
 
 def names_and_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

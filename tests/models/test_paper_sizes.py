@@ -9,10 +9,10 @@ from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.models.build import build_model
 from megatron_nvlm.models.initialise import count_parameters
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
-from megatron_nvlm.training.trainable import STAGES
+from megatron_nvlm.training.trainable import RECIPES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER_RUNS = sorted(path.stem for path in CONFIGS.glob("*_nvlm_*.yaml"))
@@ -49,7 +49,7 @@ def test_run_is_valid_and_its_model_has_the_right_size(name: str, world_of_one: 
     run = load_run(CONFIGS / f"{name}.yaml", ["model.backend=local"])
     check_run(run, world_size=128)
     model = build_model(
-        run.model, PartitionConfig(), get_groups(), get_single_rank_groups(), torch.bfloat16, torch.device("meta")
+        run.model, ParallelismConfig(), get_groups(), get_single_rank_groups(), torch.bfloat16, torch.device("meta")
     )
     assert all(parameter.is_meta for parameter in model.parameters())
     stage, variant, size = name.split("_")[0], name.split("_")[2], name.split("_")[3]
@@ -60,4 +60,4 @@ def test_run_is_valid_and_its_model_has_the_right_size(name: str, world_of_one: 
         # 10 layers of Wq, Wk, Wv, Wo, a norm and a gate
         expected["cross_attention"] = 10 * (2 * width**2 + 2 * width * kv_width + width + 1)
     assert count_parameters(model) == expected
-    assert run.stage.trainable_parts() == STAGES[stage]
+    assert run.recipe.trainable_components() == RECIPES[stage]

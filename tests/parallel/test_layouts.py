@@ -198,7 +198,7 @@ def test_interleaved_stages_of_unequal_depth(reference_run: Reference) -> None:
 def losses_of(case: Case, own: Layout, steps: int) -> list[float]:
     """On each rank: the losses of a longer run; zeros before the last stage."""
     device = use_device()
-    start_groups(own.partition, device, seed=1, timeout_seconds=120)
+    start_groups(own.parallelism, device, seed=1, timeout_seconds=120)
     return train(case, own, device.torch_device, steps, keep=False).losses
 
 

@@ -12,8 +12,8 @@ import torch
 
 from megatron_nvlm.core_compat import mend_distributed_optimizer
 from megatron_nvlm.models import build
-from megatron_nvlm.models.build import ModelConfig, find_parts, language_config, projector_config, vision_config
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.build import ModelConfig, language_config, projector_config, resolve_model, vision_config
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import DTYPES, Device
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import run_step, wrap_model
@@ -30,8 +30,8 @@ CASE = Case("x", "mixed")
 def test_messages_are_unbatched_unoverlapped_and_of_the_weights_dtype(precision: str) -> None:
     """A message of another dtype than its receiver expects ends the process inside gloo, without an exception."""
     config = ModelConfig("x", "tiny", "tiny")
-    parts, dtype = find_parts(config), DTYPES[precision]
-    for own in (PartitionConfig(pipeline_model_parallel_size=2), VIRTUAL.partition):
+    parts, dtype = resolve_model(config), DTYPES[precision]
+    for own in (ParallelismConfig(pipeline_model_parallel_size=2), VIRTUAL.partition):
         for made in (
             language_config(config, parts.language, own, dtype, on_cpu=True),
             projector_config(config, parts.language, own, dtype, on_cpu=True),

@@ -38,7 +38,7 @@ class Seen:
 
 def spread(own: Layout) -> dict[str, Seen]:
     device = use_device()
-    start_groups(own.partition, device, seed=1)
+    start_groups(own.parallelism, device, seed=1)
     chunk = make_chunks(Case("d", "mixed"), own, device.torch_device).first
     found = {}
     for name, tiles in STEPS.items():

@@ -11,7 +11,7 @@ from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.initialise import named_parameters, split_of
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split, cut
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, start_groups
@@ -52,11 +52,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 def weights_on_rank(
-    model: ModelConfig, partition: PartitionConfig
+    model: ModelConfig, parallelism: ParallelismConfig
 ) -> tuple[int, int, dict[str, tuple[Split | None, Tensor]]]:
     device = use_device()
-    start_groups(partition, device, seed=1)
-    chunks = make_chunks(model, partition, "fp32", device.torch_device, seed=5)
+    start_groups(parallelism, device, seed=1)
+    chunks = make_chunks(model, parallelism, "fp32", device.torch_device, seed=5)
     weights = open_weights(model)
     assert weights is not None
     load_folder_weights(chunks, weights)
@@ -66,22 +66,22 @@ def weights_on_rank(
 
 
 LAYOUTS = {
-    "TP2": PartitionConfig(tensor_model_parallel_size=2),
-    "PP2": PartitionConfig(pipeline_model_parallel_size=2),
-    "PP2 virtual": PartitionConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
-    "TP2, encoder tensor parallel": PartitionConfig(tensor_model_parallel_size=2, vision_placement="tensor_parallel"),
+    "TP2": ParallelismConfig(tensor_model_parallel_size=2),
+    "PP2": ParallelismConfig(pipeline_model_parallel_size=2),
+    "PP2 virtual": ParallelismConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    "TP2, encoder tensor parallel": ParallelismConfig(tensor_model_parallel_size=2, vision_placement="tensor_parallel"),
 }
 
 
 @pytest.mark.distributed
 def test_every_layout_starts_with_the_same_weights(model: ModelConfig) -> None:
-    ((_, _, whole),) = run_ranks(1, weights_on_rank, model, PartitionConfig())
+    ((_, _, whole),) = run_ranks(1, weights_on_rank, model, ParallelismConfig())
     stored = SafetensorsFolder(Path(str(model.language_weights)))
     embedding = whole["language_model.embedding.word_embeddings.weight"][1]
     assert torch.equal(embedding, stored.read("model.embed_tokens.weight"))
-    for layout, partition in LAYOUTS.items():
+    for layout, parallelism in LAYOUTS.items():
         seen = set()
-        for rank, ranks, named in run_ranks(2, weights_on_rank, model, partition):
+        for rank, ranks, named in run_ranks(2, weights_on_rank, model, parallelism):
             for name, (split, part) in named.items():
                 assert torch.equal(part, cut(whole[name][1], split, rank, ranks)), (layout, name)
                 seen.add(name)

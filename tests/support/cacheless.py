@@ -21,7 +21,7 @@ def generate(
     pipeline: SamplePipeline,
     stop_id: int,
     max_new_tokens: int,
-    row_multiple: int = 1,
+    token_multiple: int = 1,
 ) -> list[list[int]]:
     """The likeliest next token, again and again, for several samples at once.
 
@@ -31,7 +31,7 @@ def generate(
         model: whole in depth (one pipeline stage), in evaluation mode. Its tiles are encoded once.
         samples: prepared with `open_answer`.
         stop_id: token that ends an answer; not part of it.
-        row_multiple: as in `pack`.
+        token_multiple: as in `pack`.
 
     Returns:
         New ids of each sample, at most `max_new_tokens`.
@@ -39,17 +39,17 @@ def generate(
     device = next(model.parameters()).device
     answers: list[list[int]] = [[] for _ in samples]
     open_samples = list(range(len(samples)))
-    rows = [sample.rows for sample in samples]
+    rows = [sample.sequence for sample in samples]
     vision_tokens: Tensor | None = None
     for _ in range(max_new_tokens):
         # Finished samples stay in the row, so that vision tokens keep their numbers.
         current = [dataclasses.replace(sample, rows=row) for sample, row in zip(samples, rows, strict=True)]
-        micro_batch = build_micro_batch(current, pipeline, row_multiple).to(device)
+        micro_batch = build_micro_batch(current, pipeline, token_multiple).to(device)
         if vision_tokens is None:
             vision_tokens = model.encode(micro_batch.tiles)
         logits = model(micro_batch, vision_tokens)
-        last_rows = micro_batch.cu_seqlens[1 : len(samples) + 1].long() - 1
-        chosen = gather_vocabulary(logits[last_rows], model.language_model.pg_collection.tp).argmax(-1).tolist()
+        last_tokens = micro_batch.cu_seqlens[1 : len(samples) + 1].long() - 1
+        chosen = gather_vocabulary(logits[last_tokens], model.language_model.pg_collection.tp).argmax(-1).tolist()
         for sample in list(open_samples):
             if chosen[sample] == stop_id:
                 open_samples.remove(sample)

@@ -21,13 +21,13 @@ from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split, cut, full_shape, gather_parts, join
 from megatron_nvlm.parallel.device import DTYPES, use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import StepResult, run_step, wrap_model
-from megatron_nvlm.training.trainable import PARTS, freeze
+from megatron_nvlm.training.trainable import COMPONENTS, freeze
 from tests.support.batches import step_samples
 from tests.support.tiny import micro_batch_of
 
@@ -48,7 +48,7 @@ class Case:
     variant: str
     batches: str
     """A name of BATCH_RUNS."""
-    trainable: tuple[str, ...] = PARTS
+    trainable: tuple[str, ...] = COMPONENTS
     qk_norm: bool = False
     interval: int = 2
     offset: int | None = None
@@ -66,7 +66,7 @@ class Layout:
     """How many ranks, how the model is split over them, and what is computed twice to save memory."""
 
     ranks: int
-    partition: PartitionConfig
+    parallelism: ParallelismConfig
     recompute: str = "none"
 
 
@@ -81,7 +81,7 @@ class Record:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def layout(ranks: int, recompute: str = "none", **partition: Any) -> Layout:
+def layout(ranks: int, recompute: str = "none", **parallelism: Any) -> Layout:
     """A row of a table of layouts, in short names."""
     short = {
         "tp": "tensor_model_parallel_size",
@@ -92,8 +92,8 @@ def layout(ranks: int, recompute: str = "none", **partition: Any) -> Layout:
         "vision": "vision_placement",
         "tiles": "vision_tiles_at_once",
     }
-    settings = {short.get(key, key): value for key, value in partition.items()}
-    return Layout(ranks, PartitionConfig(**{"use_distributed_optimizer": False, **settings}), recompute)
+    settings = {short.get(key, key): value for key, value in parallelism.items()}
+    return Layout(ranks, ParallelismConfig(**{"use_distributed_optimizer": False, **settings}), recompute)
 
 
 def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
@@ -107,7 +107,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
         recompute=own.recompute,
     )
     groups = get_groups()
-    chunks = build_chunks(config, own.partition, groups, get_single_rank_groups(), DTYPES[case.precision], device)
+    chunks = build_chunks(config, own.parallelism, groups, get_single_rank_groups(), DTYPES[case.precision], device)
     mark_splits(chunks)
     initialise(chunks, seed=3)
     ranks, rank = groups.tp.size(), groups.tp.rank()
@@ -154,7 +154,7 @@ class Recorder:
             return self.optimizer.step()
 
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        if not self.own.partition.use_distributed_optimizer:
+        if not self.own.parallelism.use_distributed_optimizer:
             return parameter.main_grad
         # The distributed optimizer leaves each replica with its own piece of the sum.
         gradient = torch.zeros_like(parameter.main_grad)
@@ -182,24 +182,24 @@ def train(case: Case, own: Layout, device: torch.device, steps: int = STEPS, kee
     """The steps of a case on this rank. `keep`: gradients and weights too, not the losses alone."""
     chunks = make_chunks(case, own, device)
     freeze(chunks, case.trainable)
-    models = wrap_model(chunks, own.partition.use_distributed_optimizer)
+    models = wrap_model(chunks, own.parallelism.use_distributed_optimizer)
     # No clipping: core computes the norm in float32, and clipping would pass its rounding on to the weights.
     settings = OptimizerConfig(max_lr=1e-3, min_lr=1e-3, warmup_steps=0, clip_grad=1e9)
     optimizer, scheduler = build_optimizer(
-        settings, models, steps, DTYPES[case.precision], own.partition.use_distributed_optimizer
+        settings, models, steps, DTYPES[case.precision], own.parallelism.use_distributed_optimizer
     )
     recorder = Recorder(optimizer, chunks, own, keep)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     record = Record()
     for step in range(steps):
         micro_batches = [
-            micro_batch_of(samples, case.variant, own.partition.row_multiple)
+            micro_batch_of(samples, case.variant, own.parallelism.token_multiple)
             for samples in step_samples(case.batches, step)
         ]
-        if own.partition.virtual_pipeline_model_parallel_size > 1:
+        if own.parallelism.virtual_pipeline_model_parallel_size > 1:
             rows = max(len(micro_batch.tokens) + len(micro_batch.context_tokens) for micro_batch in micro_batches)
             for chunk in chunks:
-                chunk.payload_rows = (rows + 15) // 8 * 8
+                chunk.payload_tokens = (rows + 15) // 8 * 8
         mine = micro_batches[replica::replicas]
         result = run_step(models, iter(mine), len(mine), device, recorder)  # type: ignore[arg-type]
         scheduler.step(increment=1)
@@ -223,9 +223,9 @@ def note(record: Record, result: StepResult) -> None:
 
 def record(cases: list[Case], folder: Path) -> None:
     """One process computes every case that the folder does not have yet."""
-    one = Layout(1, PartitionConfig(use_distributed_optimizer=False))
+    one = Layout(1, ParallelismConfig(use_distributed_optimizer=False))
     device = use_device()
-    start_groups(one.partition, device, seed=1)
+    start_groups(one.parallelism, device, seed=1)
     for case in cases:
         path = folder / case.file_name
         if not path.exists():
@@ -247,7 +247,7 @@ def compare(rows: dict[str, tuple[list[Case], Layout]], folder: Path) -> dict[st
     device = use_device()
     found = {}
     for name, (cases, own) in rows.items():
-        start_groups(own.partition, device, seed=1, timeout_seconds=120)
+        start_groups(own.parallelism, device, seed=1, timeout_seconds=120)
         found[name] = [compare_case(case, own, device.torch_device, folder) for case in cases]
         parallel_state.destroy_model_parallel()
     return found

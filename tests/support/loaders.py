@@ -25,7 +25,7 @@ def counted_samples(folder: Path, samples: list[Sample], tokenizer: Tokenizer) -
 def loader_arguments(
     folder: Path, tokenizer: Tokenizer, replica: tuple[int, int] = (0, 1), packed: bool = False
 ) -> tuple[Any, ...]:
-    """Of a MicroBatchLoader, in order: steps of eight samples, or of four packed rows (with `packing=PACKING`)."""
+    """Of a MicroBatchLoader, in order: steps of eight samples, or of four packs (with `packing=PACKING`)."""
     shards = ShardSet(folder)
     order = BlendedOrder([shards.index.shard_sizes], [1], 1, 2)
     pipeline = SamplePipeline(tokenizer, TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None)

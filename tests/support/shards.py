@@ -93,7 +93,7 @@ def write_run(folder: Path, train: Path | None = None, **sections: Any) -> Path:
             "cross_attention": {"interval": 2},
         },
         "tiling": {"tile_size": 56, "max_tiles": 6},
-        "stage": {"trainable": ["vision_model", "vision_projection", "cross_attention", "language_model"]},
+        "recipe": {"trainable": ["vision_model", "vision_projection", "cross_attention", "language_model"]},
         "data": {
             "train": [{"path": str(train), "weight": 1.0}],
             "tokenizer": str(tokenizer),

@@ -10,7 +10,7 @@ from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.sizes import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
 from megatron_nvlm.sequence.assemble import AssembledSample, assemble
@@ -51,13 +51,13 @@ def tiny_config(variant: str, qk_norm: bool = False) -> ModelConfig:
 def tiny_model(
     config: ModelConfig,
     device: Device,
-    partition: PartitionConfig | None = None,
+    parallelism: ParallelismConfig | None = None,
     dtype: torch.dtype = torch.float64,
     gate: float = 0.3,
 ) -> NVLMModel:
     """A model whose gates stand at `gate` and whose biases, norms and scales are away from their starting values."""
-    partition = partition or PartitionConfig()
-    model = build_model(config, partition, get_groups(), get_single_rank_groups(), dtype, device.torch_device)
+    parallelism = parallelism or ParallelismConfig()
+    model = build_model(config, parallelism, get_groups(), get_single_rank_groups(), dtype, device.torch_device)
     mark_splits(model)
     initialise(model, seed=3)
     with torch.no_grad():
@@ -107,12 +107,12 @@ def tiles_of(samples: list[PlainSample]) -> torch.Tensor:
     return torch.cat(tiles) if tiles else torch.zeros(0, 3, 56, 56, dtype=torch.uint8)
 
 
-def micro_batch_of(samples: list[PlainSample], variant: str, row_multiple: int = 1) -> MicroBatch:
+def micro_batch_of(samples: list[PlainSample], variant: str, token_multiple: int = 1) -> MicroBatch:
     return pack(
         [assemble_plain(sample, variant) for sample in samples],
         tiles_of(samples),
         [f"sample_{number}" for number in range(len(samples))],
         VISION.tokens_per_tile,
-        row_multiple,
+        token_multiple,
         VARIANTS[variant].needs_cross_attention,
     )

@@ -34,7 +34,7 @@ def rows_of(
     variant: str = "d",
     tokens_per_tile: int = 256,
 ) -> Any:
-    """Decoder rows of a prompt, as training makes them."""
+    """Decoder tokens of a prompt, as training makes them."""
     tags = [encode_tags(grid, TilingConfig(), VARIANTS[variant], tokenizer, template) for grid in grids]
     pieces = encode_conversation(
         turns,

@@ -11,7 +11,7 @@ from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.parallelism import PartitionConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.sequence.variants import VARIANTS
@@ -28,7 +28,7 @@ def write_two_steps(folder: Path, run_dir: Path) -> list[dict[str, int]]:
     """On each rank: two steps of eight samples."""
     import torch.distributed as dist
 
-    start_groups(PartitionConfig(), use_device(), seed=1)
+    start_groups(ParallelismConfig(), use_device(), seed=1)
     shards = ShardSet(folder)
     pipeline = SamplePipeline(
         Tokenizer(qwen2_tokenizer(1024)), TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None

@@ -31,7 +31,7 @@ from megatron_nvlm.data.building.inputs import Input
 from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.order.shuffle import round_keys, shuffled
-from megatron_nvlm.data.shards.index import INDEX_FILE, ShardRows, write_index
+from megatron_nvlm.data.shards.index import INDEX_FILE, ShardEntries, write_index
 from megatron_nvlm.data.shards.write import shard_name, write_shard
 from megatron_nvlm.errors import UserError
 
@@ -274,7 +274,7 @@ class Builder:
     def _finish(self) -> dict[str, Any]:
         self._check_rejects(self._count_rejects())
         rejects = self._write_rejects()
-        rows = [ShardRows.load(self._part(block, "npz")) for block, part in self._read_parts() if part["samples"]]
+        rows = [ShardEntries.load(self._part(block, "npz")) for block, part in self._read_parts() if part["samples"]]
         text = self.count_text.description if self.count_text else None
         settings = self.settings.sample.describe()
         if not any(part.samples["num_tiles"].any() for part in rows):  # text fits any size of tiles

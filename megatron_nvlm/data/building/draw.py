@@ -1,4 +1,4 @@
-"""Pictures of one sample at each stage: what is stored, its tiles with their tags, its rows, what each row sees."""
+"""Pictures of one sample at each stage: what is stored, its tiles with their tags, its tokens, what each of them sees."""
 
 import io
 from collections.abc import Sequence
@@ -126,18 +126,18 @@ def _show(text: str) -> str:
     return text.replace("\n", "\\n").replace(" ", "·") or "?"
 
 
-def row_cells(prepared: PreparedSample, tokenizer: Tokenizer, tokens_per_tile: int) -> list[Cell]:
-    """Decoder rows; a row is learned if the loss of the row before it counts."""
-    rows = prepared.rows
-    learned = np.append(False, rows.loss_mask[:-1] > 0)
-    return _cells(rows.tokens, rows.decoder_vision_index, learned, tokenizer, tokens_per_tile, "given")
+def token_cells(prepared: PreparedSample, tokenizer: Tokenizer, tokens_per_tile: int) -> list[Cell]:
+    """Tokens of the decoder; one is learned if the loss of the token before it counts."""
+    sequence = prepared.sequence
+    learned = np.append(False, sequence.loss_mask[:-1] > 0)
+    return _cells(sequence.tokens, sequence.decoder_vision_index, learned, tokenizer, tokens_per_tile, "given")
 
 
 def context_cells(prepared: PreparedSample, tokenizer: Tokenizer, tokens_per_tile: int) -> list[Cell]:
-    """Context rows."""
-    rows = prepared.rows
-    nothing = np.zeros(len(rows.context_tokens), dtype=bool)
-    return _cells(rows.context_tokens, rows.context_vision_index, nothing, tokenizer, tokens_per_tile, "tag")
+    """Tokens of the context."""
+    sequence = prepared.sequence
+    nothing = np.zeros(len(sequence.context_tokens), dtype=bool)
+    return _cells(sequence.context_tokens, sequence.context_vision_index, nothing, tokenizer, tokens_per_tile, "tag")
 
 
 def _cells(
@@ -179,26 +179,26 @@ def draw_cells(title: str, cells: Sequence[Cell], used: Sequence[str]) -> Panel:
 
 
 def draw_intervals(prepared: PreparedSample, tokens_per_tile: int) -> Panel:
-    """Decoder rows from top to bottom, context rows from left to right; dark where a row sees."""
-    rows = prepared.rows
-    decoder, context = len(rows.tokens), len(rows.context_tokens)
+    """Decoder tokens from top to bottom, context tokens from left to right; dark where a token sees."""
+    sequence = prepared.sequence
+    decoder, context = len(sequence.tokens), len(sequence.context_tokens)
     if context == 0:
         return Panel(
-            f"what each of {decoder} decoder rows sees in the context: there is none",
+            f"what each of {decoder} decoder tokens sees in the context: there is none",
             Image.new("RGB", (WIDTH, 1), "white"),
         )
     seen = np.zeros((decoder, context), dtype=np.uint8)
-    for row, (start, end) in enumerate(rows.context_intervals.tolist()):
+    for row, (start, end) in enumerate(sequence.context_intervals.tolist()):
         seen[row, start:end] = 1
-    learned, image_rows = np.append(False, rows.loss_mask[:-1] > 0), rows.decoder_vision_index >= 0
+    learned, image_tokens = np.append(False, sequence.loss_mask[:-1] > 0), sequence.decoder_vision_index >= 0
     palette = np.array([(250, 250, 250), (60, 100, 170)], dtype=np.uint8)
     picture = palette[seen]
-    # Along the left side what each row is, along the top what each context row is.
+    # Along the left side what each row is, along the top what each context token is.
     side = np.tile(np.array(COLOURS["given"], dtype=np.uint8), (decoder, 1))
-    side[learned], side[image_rows] = COLOURS["learned"], COLOURS["vision"]
-    top = np.where((rows.context_vision_index >= 0)[:, None], COLOURS["vision"], COLOURS["tag"]).astype(np.uint8)
-    tile = rows.context_vision_index // tokens_per_tile
-    top[(rows.context_vision_index >= 0) & (tile % 2 == 1)] = (150, 178, 222)
+    side[learned], side[image_tokens] = COLOURS["learned"], COLOURS["vision"]
+    top = np.where((sequence.context_vision_index >= 0)[:, None], COLOURS["vision"], COLOURS["tag"]).astype(np.uint8)
+    tile = sequence.context_vision_index // tokens_per_tile
+    top[(sequence.context_vision_index >= 0) & (tile % 2 == 1)] = (150, 178, 222)
     scale_x = min(16.0, (WIDTH - 4 * MARGIN) / context)
     scale_y = min(16.0, max(700 / decoder, 1.0))
     size = (max(1, round(context * scale_x)), max(1, round(decoder * scale_y)))
@@ -208,4 +208,4 @@ def draw_intervals(prepared: PreparedSample, tokens_per_tile: int) -> Panel:
     image.paste(Image.fromarray(side[:, None]).resize((14, size[1]), Image.Resampling.NEAREST), (left - 18, above))
     image.paste(Image.fromarray(top[None]).resize((size[0], 14), Image.Resampling.NEAREST), (left, above - 18))
     ImageDraw.Draw(image).rectangle((left - 1, above - 1, left + size[0], above + size[1]), outline=PALE)
-    return Panel(f"what each of {decoder} decoder rows (down) sees of {context} context rows (across)", image)
+    return Panel(f"what each of {decoder} decoder tokens (down) sees of {context} context tokens (across)", image)

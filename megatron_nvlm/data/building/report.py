@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_nvlm.data.order.lengths import RowCounter, SampleSizes
+from megatron_nvlm.data.order.lengths import LengthCounter, SampleSizes
 from megatron_nvlm.data.order.packing import PackingConfig, pack_window
 from megatron_nvlm.data.shards.index import UNKNOWN_TOKENS, Index
 from megatron_nvlm.image.pixels import MAX_PIXELS
@@ -43,11 +43,11 @@ class Prediction:
     """Samples (of those looked at) that have no room even with one tile."""
     fewer_tiles: int
     """Samples that give up tiles to fit."""
-    mean_rows: float
+    mean_tokens: float
     mean_tiles: float
     unpacked_efficiency: float
     packed_efficiency: float
-    samples_per_row: float
+    samples_per_pack: float
     steps_unpacked: int
     steps_packed: int
 
@@ -119,32 +119,32 @@ def predict(index: Index, plan: TrainingPlan) -> list[Prediction]:
         length = plan.sequence_length or PAPER_LENGTHS[name]
 
         def sizes(limit: int, name: str = name) -> SampleSizes:
-            counter = RowCounter(
+            counter = LengthCounter(
                 plan.tokenizer, plan.tiling, VARIANTS[name], tokens_per_tile, limit, template=plan.template
             )
             return counter.sizes(index, numbers)
 
         fitted, whole = sizes(length), sizes(1 << 40)
-        used = fitted.rows > 0
-        rows, num_packs = fitted.rows[used], 0
+        used = fitted.tokens > 0
+        lengths, num_packs = fitted.tokens[used], 0
         window = PackingConfig().window_samples
-        for start in range(0, len(rows), window):
-            part = SampleSizes(rows[start : start + window], fitted.tiles[used][start : start + window])
+        for start in range(0, len(lengths), window):
+            part = SampleSizes(lengths[start : start + window], fitted.tiles[used][start : start + window])
             num_packs += len(pack_window(part, length))
-        mean = float(rows.mean()) if len(rows) else 0.0
-        per_pack = len(rows) / num_packs if num_packs else 0.0
-        usable = len(index.samples) * (len(rows) / len(numbers))
+        mean = float(lengths.mean()) if len(lengths) else 0.0
+        per_pack = len(lengths) / num_packs if num_packs else 0.0
+        usable = len(index.samples) * (len(lengths) / len(numbers))
         predictions.append(
             Prediction(
                 variant=name,
                 sequence_length=length,
-                too_long=int(((whole.rows > 0) & ~used).sum()),
+                too_long=int(((whole.tokens > 0) & ~used).sum()),
                 fewer_tiles=int((used & (fitted.tiles < whole.tiles)).sum()),
-                mean_rows=mean,
-                mean_tiles=float(fitted.tiles[used].mean()) if len(rows) else 0.0,
+                mean_tokens=mean,
+                mean_tiles=float(fitted.tiles[used].mean()) if len(lengths) else 0.0,
                 unpacked_efficiency=mean / length,
-                packed_efficiency=float(rows.sum()) / (num_packs * length) if num_packs else 0.0,
-                samples_per_row=per_pack,
+                packed_efficiency=float(lengths.sum()) / (num_packs * length) if num_packs else 0.0,
+                samples_per_pack=per_pack,
                 steps_unpacked=-int(-usable // plan.global_batch_size),
                 steps_packed=-int(-usable // (plan.global_batch_size * max(per_pack, 1))),
             )
@@ -155,13 +155,13 @@ def predict(index: Index, plan: TrainingPlan) -> list[Prediction]:
 _COLUMNS = (
     ("variant", lambda p: f"NVLM-{p.variant.upper()}"),
     ("sequence length", lambda p: str(p.sequence_length)),
-    ("rows per sample", lambda p: f"{p.mean_rows:.1f}"),
+    ("tokens per sample", lambda p: f"{p.mean_tokens:.1f}"),
     ("tiles per sample", lambda p: f"{p.mean_tiles:.2f}"),
     ("give up tiles", lambda p: str(p.fewer_tiles)),
     ("too long", lambda p: str(p.too_long)),
     ("row filled, unpacked", lambda p: f"{p.unpacked_efficiency:.1%}"),
     ("row filled, packed", lambda p: f"{p.packed_efficiency:.1%}"),
-    ("samples per packed row", lambda p: f"{p.samples_per_row:.2f}"),
+    ("samples per pack", lambda p: f"{p.samples_per_pack:.2f}"),
     ("steps per epoch, unpacked", lambda p: str(p.steps_unpacked)),
     ("steps per epoch, packed", lambda p: str(p.steps_packed)),
 )
@@ -178,7 +178,7 @@ def as_text(
         for name, count in histogram.bins:
             lines.append(f"  {name:>16} {count:>9} {'#' * round(40 * count / most)}")
     if predictions:
-        lines.append(f"\ntraining with a global batch of {batch} (samples, or rows if packed)")
+        lines.append(f"\ntraining with a global batch of {batch} (samples, or packs if packed)")
         for title, show in _COLUMNS:
             lines.append(f"  {title:>26} " + " ".join(f"{show(one):>12}" for one in predictions))
     else:
@@ -198,7 +198,7 @@ def as_html(
     ]
     page.append("<table>" + "".join(_row(name, value) for name, value in _facts(manifest)) + "</table>")
     if predictions:
-        page.append(f"<h2>Training with a global batch of {batch} (samples, or rows if packed)</h2><table>")
+        page.append(f"<h2>Training with a global batch of {batch} (samples, or packs if packed)</h2><table>")
         for title, show in _COLUMNS:
             page.append(_row(title, *(show(one) for one in predictions)))
         page.append("</table>")

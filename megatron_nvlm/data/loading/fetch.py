@@ -30,8 +30,8 @@ class SampleRequest:
     """What is wanted of which sample."""
 
     sample: SampleId
-    expected_rows: int | None = None
-    """Decoder rows that a packed row has room for; 0 if the index knows the sample to be bad. None: any number."""
+    expected_tokens: int | None = None
+    """Decoder tokens that a pack has room for; 0 if the index knows the sample to be bad. None: any number."""
     part: tuple[int, int] | None = None
     """Range [start, end) of its tiles to decode; None for all."""
 
@@ -47,7 +47,7 @@ def fetch(
     Raises:
         StorageError: its shard cannot be reached, which is no fault of the sample and may be so on one machine only.
     """
-    sample, expected_rows = request.sample, request.expected_rows
+    sample, expected_tokens = request.sample, request.expected_tokens
     shards = sets[sample.dataset]
     key, source = "", shards.name
     try:
@@ -60,9 +60,10 @@ def fetch(
         key, source = raw.key, str(raw.record.get("source", shards.name))
         sizes = shards.image_sizes(sample.number)
         prepared = pipeline.prepare(raw, allocate=allocate, sizes=sizes, part=request.part)
-        if expected_rows is not None and len(prepared.rows.tokens) != expected_rows:
+        if expected_tokens is not None and len(prepared.sequence.tokens) != expected_tokens:
             raise BadSample(
-                "index", f"it has {len(prepared.rows.tokens)} rows and its index says {expected_rows}; index it again"
+                "index",
+                f"it has {len(prepared.sequence.tokens)} tokens and its index says {expected_tokens}; index it again",
             )
         return prepared
     except BadSample as error:

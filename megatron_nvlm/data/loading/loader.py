@@ -15,8 +15,8 @@ from megatron_nvlm.data.collate import build_micro_batch
 from megatron_nvlm.data.loading.fetch import BadRecord, SampleRequest
 from megatron_nvlm.data.loading.in_place import InPlace, Preparers
 from megatron_nvlm.data.loading.worker_pool import WorkerPool
-from megatron_nvlm.data.order.batches import DataPosition, PackedPlan, Plan, PlannedStep, UnpackedPlan
-from megatron_nvlm.data.order.lengths import RowCounter, TextTokenCounter, check_counts
+from megatron_nvlm.data.order.batches import BatchPlan, DataPosition, PackedBatchPlan, PlannedStep, UnpackedBatchPlan
+from megatron_nvlm.data.order.lengths import LengthCounter, TextTokenCounter, check_counts
 from megatron_nvlm.data.order.order import WINDOW_SHARDS, BlendedOrder
 from megatron_nvlm.data.order.packing import PackingConfig
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
@@ -50,7 +50,7 @@ class DataConfig:
     tokenizer: str
     """Path of a tokenizer.json."""
     sequence_length: int
-    """Most decoder rows of a sample, and of a packed row; longer samples are bad samples of the kind too_long."""
+    """Most decoder tokens of a sample, and of a pack; longer samples are bad samples of the kind too_long."""
     valid: str | None = None
     """A set to answer questions from when training ends."""
     template: str = "chatml"
@@ -79,7 +79,7 @@ class MicroBatchLoader:
         sets: opened shards, in the order of the configuration. order: over the same sets.
         micro_batch_size: samples of a row; with packing it must be 1 and counts rows.
         data_parallel: (rank, size).
-        row_multiple, with_pixels: as in `pack`; without pixels, tiles are counted and not kept.
+        token_multiple, with_pixels: as in `pack`; without pixels, tiles are counted and not kept.
         pin_memory: put tensors where a GPU copies them from without waiting.
     """
 
@@ -91,7 +91,7 @@ class MicroBatchLoader:
         micro_batch_size: int,
         global_batch_size: int,
         data_parallel: tuple[int, int],
-        row_multiple: int = 1,
+        token_multiple: int = 1,
         with_pixels: bool = True,
         num_workers: int = 0,
         *,
@@ -107,8 +107,8 @@ class MicroBatchLoader:
                 f"{micro_batch_size} x {self.size} data-parallel ranks"
             )
         self.sets, self.order, self.pipeline = sets, order, pipeline
-        self.row_multiple, self.with_pixels, self.pin_memory = row_multiple, with_pixels, pin_memory
-        self._counter = RowCounter(
+        self.token_multiple, self.with_pixels, self.pin_memory = token_multiple, with_pixels, pin_memory
+        self._counter = LengthCounter(
             pipeline.tokenizer,
             pipeline.tiling,
             pipeline.variant,
@@ -117,9 +117,9 @@ class MicroBatchLoader:
             pipeline.template,
         )
         self.packing = packing if packing is not None and packing.enabled else None
-        self.plan: Plan = UnpackedPlan(micro_batch_size, global_batch_size)
+        self.plan: BatchPlan = UnpackedBatchPlan(micro_batch_size, global_batch_size)
         if self.packing is not None:
-            self.plan = self._make_packed_plan(self.packing, micro_batch_size, global_batch_size)
+            self.plan = self._make_packed_batch_plan(self.packing, micro_batch_size, global_batch_size)
         self.bad: list[BadRecord] = []
         """Bad samples of the step that was drawn last, on this rank."""
         self.prefetch_samples = prefetch_samples
@@ -131,24 +131,28 @@ class MicroBatchLoader:
             self.preparers = WorkerPool(sets, pipeline, num_workers, room, with_pixels, cache)
         self._ahead: deque[tuple[int, ...]] = deque()
         """Rows that were asked for, as the preparers' numbers."""
-        self._rows: Iterator[tuple[int, ...]] = iter(())
+        self._micro_batches: Iterator[tuple[int, ...]] = iter(())
         self._expected: tuple[DataPosition, int] | None = None
 
-    def _make_packed_plan(self, packing: PackingConfig, micro_batch_size: int, global_batch_size: int) -> PackedPlan:
+    def _make_packed_batch_plan(
+        self, packing: PackingConfig, micro_batch_size: int, global_batch_size: int
+    ) -> PackedBatchPlan:
         if micro_batch_size != 1:
             raise UserError(
-                f"with data.packing.enabled a micro-batch is one packed row; set training.micro_batch_size=1, "
+                f"with data.packing.enabled a micro-batch is one pack; set training.micro_batch_size=1, "
                 f"not {micro_batch_size}, and let training.global_batch_size count rows"
             )
         wanted = TextTokenCounter(self.pipeline.tokenizer, self.pipeline.template, self.pipeline.system).description
         for shards in self.sets:
             check_counts(shards.index, shards.location, wanted)
-        return PackedPlan(packing, self.order, [shards.index for shards in self.sets], self._counter, global_batch_size)
+        return PackedBatchPlan(
+            packing, self.order, [shards.index for shards in self.sets], self._counter, global_batch_size
+        )
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of a step on this rank."""
-        return self.plan.rows_per_step // self.size
+        return self.plan.micro_batches_per_step // self.size
 
     def after(self, position: DataPosition) -> DataPosition:
         """Where the step after this one begins."""
@@ -176,23 +180,23 @@ class MicroBatchLoader:
     def _start_at(self, position: DataPosition) -> None:
         self.preparers.forget([ticket for tickets in self._ahead for ticket in tickets])
         self._ahead.clear()
-        self._rows = self._rows_from(position)
+        self._micro_batches = self._micro_batches_from(position)
 
-    def _rows_from(self, position: DataPosition) -> Iterator[tuple[int, ...]]:
+    def _micro_batches_from(self, position: DataPosition) -> Iterator[tuple[int, ...]]:
         """This rank's rows, without end."""
         while True:
             step = self.plan.step(position)
-            yield from self.own_rows(step)
+            yield from self.own_micro_batches(step)
             position = step.after
 
-    def own_rows(self, step: PlannedStep) -> tuple[tuple[int, ...], ...]:
+    def own_micro_batches(self, step: PlannedStep) -> tuple[tuple[int, ...], ...]:
         """This rank's rows of a step, as places of the order."""
-        return step.rows[self.rank :: self.size]
+        return step.micro_batches[self.rank :: self.size]
 
     def _next(self) -> MicroBatch:
         waiting = sum(len(row) for row in self._ahead)
         while not self._ahead or (self.preparers.works_ahead and waiting < self.prefetch_samples):
-            tickets = self._ask(next(self._rows))
+            tickets = self._ask(next(self._micro_batches))
             self._ahead.append(tickets)
             waiting += max(1, len(tickets))
         tickets = self._ahead.popleft()
@@ -205,30 +209,30 @@ class MicroBatchLoader:
     def build(self, samples: Sequence[PreparedSample], keep_tiles: bool = True, first_tile: int = 0) -> MicroBatch:
         """A row of samples; see `build_micro_batch`."""
         return build_micro_batch(
-            samples, self.pipeline, self.row_multiple, self.with_pixels, self.pin_memory, keep_tiles, first_tile
+            samples, self.pipeline, self.token_multiple, self.with_pixels, self.pin_memory, keep_tiles, first_tile
         )
 
     def _ask(self, places: tuple[int, ...]) -> tuple[int, ...]:
         """The preparers' numbers of the row's samples."""
         tickets = []
-        row_room = 0
+        micro_batch_room = 0
         for place in places:
             sample = self.order(place)
             index = self.sets[sample.dataset].index
             room = self._counter.most_tiles(index, sample.number) if self.with_pixels else 0
-            row_room += room
-            if row_room > self.preparers.most_tiles:
+            micro_batch_room += room
+            if micro_batch_room > self.preparers.most_tiles:
                 room = 0  # the whole row must have room at once; what has none comes through the pipe
             tickets.append(self.preparers.submit(self.request(place), room))
         return tuple(tickets)
 
     def request(self, place: int, part: tuple[int, int] | None = None) -> SampleRequest:
-        """The sample at a place of the order; with packing it must be as long as the packed row has room for."""
+        """The sample at a place of the order; with packing it must be as long as the pack has room for."""
         sample = self.order(place)
         if self.packing is None:
             return SampleRequest(sample, part=part)
         sizes = self._counter.sizes(self.sets[sample.dataset].index, [sample.number])
-        return SampleRequest(sample, int(sizes.rows[0]), part)
+        return SampleRequest(sample, int(sizes.tokens[0]), part)
 
     def _keep(self, results: Iterator[PreparedSample | BadRecord]) -> list[PreparedSample]:
         good = []

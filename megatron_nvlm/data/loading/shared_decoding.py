@@ -45,8 +45,8 @@ class _Step:
 
     position: DataPosition
     after: DataPosition
-    rows: tuple[tuple[int, ...], ...]
-    row_tickets: dict[int, int]
+    micro_batches: tuple[tuple[int, ...], ...]
+    token_tickets: dict[int, int]
     tile_tickets: dict[int, int] = field(default_factory=dict)
     samples: dict[int, PreparedSample] = field(default_factory=dict)
     """The good ones, in order; without tiles."""
@@ -59,7 +59,7 @@ class _Step:
     @property
     def tickets(self) -> list[int]:
         """Those not collected."""
-        return [*self.row_tickets.values(), *self.tile_tickets.values()]
+        return [*self.token_tickets.values(), *self.tile_tickets.values()]
 
     def has(self, place: int) -> bool:
         """Whether this rank's part of a sample is decoded."""
@@ -109,19 +109,23 @@ class SharingLoader(MicroBatchLoader):
         step = self._steps.popleft()
         self._decode_share(step)
         self.bad = []
-        for place in (place for row in step.rows for place in row if place in step.bad):
+        for place in (place for micro_batch in step.micro_batches for place in micro_batch if place in step.bad):
             self.skip(step.bad[place])
         if self.preparers.works_ahead:
             self._look_ahead(step.after)
-        for row in step.rows:
-            yield self._build_row(step, row)
+        for micro_batch in step.micro_batches:
+            yield self._build_micro_batch(step, micro_batch)
 
     def _begin(self, position: DataPosition) -> _Step:
         """Ask for the rows of a step."""
         planned = self.plan.step(position)
-        rows = self.own_rows(planned)
-        tickets = {place: self.preparers.submit(self.request(place, _NOTHING), 0) for row in rows for place in row}
-        return _Step(position, planned.after, rows, tickets)
+        micro_batches = self.own_micro_batches(planned)
+        tickets = {
+            place: self.preparers.submit(self.request(place, _NOTHING), 0)
+            for micro_batch in micro_batches
+            for place in micro_batch
+        }
+        return _Step(position, planned.after, micro_batches, tickets)
 
     def _look_ahead(self, position: DataPosition) -> None:
         """Ask for the rows of the step that begins there and of the one behind, and for this rank's tiles of the first."""
@@ -140,29 +144,29 @@ class SharingLoader(MicroBatchLoader):
 
     def _ask_for_share(self, step: _Step) -> None:
         """Ask for the tiles that are this rank's by the samples that are known to be good."""
-        self._collect_rows(step)
+        self._collect_tokens(step)
         step.parts = self._own_parts(step)
         for place, (start, end) in step.parts.items():
             if place not in step.tile_tickets and not step.has(place):
                 step.tile_tickets[place] = self.preparers.submit(self.request(place, (start, end)), end - start)
 
-    def _collect_rows(self, step: _Step) -> None:
+    def _collect_tokens(self, step: _Step) -> None:
         """Take the rows in that were asked for; what is bad without decoding is so on every rank."""
-        for place, ticket in step.row_tickets.items():
+        for place, ticket in step.token_tickets.items():
             result = self.preparers.collect(ticket)
             if isinstance(result, BadRecord):
                 step.drop([(place, 0, result)])
             else:
                 step.samples[place] = result
             self.preparers.release(ticket)
-        step.row_tickets.clear()
+        step.token_tickets.clear()
 
     def _own_parts(self, step: _Step) -> dict[int, tuple[int, int]]:
-        total = sum(sample.rows.num_tiles for sample in step.samples.values())
+        total = sum(sample.sequence.num_tiles for sample in step.samples.values())
         start, end = share_of(total, self.share.ranks, self.share.number)
         parts, before = {}, 0
         for place, sample in step.samples.items():
-            number = sample.rows.num_tiles
+            number = sample.sequence.num_tiles
             part = max(start - before, 0), min(end - before, number)
             if part[0] < part[1]:
                 parts[place] = part
@@ -184,8 +188,8 @@ class SharingLoader(MicroBatchLoader):
         step.tile_tickets.clear()
         return found
 
-    def _build_row(self, step: _Step, row: tuple[int, ...]) -> MicroBatch:
-        good = [place for place in row if place in step.samples]
+    def _build_micro_batch(self, step: _Step, places: tuple[int, ...]) -> MicroBatch:
+        good = [place for place in places if place in step.samples]
         own = [place for place in good if place in step.parts]
         samples = [
             replace(step.samples[place], tiles=step.own_tiles(place)) if place in step.parts else step.samples[place]
@@ -194,5 +198,5 @@ class SharingLoader(MicroBatchLoader):
         first_tile = 0
         if own:
             before = good[: good.index(own[0])]
-            first_tile = sum(step.samples[place].rows.num_tiles for place in before) + step.parts[own[0]][0]
+            first_tile = sum(step.samples[place].sequence.num_tiles for place in before) + step.parts[own[0]][0]
         return self.build(samples, first_tile=first_tile)

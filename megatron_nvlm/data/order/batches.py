@@ -1,6 +1,6 @@
-"""Which samples make which row of a step: pure, the same on every rank, whatever the number of replicas or workers.
+"""Which samples make which micro-batch of a step: pure, the same on every rank, whatever the number of replicas or workers.
 
-A step has a list of rows (micro-batches); replica r of n takes rows r, r + n, r + 2n, ... Its position is all that a
+A step has a list of micro-batches; replica r of n takes micro-batches r, r + n, r + 2n, ... Its position is all that a
 checkpoint keeps of the data.
 """
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_nvlm.data.order.lengths import RowCounter, SampleSizes
+from megatron_nvlm.data.order.lengths import LengthCounter, SampleSizes
 from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.order.packing import PackingConfig, pack_window
 from megatron_nvlm.data.shards.index import Index
@@ -25,22 +25,22 @@ class DataPosition:
     consumed_samples: int = 0
     """Places of the order that are done; with packing, those before the window in use."""
     packs_taken: int = 0
-    """With packing, rows of that window that are done."""
+    """With packing, packs of that window that are done."""
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """Rows of a step as places of the order, and where the next step begins."""
+    """Micro-batches of a step as places of the order, and where the next step begins."""
 
-    rows: tuple[tuple[int, ...], ...]
+    micro_batches: tuple[tuple[int, ...], ...]
     after: DataPosition
 
 
-class Plan(Protocol):
-    """Rows of any step."""
+class BatchPlan(Protocol):
+    """Micro-batches of any step."""
 
     @property
-    def rows_per_step(self) -> int:
+    def micro_batches_per_step(self) -> int:
         """Micro-batches of a step, over all replicas."""
 
     def step(self, position: DataPosition) -> PlannedStep:
@@ -48,26 +48,26 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True)
-class UnpackedPlan:
-    """Every row holds `micro_batch_size` samples, one place of the order after the other."""
+class UnpackedBatchPlan:
+    """Every micro-batch holds `micro_batch_size` samples, one place of the order after the other."""
 
     micro_batch_size: int
     global_batch_size: int
 
     @property
-    def rows_per_step(self) -> int:
+    def micro_batches_per_step(self) -> int:
         """Micro-batches of a step, over all replicas."""
         return self.global_batch_size // self.micro_batch_size
 
     def step(self, position: DataPosition) -> PlannedStep:
         """The step that begins there."""
         start, size = position.consumed_samples, self.micro_batch_size
-        rows = tuple(tuple(range(at, at + size)) for at in range(start, start + self.global_batch_size, size))
-        return PlannedStep(rows, DataPosition(start + self.global_batch_size))
+        micro_batches = tuple(tuple(range(at, at + size)) for at in range(start, start + self.global_batch_size, size))
+        return PlannedStep(micro_batches, DataPosition(start + self.global_batch_size))
 
 
-class PackedPlan:
-    """Rows are filled from windows of the order; a step takes `global_batch_size` of them, over windows' bounds.
+class PackedBatchPlan:
+    """Packs are filled from windows of the order; a step takes `global_batch_size` of them, over windows' bounds.
 
     Args:
         indexes: of the sets, whose text is counted as the run tokenises it.
@@ -78,36 +78,36 @@ class PackedPlan:
         config: PackingConfig,
         order: BlendedOrder,
         indexes: Sequence[Index],
-        counter: RowCounter,
+        counter: LengthCounter,
         global_batch_size: int,
     ) -> None:
         self.config, self.order, self.indexes, self.counter = config, order, indexes, counter
-        self.rows_per_step = global_batch_size
+        self.micro_batches_per_step = global_batch_size
         self._windows: OrderedDict[int, list[tuple[int, ...]]] = OrderedDict()
 
     def step(self, position: DataPosition) -> PlannedStep:
         """The step that begins there."""
-        rows: list[tuple[int, ...]] = []
+        packs: list[tuple[int, ...]] = []
         start, taken = position.consumed_samples, position.packs_taken
-        while len(rows) < self.rows_per_step:
+        while len(packs) < self.micro_batches_per_step:
             window = self.window(start)
             if taken >= len(window):
                 raise UserError(
-                    f"the checkpoint has taken {taken} rows of a window that has {len(window)}; data.packing, "
+                    f"the checkpoint has taken {taken} packs of a window that has {len(window)}; data.packing, "
                     "data.sequence_length or the shards were changed since: set them back"
                 )
-            part = window[taken : taken + self.rows_per_step - len(rows)]
-            rows += part
-            taken += len(part)
+            taken_now = window[taken : taken + self.micro_batches_per_step - len(packs)]
+            packs += taken_now
+            taken += len(taken_now)
             if taken == len(window):
                 start, taken = start + self.config.window_samples, 0
-        return PlannedStep(tuple(rows), DataPosition(start, taken))
+        return PlannedStep(tuple(packs), DataPosition(start, taken))
 
     def window(self, start: int) -> list[tuple[int, ...]]:
-        """Rows of the window that begins at this place of the order."""
+        """Packs of the window that begins at this place of the order."""
         if start not in self._windows:
             places = pack_window(self.sizes(start), self.counter.sequence_length, (start,))
-            self._windows[start] = [tuple(start + place for place in row) for row in places]
+            self._windows[start] = [tuple(start + place for place in pack) for pack in places]
             if len(self._windows) > 4:
                 self._windows.popitem(last=False)
         return self._windows[start]
@@ -115,10 +115,10 @@ class PackedPlan:
     def sizes(self, start: int) -> SampleSizes:
         """Sizes of the window's samples, in their order."""
         ids = [self.order(start + place) for place in range(self.config.window_samples)]
-        rows = np.zeros(len(ids), dtype=np.int64)
+        tokens = np.zeros(len(ids), dtype=np.int64)
         tiles = np.zeros(len(ids), dtype=np.int64)
         for dataset, index in enumerate(self.indexes):
             places = [place for place, sample in enumerate(ids) if sample.dataset == dataset]
             sizes = self.counter.sizes(index, [ids[place].number for place in places])
-            rows[places], tiles[places] = sizes.rows, sizes.tiles
-        return SampleSizes(rows, tiles)
+            tokens[places], tiles[places] = sizes.tokens, sizes.tiles
+        return SampleSizes(tokens, tiles)

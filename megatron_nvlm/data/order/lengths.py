@@ -1,8 +1,8 @@
-"""Decoder rows and tiles of samples from the index alone: what packing, reports and schedules work with.
+"""Decoder tokens and tiles of samples from the index alone: what packing, reports and schedules work with.
 
-    rows(sample) = num_text_tokens + sum over its images of rows(grid)
+    tokens(sample) = num_text_tokens + sum over its images of tokens(grid)
 
-Rows of a grid come from sequence/image_layout.py, for the run's variant, tag format and tokenizer. A sample that would be
+Tokens of a grid come from sequence/image_layout.py, for the run's variant, tag format and tokenizer. A sample that would be
 too long gives up tiles first, by the same ladder as in stages.py.
 """
 
@@ -38,7 +38,7 @@ def grid_under_limit(grid: Grid, limit: int) -> Grid:
 
 @dataclass(frozen=True)
 class TextTokenCounter:
-    """A record -> its decoder rows that are no image's. Its description goes into the index."""
+    """A record -> its decoder tokens that are no image's. Its description goes into the index."""
 
     tokenizer: Tokenizer
     template: str
@@ -59,16 +59,16 @@ class TextTokenCounter:
 
 @dataclass(frozen=True)
 class SampleSizes:
-    """Of samples in order: decoder rows and tiles, both as they enter the model."""
+    """Of samples in order: decoder tokens and tiles, both as they enter the model."""
 
-    rows: np.ndarray
+    tokens: np.ndarray
     """int64 [n]; 0 for samples that the index knows to be bad: too long, without a count, or with an image of no size."""
     tiles: np.ndarray
     """int64 [n]."""
 
 
-class RowCounter:
-    """Rows and tiles of samples under the settings of a run. Keeps the rows of each grid it has met."""
+class LengthCounter:
+    """Tokens and tiles of samples under the settings of a run. Keeps the tokens of each grid it has met."""
 
     def __init__(
         self,
@@ -81,14 +81,14 @@ class RowCounter:
     ) -> None:
         self.tokenizer, self.tiling, self.variant, self.template = tokenizer, tiling, variant, template
         self.tokens_per_tile, self.sequence_length = tokens_per_tile, sequence_length
-        self._rows: dict[Grid, int] = {}
+        self._tokens: dict[Grid, int] = {}
 
-    def rows_of_grid(self, grid: Grid) -> int:
-        """Decoder rows of an image on this grid: its tags, and those vision tokens that stand in the decoder."""
-        if grid not in self._rows:
+    def tokens_of_grid(self, grid: Grid) -> int:
+        """Decoder tokens of an image on this grid: its tags, and those vision tokens that stand in the decoder."""
+        if grid not in self._tokens:
             tags = encode_tags(grid, self.tiling, self.variant, self.tokenizer, self.template)
-            self._rows[grid] = len(lay_out_image(tags.ids, self.variant, self.tokens_per_tile).decoder_tokens)
-        return self._rows[grid]
+            self._tokens[grid] = len(lay_out_image(tags.ids, self.variant, self.tokens_per_tile).decoder_tokens)
+        return self._tokens[grid]
 
     def most_tiles(self, index: Index, number: int) -> int:
         """Tiles of a sample that need not give any up; 0 if an image has no size."""
@@ -102,13 +102,13 @@ class RowCounter:
     def sizes(self, index: Index, numbers: Sequence[int] | np.ndarray) -> SampleSizes:
         """Sizes of samples by their numbers in the set. Text is as the index counted it (see `check_counts`)."""
         samples = index.samples[np.asarray(numbers, dtype=np.int64)]
-        rows = np.zeros(len(samples), dtype=np.int64)
+        tokens = np.zeros(len(samples), dtype=np.int64)
         tiles = np.zeros(len(samples), dtype=np.int64)
         for place, sample in enumerate(samples):
             first = int(sample["first_image"])
             images = index.images[first : first + int(sample["num_images"])].tolist()
-            rows[place], tiles[place] = self._size(int(sample["num_text_tokens"]), images)
-        return SampleSizes(rows, tiles)
+            tokens[place], tiles[place] = self._size(int(sample["num_text_tokens"]), images)
+        return SampleSizes(tokens, tiles)
 
     def _size(self, text: int, images: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
         no_size = any(not cols and not 0 < width * height <= MAX_PIXELS for width, height, cols, _ in images)
@@ -116,9 +116,9 @@ class RowCounter:
             return 0, 0
         for limit in tile_limits(self.tiling.max_tiles):
             grids = [self._grid(image, limit) for image in images]
-            rows = text + sum(self.rows_of_grid(grid) for grid in grids)
-            if rows <= self.sequence_length:
-                return rows, sum(grid.num_pictures for grid in grids)
+            tokens = text + sum(self.tokens_of_grid(grid) for grid in grids)
+            if tokens <= self.sequence_length:
+                return tokens, sum(grid.num_pictures for grid in grids)
         return 0, 0
 
     def _grid(self, image: tuple[int, int, int, int], limit: int) -> Grid:

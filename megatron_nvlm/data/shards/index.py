@@ -4,7 +4,7 @@
     samples.npy   one SAMPLE_DTYPE a sample, in the order of the shards; memory-mapped
     images.npy    one IMAGE_DTYPE an image, in the order of the samples; memory-mapped
 
-From these alone follow the decoder rows and tiles of every sample for any variant, tag format and limit of tiles
+From these alone follow the decoder tokens and tiles of every sample for any variant, tag format and limit of tiles
 (row_counts.py), so that packing, reports and schedules decode nothing.
 """
 
@@ -41,7 +41,7 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 """`num_tiles` counts tiles cut in advance, thumbnails included; images stored whole are tiled by the run's own limit and
-add none. `num_text_tokens` are the decoder rows that are no image's, in the template of index.json's `text`. `crc32` is
+add none. `num_text_tokens` are the decoder tokens that are no image's, in the template of index.json's `text`. `crc32` is
 of the sample's bytes [offset, offset + size) in its shard."""
 
 IMAGE_DTYPE = np.dtype([("width", "<u4"), ("height", "<u4"), ("cols", "<u2"), ("rows", "<u2")])
@@ -62,7 +62,7 @@ class TextCounting:
 
 
 @dataclass(frozen=True)
-class ShardRows:
+class ShardEntries:
     """What the index takes from one shard. `shard` and `first_image` of its rows count within the shard."""
 
     name: str
@@ -84,7 +84,7 @@ class ShardRows:
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "ShardRows":
+    def load(cls, path: str | Path) -> "ShardEntries":
         """Read what `save` wrote; UserError if it is not that."""
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -120,7 +120,7 @@ def hash_key(key: str) -> int:
 
 def write_index(
     folder: str | Path,
-    rows: Sequence[ShardRows],
+    rows: Sequence[ShardEntries],
     settings: Mapping[str, Any] = {},
     text: TextCounting | None = None,
 ) -> None:
@@ -218,7 +218,7 @@ def open_index(folder: str | Path, check_hashes: bool = False) -> Index:
     return Index(shards, samples, images, content["settings"], counting, content)
 
 
-def _refuse_equal_keys(folder: Path, rows: Sequence[ShardRows]) -> None:
+def _refuse_equal_keys(folder: Path, rows: Sequence[ShardEntries]) -> None:
     hashes = np.concatenate([shard.key_hashes for shard in rows])
     order = np.argsort(hashes, kind="stable")
     equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])

@@ -28,7 +28,7 @@ from megatron_nvlm.data.shards.index import (
     INDEX_FILE,
     SAMPLE_DTYPE,
     UNKNOWN_TOKENS,
-    ShardRows,
+    ShardEntries,
     TextCounting,
     hash_file,
     hash_key,
@@ -38,7 +38,7 @@ from megatron_nvlm.data.shards.records import RawSample, check_key, describe_ima
 from megatron_nvlm.errors import UserError
 
 CountText = Callable[[Mapping[str, Any]], int]
-"""A record -> its decoder rows that are no image's (row_counts.TextTokenCounter); may raise UserError: unknown then."""
+"""A record -> its decoder tokens that are no image's (row_counts.TextTokenCounter); may raise UserError: unknown then."""
 
 MOST_SAMPLE_BYTES = 0xFFFFFFFF
 
@@ -52,7 +52,7 @@ def write_shard(
     path: str | Path,
     samples: Iterable[tuple[str, Mapping[str, Any], Mapping[str, bytes]]],
     count_text: CountText | None = None,
-) -> ShardRows:
+) -> ShardEntries:
     """Write one shard of (key, record, pictures), all or nothing, and return what the index takes from it.
 
     Raises:
@@ -68,7 +68,7 @@ def write_shard(
         raise
 
 
-def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardRows:
+def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardEntries:
     """The rows of a shard that is there already, whoever wrote it, from one pass over its members.
 
     Raises:
@@ -88,7 +88,7 @@ def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardR
             check_tar_end(path, end)
     except (OSError, tarfile.TarError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a tar ({error}); copy or build it again") from error
-    rows = _Rows(count_text)
+    entries = _Entries(count_text)
     with path.open("rb") as file:
         for start, stop in zip(starts, [*starts[1:], end], strict=True):
             file.seek(start)
@@ -97,8 +97,8 @@ def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardR
                 sample = parse_sample(data)
             except UserError as error:
                 raise UserError(f"the sample at byte {start} of {path} cannot be read ({error})") from error
-            rows.add(sample, start, stop - start, zlib.crc32(data))
-    return rows.finish(path.name, path.stat().st_size, hash_file(path))
+            entries.add(sample, start, stop - start, zlib.crc32(data))
+    return entries.finish(path.name, path.stat().st_size, hash_file(path))
 
 
 def check_tar_end(tar: Path, offset: int) -> None:
@@ -159,7 +159,7 @@ class ShardWriter:
         self.folder, self.name = Path(folder), name
         self.samples_per_shard, self.bytes_per_shard = samples_per_shard, bytes_per_shard
         self.settings, self.count_text, self.text = dict(settings), count_text, text
-        self._rows: list[ShardRows] = []
+        self._rows: list[ShardEntries] = []
         self._shard: _OpenShard | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / INDEX_FILE).exists():
@@ -197,7 +197,7 @@ class ShardWriter:
             self._shard = None
 
 
-class _Rows:
+class _Entries:
     """Rows of a shard as they grow."""
 
     def __init__(self, count_text: CountText | None) -> None:
@@ -221,10 +221,10 @@ class _Rows:
         self.keys.add(sample.key)
         self.key_hashes.append(hash_key(sample.key))
 
-    def finish(self, name: str, size: int, sha256: str) -> ShardRows:
+    def finish(self, name: str, size: int, sha256: str) -> ShardEntries:
         samples = np.array(self.samples, dtype=SAMPLE_DTYPE)
         images = np.array(self.images, dtype=IMAGE_DTYPE)
-        return ShardRows(name, size, sha256, samples, images, np.array(self.key_hashes, dtype=np.uint64))
+        return ShardEntries(name, size, sha256, samples, images, np.array(self.key_hashes, dtype=np.uint64))
 
 
 class _HashingFile:
@@ -249,7 +249,7 @@ class _OpenShard:
 
     def __init__(self, path: Path, count_text: CountText | None) -> None:
         self.path, self.partial = path, Path(f"{path}.partial")
-        self.rows = _Rows(count_text)
+        self.entries = _Entries(count_text)
         self._file = self.partial.open("wb")
         self._out = _HashingFile(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w:", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]
@@ -260,11 +260,11 @@ class _OpenShard:
 
     @property
     def num_samples(self) -> int:
-        return len(self.rows.samples)
+        return len(self.entries.samples)
 
     def add(self, key: str, record: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
         check_key(key)
-        if key in self.rows.keys:
+        if key in self.entries.keys:
             raise UserError(f"the sample key {key!r} stands twice in {self.path}; give each sample its own key")
         try:
             encoded = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
@@ -278,7 +278,7 @@ class _OpenShard:
         for name, data in pictures.items():
             self._add(f"{key}.{name}", data)
         sample = RawSample(key, dict(record), dict(pictures))
-        self.rows.add(sample, start, self._out.size - start, self._out.crc32)
+        self.entries.add(sample, start, self._out.size - start, self._out.crc32)
 
     def _add(self, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)
@@ -286,13 +286,13 @@ class _OpenShard:
         info.mode = 0o644
         self._tar.addfile(info, io.BytesIO(data))
 
-    def close(self) -> ShardRows:
+    def close(self) -> ShardEntries:
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self.partial, self.path)
-        return self.rows.finish(self.path.name, self._out.size, self._out.sha256.hexdigest())
+        return self.entries.finish(self.path.name, self._out.size, self._out.sha256.hexdigest())
 
     def abandon(self) -> None:
         self._file.close()
