@@ -24,7 +24,7 @@ class RecipeConfig:
     name: str = "sft"
     """pretrain or sft: which components train by default."""
     trainable: list[str] | None = None
-    """Components that train instead of the recipe's own: vision_model, vision_projection, cross_attention, language_model."""
+    """Components that train instead of the recipe's own (COMPONENTS)."""
 
     def trainable_components(self) -> tuple[str, ...]:
         """The components that train; UserError if recipe or component is unknown."""
