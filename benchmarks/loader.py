@@ -30,6 +30,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from megatron_nvlm.data.collate import build_micro_batch
+from megatron_nvlm.data.config import DataConfig
+from megatron_nvlm.data.loading.builder import BatchSettings, OpenedData
 from megatron_nvlm.data.loading.loader import MicroBatchLoader
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.order.order import BlendedOrder
@@ -101,10 +103,16 @@ def bare(shards: ShardSet) -> Iterator[int]:
             yield len([to_array(decode_image(data)) for data in sample.pictures.values()])
 
 
+def make_loader(data: OpenedData, workers: int = 0) -> MicroBatchLoader:
+    """Steps of ROWS_PER_STEP micro-batches of one sample."""
+    config = DataConfig(train=[], tokenizer="", sequence_length=data.pipeline.sequence_length, num_workers=workers)
+    return MicroBatchLoader(data, BatchSettings(1, ROWS_PER_STEP), config)
+
+
 def ours(shards: ShardSet, pipeline: SamplePipeline, workers: int) -> Iterator[int]:
     """This package's loader, rows of one sample."""
     order = BlendedOrder([shards.index.shard_sizes], [1], 1)
-    loader = MicroBatchLoader([shards], order, pipeline, 1, ROWS_PER_STEP, (0, 1), num_workers=workers)
+    loader = make_loader(OpenedData([shards], order, pipeline), workers)
     position = DataPosition()
     try:
         while True:
@@ -209,7 +217,7 @@ def measure_resume(folder: Path, pipeline: SamplePipeline, real: ShardSet) -> fl
     began = time.perf_counter()
     opened = ShardSet(folder, check=False)
     fresh = BlendedOrder([opened.index.shard_sizes], [1], 1)
-    loader = MicroBatchLoader([opened], fresh, pipeline, 1, ROWS_PER_STEP, (0, 1))
+    loader = make_loader(OpenedData([opened], fresh, pipeline))
     rows = list(loader.step(DataPosition(start)))
     seconds = time.perf_counter() - began
     assert len(rows) == ROWS_PER_STEP and not loader.bad and all(row.keys for row in rows), loader.bad

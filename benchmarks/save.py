@@ -13,19 +13,20 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks.plain_copy import copy_file
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progress
 from megatron_nvlm.core_compat import keep_checkpoint_process
-from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.data.order.batches import DataPosition
+from megatron_nvlm.models.build import ModelConfig, resolve_model
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, LanguagePreset
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.runs.components import make_chunks
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import wrap_model
 
@@ -42,10 +43,16 @@ def main() -> None:
     start_groups(parallelism, device, seed=1)
     keep_checkpoint_process()
     LANGUAGE_PRESETS["benchmark"] = SIZES
-    chunks = make_chunks(ModelConfig("d", "benchmark", "tiny"), parallelism, "fp32", device.torch_device, seed=1)
-    models = wrap_model(chunks, use_distributed_optimizer=True)
+    chunks = make_chunks(
+        resolve_model(ModelConfig("d", "benchmark", "tiny")),
+        parallelism,
+        PRECISIONS["fp32"],
+        device.torch_device,
+        seed=1,
+    )
+    models = wrap_model(chunks, PRECISIONS["fp32"], use_distributed_optimizer=True)
     settings = OptimizerConfig(max_lr=1e-4, min_lr=1e-4, warmup_steps=0)
-    optimizer, scheduler = build_optimizer(settings, models, 10, torch.float32, use_distributed_optimizer=True)
+    optimizer, scheduler = build_optimizer(settings, models, 10, PRECISIONS["fp32"], use_distributed_optimizer=True)
     for model in models:
         model.zero_grad_buffer()
     optimizer.step()  # makes the moments
@@ -54,11 +61,13 @@ def main() -> None:
         for name, asynchronous in (("waited for", False), ("in the background", True)):
             config = CheckpointConfig(asynchronous=asynchronous, keep_last=1)
             identity = Identity("d", "benchmark", "tiny", "0")
-            saver = CheckpointSaver(Path(folder) / str(asynchronous), config, identity, chunks, optimizer, scheduler)
+            saver = CheckpointSaver(
+                RunDir(Path(folder) / str(asynchronous)), config, identity, chunks, optimizer, scheduler
+            )
             waits, totals = [], []
             for step in range(1, options.repeats + 2):
                 began = time.monotonic()
-                saver.save(Progress(step, step))
+                saver.save(Progress(step, DataPosition(step)))
                 while saver.in_flight:
                     time.sleep(0.2)
                     saver.poll()

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.loader import build_shards, make_pipeline
-from megatron_nvlm.data.loading.loader import MicroBatchLoader
+from megatron_nvlm.data.config import DataConfig
+from megatron_nvlm.data.loading.builder import BatchSettings, OpenedData
+from megatron_nvlm.data.loading.loader import Loader, MicroBatchLoader
 from megatron_nvlm.data.loading.shared_decoding import SharingLoader, TileShare
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.order.order import BlendedOrder
@@ -25,7 +27,7 @@ from megatron_nvlm.data.shards.read import ShardSet
 RANKS = (1, 2, 4, 8, 32)
 
 
-def measure(loader: MicroBatchLoader, steps: int) -> tuple[float, float]:
+def measure(loader: Loader, steps: int) -> tuple[float, float]:
     """(processor seconds, tiles of this rank) of a step, after one to warm up."""
     list(loader.step(DataPosition()))
     position, tiles = loader.after(DataPosition()), 0
@@ -48,7 +50,8 @@ def main() -> None:
         build_shards(Path(name) / "shards", options.samples)
         shards = ShardSet(Path(name) / "shards")
         order = BlendedOrder([shards.index.shard_sizes], [1], 1)
-        everything = ([shards], order, pipeline, 1, options.samples, (0, 1))
+        config = DataConfig(train=[], tokenizer="", sequence_length=pipeline.sequence_length)
+        everything = (OpenedData([shards], order, pipeline), BatchSettings(1, options.samples), config)
         whole, tiles = measure(MicroBatchLoader(*everything), options.steps)
         print("ranks  tiles of a rank  CPU s/step  of decoding everything")
         print(f"  all {tiles:16.1f} {whole:11.2f} {1:23.2f}")

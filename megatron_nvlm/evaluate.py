@@ -20,9 +20,8 @@ from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.parallel.groups import get_groups, stop_groups
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
 from megatron_nvlm.runs.restore import TrainedRun, open_trained_run
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.conversation import read_turns
-
-EVALUATION_FILE = "evaluation.json"
 
 
 def answer_all(trained: TrainedRun, shards: ShardSet, batch_size: int, max_new_tokens: int) -> list[Answer]:
@@ -60,10 +59,10 @@ def evaluate(options: argparse.Namespace) -> None:
             "accuracy": table,
             "answers": [dataclasses.asdict(answer) for answer in answers],
         }
-        (run_dir / EVALUATION_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        RunDir(run_dir).evaluation.write_text(json.dumps(record, indent=1) + "\n")
     for view, shares in table.items():
         say(f"characters right, {view:15s}" + "".join(f"  {name} {share:6.1%}" for name, share in shares.items()))
-    say(f"answers are in {run_dir / EVALUATION_FILE}")
+    say(f"answers are in {RunDir(run_dir).evaluation}")
     stop_groups()
 
 

@@ -35,6 +35,7 @@ from megatron_nvlm.core_compat import deaf_and_not_alone, own_checkpoint_writer
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class CheckpointSaver:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: RunDir,
         config: CheckpointConfig,
         identity: Identity,
         model: NVLMModel | ModelChunks,
@@ -62,7 +63,7 @@ class CheckpointSaver:
         scheduler: OptimizerParamScheduler,
     ) -> None:
         self.config = config
-        self._folder = run_dir / "checkpoints"
+        self._folder = run_dir.checkpoints
         self._identity = identity
         self._state = (model, optimizer, scheduler)
         self._calls = AsyncCallsQueue()

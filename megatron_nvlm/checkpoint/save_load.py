@@ -6,6 +6,7 @@ is written under another name and renamed when every rank is done (async_save.py
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, find_damage
 from megatron_nvlm.checkpoint.retention import LATEST_FILE, candidates, read_latest
+from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.runs.run_dir import RunDir
 
 METADATA_FILE = "metadata.json"
 """Of core."""
@@ -46,12 +49,21 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; the whole position of its data."""
+    """How far a run is."""
 
     step: int
-    consumed_samples: int
-    packs_taken: int = 0
-    """With packing: rows that are done of the window that begins at `consumed_samples`."""
+    position: DataPosition
+    """Where its data goes on."""
+
+    def to_plain(self) -> dict[str, int]:
+        """What a checkpoint stores."""
+        return {"step": self.step, **vars(self.position)}
+
+    @classmethod
+    def from_plain(cls, stored: Mapping[str, int]) -> "Progress":
+        """Of what a checkpoint stores."""
+        position = {name: value for name, value in stored.items() if name != "step"}
+        return cls(stored["step"], DataPosition(**position))
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Identity:
     """Fingerprint."""
 
 
-def checkpoint_to_resume(run_dir: Path, verify: str) -> Path | None:
+def checkpoint_to_resume(run_dir: RunDir, verify: str) -> Path | None:
     """The newest checkpoint of a run that is whole, if the run has any; every rank calls it, and all get the same.
 
     One that is damaged is passed over with a warning, for the one before it.
@@ -73,7 +85,7 @@ def checkpoint_to_resume(run_dir: Path, verify: str) -> Path | None:
     Raises:
         UserError: there are checkpoints and none is whole.
     """
-    found = [candidates(run_dir / "checkpoints")]
+    found = [candidates(run_dir.checkpoints)]
     dist.broadcast_object_list(found, src=0)
     damages: list[str] = []
     for path in found[0]:
@@ -85,8 +97,8 @@ def checkpoint_to_resume(run_dir: Path, verify: str) -> Path | None:
         damages.append(f"{path}: {damage}")
     if damages:
         raise UserError(
-            f"no checkpoint of {run_dir} is whole ({'; '.join(damages)}); restore one of them, or remove "
-            f"{run_dir / 'checkpoints'} to begin anew"
+            f"no checkpoint of {run_dir.path} is whole ({'; '.join(damages)}); restore one of them, or remove "
+            f"{run_dir.checkpoints} to begin anew"
         )
     return None
 
@@ -108,7 +120,7 @@ def find_checkpoint(path: Path, verify: str = "size") -> Path:
     """
     found: Path | None = path
     if not (path / IDENTITY_FILE).is_file() and not (path / METADATA_FILE).is_file():
-        found = read_latest(path / "checkpoints")
+        found = read_latest(RunDir(path).checkpoints)
     if found is None:
         raise UserError(f"there is no checkpoint in {path}; name a run folder or a folder below its checkpoints/")
     if damage := _find_damage_together(found, verify):
@@ -118,7 +130,7 @@ def find_checkpoint(path: Path, verify: str = "size") -> Path:
 
 def write_identity(path: Path, identity: Identity, progress: Progress) -> None:
     """Say in a checkpoint's folder what it is of and how far it is."""
-    (path / IDENTITY_FILE).write_text(json.dumps({"model": vars(identity), "progress": vars(progress)}))
+    (path / IDENTITY_FILE).write_text(json.dumps({"model": vars(identity), "progress": progress.to_plain()}))
 
 
 def read_identity(path: Path) -> Identity:
@@ -160,7 +172,7 @@ def state_to_save(
 ) -> dict[str, Any]:
     """What `dist_checkpointing.save` gets; every rank calls it."""
     model_state = model.sharded_state_dict(metadata=_metadata())
-    state = {"model": model_state, "scheduler": scheduler.state_dict(), "progress": vars(progress)}
+    state = {"model": model_state, "scheduler": scheduler.state_dict(), "progress": progress.to_plain()}
     if _has_parameters(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=_metadata())
     return state
@@ -183,7 +195,7 @@ def load_model(path: Path, model: NVLMModel | ModelChunks) -> Progress:
     state = {"model": model.sharded_state_dict(metadata=_metadata())}
     loaded = _load(state, path)
     model.load_state_dict(loaded["model"])
-    return Progress(**loaded["progress"])
+    return Progress.from_plain(loaded["progress"])
 
 
 def load(
@@ -206,7 +218,7 @@ def load(
         optimizer.load_state_dict(loaded["optimizer"])
     scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made
     scheduler.load_state_dict(loaded["scheduler"])
-    return Progress(**loaded["progress"])
+    return Progress.from_plain(loaded["progress"])
 
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:

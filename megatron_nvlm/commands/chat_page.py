@@ -37,6 +37,7 @@ from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.inference.questions import make_sample
 from megatron_nvlm.inference.sampling import Sampling
 from megatron_nvlm.runs.restore import open_trained_run
+from megatron_nvlm.runs.run_dir import RunDir
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_MEGABYTES = 32
@@ -67,14 +68,14 @@ class ModelThread:
 
     def checkpoints(self) -> list[str]:
         """Names of the run's complete checkpoints, and of the one that is loaded."""
-        found = (self.run_dir / "checkpoints").glob(f"*/{IDENTITY_FILE}")
+        found = RunDir(self.run_dir).checkpoints.glob(f"*/{IDENTITY_FILE}")
         return sorted({*(file.parent.name for file in found), self.path.name})
 
     def load(self, name: str) -> None:
         """Go on with another checkpoint of the run."""
         if name not in self.checkpoints():
             raise UserError(f"there is no checkpoint {name!r} in {self.run_dir}; reload the page to see those that are")
-        path = self.path if name == self.path.name else self.run_dir / "checkpoints" / name
+        path = self.path if name == self.path.name else RunDir(self.run_dir).checkpoints / name
         self.step = self._do(save_load.load_model, path, self.trained.model).step
         self.path = path
 

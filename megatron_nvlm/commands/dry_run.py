@@ -12,7 +12,6 @@ from dataclasses import fields, replace
 
 import megatron_nvlm.quiet  # noqa: F401
 from megatron_nvlm.config.load import load_run
-from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.estimate.dry_run import DryRunInput, dry_run
@@ -22,9 +21,8 @@ from megatron_nvlm.estimate.step_time import Hardware
 from megatron_nvlm.estimate.suggest import render_suggestions, suggest
 from megatron_nvlm.models.build import ModelConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
-from megatron_nvlm.parallel.device import DTYPES
 from megatron_nvlm.runs.entry import user_errors_end_the_process
-from megatron_nvlm.runs.trainer import payload_tokens
+from megatron_nvlm.runs.resolve import ResolvedRun, look_up, resolve_run
 
 HARDWARE_OPTIONS = {
     "memory_gib": "--gpu-memory-gib",
@@ -39,18 +37,19 @@ TAG_TOKENS = 5
 """The release's scripts give each tile 5 rows beside its 256."""
 
 
-def make_plan(run: RunConfig, world_size: int, sample: SampleShape) -> DryRunInput:
+def make_plan(run: ResolvedRun, sample: SampleShape) -> DryRunInput:
     """The run, for the dry run."""
+    config = run.config
     return DryRunInput(
-        model=replace(run.model, backend="local"),
-        parallelism=run.parallelism,
-        world_size=world_size,
-        dtype=DTYPES[run.training.precision],
-        trainable=run.recipe.trainable_components(),
-        micro_batch_size=run.training.micro_batch_size,
-        global_batch_size=run.training.global_batch_size,
+        model=replace(config.model, backend="local"),
+        parallelism=config.parallelism,
+        world_size=run.world_size,
+        precision=run.precision,
+        trainable=run.trainable,
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
         sample=sample,
-        payload_tokens=payload_tokens(run.parallelism, run.training.micro_batch_size, run.data.sequence_length),
+        payload_tokens=run.payload_tokens,
     )
 
 
@@ -101,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.suggest:
         _suggest(run, options, sample, hardware)
         return
-    check_run(run, options.world_size)
-    result = dry_run(make_plan(run, options.world_size, sample), hardware, run.model.backend)
+    resolved = resolve_run(run, options.world_size)
+    result = dry_run(make_plan(resolved, sample), hardware, run.model.backend)
     if options.json:
         print(json.dumps(to_plain(result, hardware, options.measured)))
     else:
@@ -114,10 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _suggest(run: RunConfig, options: argparse.Namespace, sample: SampleShape, hardware: Hardware) -> None:
     def plan_of(model: ModelConfig, parallelism: ParallelismConfig) -> DryRunInput:
         other = replace(run, model=model, parallelism=parallelism)
-        check_run(other, options.world_size)
-        return make_plan(other, options.world_size, sample)
+        return make_plan(resolve_run(other, options.world_size), sample)
 
-    as_it_is = make_plan(run, options.world_size, sample)
+    as_it_is = make_plan(look_up(run, options.world_size), sample)
     runs, allowed = suggest(as_it_is, hardware, run.model.backend, plan_of)
     if options.json:
         print(json.dumps([to_plain(one, hardware) for one in runs]))

@@ -1,30 +1,32 @@
 """What must hold between sections of a run, checked before any work: one function per rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_nvlm.checkpoint.integrity import VERIFY_CHOICES
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.image.tiling import candidate_grids
 from megatron_nvlm.models.backends import BACKENDS
-from megatron_nvlm.models.build import check_model, resolve_model
-from megatron_nvlm.parallel.device import DTYPES
+from megatron_nvlm.models.build import ResolvedModel, check_model
+from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.text.conversation import TEMPLATES
+from megatron_nvlm.text.tokenizer import Tokenizer
 from megatron_nvlm.training.optimizer import check_optimizer
 
 
-def model_can_be_built(run: RunConfig, world_size: int) -> None:
+def model_can_be_built(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Presets exist and the split divides them."""
-    check_model(run.model, run.parallelism)
+    check_model(model, run.parallelism)
     if run.model.backend not in BACKENDS:
         raise UserError(f"model.backend is {run.model.backend!r}; choose one of {', '.join(BACKENDS)}")
 
 
-def tiles_fit_the_encoder(run: RunConfig, world_size: int) -> None:
+def tiles_fit_the_encoder(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Tiles have the size that the vision model's positions are made for."""
-    size = resolve_model(run.model).vision.tile_size
+    size = model.vision.tile_size
     if run.tiling.tile_size != size:
         raise UserError(
             f"tiling.tile_size is {run.tiling.tile_size} and {run.model.vision} encodes tiles of {size}; "
@@ -35,7 +37,7 @@ def tiles_fit_the_encoder(run: RunConfig, world_size: int) -> None:
         raise UserError(f"tiling.tag_format is {run.tiling.tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
 
 
-def batches_divide(run: RunConfig, world_size: int) -> None:
+def batches_divide(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """The global batch is a whole number of micro-batches on every replica."""
     replicas = run.parallelism.data_parallel_size(world_size)
     micro, whole = run.training.micro_batch_size, run.training.global_batch_size
@@ -46,7 +48,7 @@ def batches_divide(run: RunConfig, world_size: int) -> None:
         )
 
 
-def virtual_stages_are_possible(run: RunConfig, world_size: int) -> None:
+def virtual_stages_are_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Interleaved stages take micro-batches in groups of a pipeline, and send messages of one length."""
     split = run.parallelism
     if split.virtual_pipeline_model_parallel_size == 1:
@@ -59,14 +61,14 @@ def virtual_stages_are_possible(run: RunConfig, world_size: int) -> None:
             f"{split.pipeline_model_parallel_size} pipeline stages, and a step has {micro_batches} (global_batch_size / "
             "micro_batch_size / data-parallel ranks); change training.global_batch_size"
         )
-    if resolve_model(run.model).variant.needs_cross_attention and not split.payload_vision_tokens:
+    if model.variant.needs_cross_attention and not split.payload_vision_tokens:
         raise UserError(
             f"parallelism.payload_vision_tokens is 0 and NVLM-{run.model.variant.upper()} sends vision tokens between "
             "virtual pipeline stages; set it to the most that a micro-batch has in its context"
         )
 
 
-def samples_fit_the_decoder(run: RunConfig, world_size: int) -> None:
+def samples_fit_the_decoder(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Samples are no longer than the decoder's rotary positions."""
     if run.data.sequence_length > run.model.max_sequence_length:
         raise UserError(
@@ -75,18 +77,17 @@ def samples_fit_the_decoder(run: RunConfig, world_size: int) -> None:
         )
 
 
-def names_are_known(run: RunConfig, world_size: int) -> None:
-    """Stage, precision and template exist."""
+def names_are_known(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """Recipe, precision and template exist."""
     run.recipe.trainable_components()
-    if run.training.precision not in DTYPES:
-        raise UserError(f"training.precision is {run.training.precision!r}; choose one of {', '.join(DTYPES)}")
+    find_precision(run.training.precision)
     if run.checkpoint.verify not in VERIFY_CHOICES:
         raise UserError(f"checkpoint.verify is {run.checkpoint.verify!r}; choose one of {', '.join(VERIFY_CHOICES)}")
     if run.data.template not in TEMPLATES:
         raise UserError(f"data.template is {run.data.template!r}; choose one of {', '.join(TEMPLATES)}")
 
 
-def counts_are_positive(run: RunConfig, world_size: int) -> None:
+def counts_are_positive(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Numbers that count steps, files or seconds are at least 1."""
     for name, count in (
         ("training.train_steps", run.training.train_steps),
@@ -107,17 +108,17 @@ def counts_are_positive(run: RunConfig, world_size: int) -> None:
             raise UserError(f"{name} is {count}; it must be at least 1")
 
 
-def packs_are_micro_batches(run: RunConfig, world_size: int) -> None:
-    """With packing, a micro-batch is one row."""
+def packs_are_micro_batches(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """With packing, a micro-batch is one pack."""
     if run.data.packing.enabled and run.training.micro_batch_size != 1:
         raise UserError(
             f"with data.packing.enabled a micro-batch is one pack; set training.micro_batch_size=1, not "
-            f"{run.training.micro_batch_size}, and let training.global_batch_size count rows"
+            f"{run.training.micro_batch_size}, and let training.global_batch_size count packs"
         )
 
 
-def shares_are_possible(run: RunConfig, world_size: int) -> None:
-    """Limits of the loader are such."""
+def shares_are_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """Loader limits are valid."""
     if not 0 <= run.data.max_bad_fraction <= 1:
         raise UserError(f"data.max_bad_fraction is {run.data.max_bad_fraction}; it must lie between 0 and 1")
     for name, value in (("data.num_workers", run.data.num_workers), ("data.cache.retries", run.data.cache.retries)):
@@ -127,17 +128,18 @@ def shares_are_possible(run: RunConfig, world_size: int) -> None:
         raise UserError(f"data.cache.limit_gb is {run.data.cache.limit_gb}; it must be above 0")
 
 
-def weights_come_from_one_place(run: RunConfig, world_size: int) -> None:
+def weights_come_from_one_place(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """A new run starts from one thing."""
-    model = run.model
-    folders = [name for name in ("weights", "language_weights", "vision_weights") if getattr(model, name) is not None]
+    folders = [
+        name for name in ("weights", "language_weights", "vision_weights") if getattr(run.model, name) is not None
+    ]
     if folders and run.checkpoint.initial_weights is not None:
         raise UserError(
             f"model.{folders[0]} and checkpoint.initial_weights both say what a new run starts with; keep one of them"
         )
 
 
-def schedule_is_possible(run: RunConfig, world_size: int) -> None:
+def schedule_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Learning rates and steps make a schedule."""
     check_optimizer(run.optimizer, run.training.train_steps)
 
@@ -147,42 +149,40 @@ def _splits_the_model(run: RunConfig) -> bool:
 
 
 # What no test proves (docs/parallelism.md): (what is asked for, whether a run asks for it, why it is refused).
-NOT_PROVEN: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+NOT_PROVEN: tuple[tuple[str, Callable[[RunConfig, ResolvedModel], bool], str], ...] = (
     (
         "parallelism.context_parallel_size over 1",
-        lambda run: run.parallelism.context_parallel_size != 1,
+        lambda run, model: run.parallelism.context_parallel_size != 1,
         "the interval masks of a ragged row are not spread over ranks; set it to 1 and raise tensor_model_parallel_size",
     ),
     (
         "parallelism.expert_model_parallel_size over 1",
-        lambda run: run.parallelism.expert_model_parallel_size != 1,
+        lambda run, model: run.parallelism.expert_model_parallel_size != 1,
         "no language model among the presets has experts; set it to 1",
     ),
     (
         "dropout with tensor or pipeline parallelism",
-        lambda run: _splits_the_model(run) and max(run.model.hidden_dropout, run.model.attention_dropout) > 0,
+        lambda run, model: _splits_the_model(run) and max(run.model.hidden_dropout, run.model.attention_dropout) > 0,
         "each layout would drop other elements, so it cannot be compared with one process; set model.hidden_dropout and "
         "model.attention_dropout to 0",
     ),
     (
         "a language model with tied embeddings in a pipeline",
-        lambda run: (
-            run.parallelism.pipeline_model_parallel_size > 1 and resolve_model(run.model).language.tied_embeddings
-        ),
+        lambda run, model: run.parallelism.pipeline_model_parallel_size > 1 and model.language.tied_embeddings,
         "no preset has them, so their gradient over first and last stage is compared with nothing; "
         "set parallelism.pipeline_model_parallel_size=1",
     ),
 )
 
 
-def layout_is_proven(run: RunConfig, world_size: int) -> None:
+def layout_is_proven(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Nothing is asked for that the tests of layouts do not cover."""
     for what, is_asked, reason in NOT_PROVEN:
-        if is_asked(run):
+        if is_asked(run, model):
             raise UserError(f"{what} is refused: {reason}")
 
 
-RULES: tuple[Callable[[RunConfig, int], None], ...] = (
+RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     layout_is_proven,
     model_can_be_built,
     tiles_fit_the_encoder,
@@ -198,13 +198,31 @@ RULES: tuple[Callable[[RunConfig, int], None], ...] = (
 )
 
 
-def check_run(run: RunConfig, world_size: int) -> None:
+def check_run(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Apply every rule; the first that fails raises UserError."""
     for rule in RULES:
-        rule(run, world_size)
+        rule(run, model, world_size)
 
 
 def check_files(run: RunConfig) -> None:
     """The files that the run names are there (shards are opened and checked by data/shards/read.py)."""
     if not Path(run.data.tokenizer).is_file():
         raise UserError(f"there is no tokenizer at {run.data.tokenizer}; set data.tokenizer to a tokenizer.json")
+
+
+def check_data(run: RunConfig, model: ResolvedModel, tokenizer: Tokenizer, sets: Sequence[ShardSet]) -> None:
+    """Tokenizer and shards fit the run."""
+    if tokenizer.vocab_size > model.language.vocab_size:
+        raise UserError(
+            f"the tokenizer {run.data.tokenizer} has {tokenizer.vocab_size} ids and {run.model.language} embeds "
+            f"{model.language.vocab_size}; use the tokenizer of that language model"
+        )
+    if not sets:
+        raise UserError("data.train names no shards; add a path and a weight")
+    for shards in sets:
+        tile_size = shards.index.settings.get("tile_size", run.tiling.tile_size)
+        if tile_size != run.tiling.tile_size:
+            raise UserError(
+                f"the shards in {shards.folder} hold tiles of {tile_size} pixels and tiling.tile_size is "
+                f"{run.tiling.tile_size}; build them with that size"
+            )

@@ -18,6 +18,7 @@ from megatron_nvlm.config.load import load_run
 from megatron_nvlm.data.shards.read import RawSample, ShardSet
 from megatron_nvlm.image.tile_tags import tile_tags
 from megatron_nvlm.image.tiling import Grid, TilingConfig
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, read_turns
 
 EXAMPLES = 24
@@ -125,7 +126,7 @@ def draw_example(raw: RawSample, answer: Mapping[str, str], tiling: TilingConfig
 
 def write_report(run_dir: Path) -> Path:
     """Read what the run left behind and write the page."""
-    run = load_run(run_dir / "config.yaml")
+    run = load_run(RunDir(run_dir).config)
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert run.data.valid is not None
@@ -153,7 +154,7 @@ pairs of letters on them.</p>
 <ul>{"".join(f"<li>{html.escape(', '.join(source.values()))}</li>" for source in sources)}</ul>
 </body></html>
 """
-    path = run_dir / "report.html"
+    path = RunDir(run_dir).report
     path.write_text(page)
     return path
 

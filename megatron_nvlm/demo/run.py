@@ -20,7 +20,8 @@ from megatron_nvlm.config.load import find_run_file, load_run
 from megatron_nvlm.demo import data as demo_data
 from megatron_nvlm.demo.report import write_report
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.training.faults import FINISHED_FILE, stop_with_launcher
+from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.training.faults import stop_with_launcher
 
 DATA = Path("runs/demo_data")
 
@@ -85,9 +86,9 @@ def run_demo(variant: str, sizes: Sequence[int], overrides: list[str]) -> Path:
     run_dir = Path(run.run_dir)
     build_data(sizes)
     print(f"shards are in {DATA}; training NVLM-{variant.upper()} on {ranks} processes", flush=True)
-    if not (run_dir / FINISHED_FILE).exists():
+    if not RunDir(run_dir).finished.exists():
         torchrun(ranks, "megatron_nvlm.train", "--config", config, *overrides)
-        if not (run_dir / FINISHED_FILE).exists():  # asked to stop, and saved
+        if not RunDir(run_dir).finished.exists():  # asked to stop, and saved
             sys.exit(130)
     # What stands on the parts: digits and capital letters. The names of colours are given in the question.
     arguments = ["--run-dir", str(run_dir), "--batch-size", "32", "--count", "[A-Z0-9]"]

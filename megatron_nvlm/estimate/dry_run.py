@@ -12,9 +12,10 @@ from megatron_nvlm.estimate.ownership import check_ownership
 from megatron_nvlm.estimate.ranks import BuiltRank, build_rank, build_ranks, build_whole
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.state_bytes import StateBytes, largest_state_bytes
-from megatron_nvlm.estimate.step_time import Hardware, StepTime, bubble_fraction, predict_step
+from megatron_nvlm.estimate.step_time import Hardware, StepTime, StepWork, bubble_fraction, predict_step
 from megatron_nvlm.models.build import ModelConfig, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.models.precision import Precision
 
 GIB = 2**30
 
@@ -27,13 +28,18 @@ class DryRunInput:
     """Its backend is replaced by local, which has the same parameters."""
     parallelism: ParallelismConfig
     world_size: int
-    dtype: torch.dtype
+    precision: Precision
     trainable: tuple[str, ...]
     micro_batch_size: int
     global_batch_size: int
     sample: SampleShape
     payload_tokens: int = 0
     """Rows of each message between virtual stages; 0 where a message is as long as its micro-batch."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.precision.parameter_dtype
 
     @property
     def replicas(self) -> int:
@@ -190,7 +196,7 @@ def _count(
     ]
     chunks = [[_chunk_sizes(names) for names in _names_by_chunk(group[0])] for group in by_stage]
     stages = tuple(_stage_report(plan, backend, work, group) for group in by_stage)
-    time = predict_step(
+    step = StepWork(
         flops,
         work,
         sizes,
@@ -201,8 +207,8 @@ def _count(
         gradient_bytes=max(stage.state.gradients for stage in stages),
         weight_bytes=plan.dtype.itemsize * max(stage.trainable_parameters for stage in stages),
         payload_bytes=max(stage.payload_bytes for stage in stages),
-        hardware=hardware,
     )
+    time = predict_step(step, hardware)
     counts: dict[str, int] = {}
     for parameter in whole.parameters:
         counts[parameter.part] = counts.get(parameter.part, 0) + parameter.numel
@@ -245,7 +251,7 @@ def _stage_report(plan: DryRunInput, backend: str, work: Work, ranks: Sequence[B
         has_encoder=any(name.startswith("vision_model.") for name in whole),
         parameters=sum(parameter.numel for parameter in fullest.parameters),
         trainable_parameters=sum(parameter.numel for parameter in fullest.parameters if parameter.trains),
-        state=largest_state_bytes(fullest, plan.dtype, plan.replicas, parallelism.use_distributed_optimizer),
+        state=largest_state_bytes(fullest, plan.precision, plan.replicas, parallelism.use_distributed_optimizer),
         activations=round(in_flight * sum(chunk.kept for chunk in counted)),
         working=max(chunk.working for chunk in counted),
         payload_bytes=_payload_bytes(plan, work) if stage < stages - 1 or len(names) > 1 else 0,

@@ -14,9 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from megatron_nvlm.estimate.ranks import BuiltRank, LocalParameter
+from megatron_nvlm.models.precision import Precision
 
 _PARAMETER_ALIGNMENT = 64
 _BUFFER_ALIGNMENT = 128
@@ -60,18 +59,16 @@ def _pad(number: int, multiple: int) -> int:
 
 
 def state_bytes(
-    rank: BuiltRank, dtype: torch.dtype, data_parallel_rank: int, data_parallel_size: int, distributed: bool
+    rank: BuiltRank, precision: Precision, data_parallel_rank: int, data_parallel_size: int, distributed: bool
 ) -> StateBytes:
     """Bytes of one rank.
 
     Args:
-        dtype: of the weights; bf16 ones have gradients, moments and a copy in float32.
         data_parallel_rank: which shard of the optimizer's state it has.
         distributed: whether the optimizer's state is spread over the data-parallel ranks.
     """
-    wide = dtype == torch.bfloat16
-    weight_size, gradient_size = dtype.itemsize, 4 if wide else dtype.itemsize
-    state_size = 12 if wide else 2 * dtype.itemsize
+    weight_size, gradient_size = precision.parameter_dtype.itemsize, precision.gradient_dtype.itemsize
+    state_size = precision.optimizer_bytes
     weights = gradients = optimizer = 0
     for chunk in rank.chunks:
         buffer = _lay_out(chunk, data_parallel_size, distributed)
@@ -87,10 +84,12 @@ def state_bytes(
     return StateBytes(weights, gradients, optimizer)
 
 
-def largest_state_bytes(rank: BuiltRank, dtype: torch.dtype, data_parallel_size: int, distributed: bool) -> StateBytes:
+def largest_state_bytes(
+    rank: BuiltRank, precision: Precision, data_parallel_size: int, distributed: bool
+) -> StateBytes:
     """Those of the data-parallel rank that holds most; shards differ a little, since padding falls where it may."""
     shards = range(data_parallel_size) if distributed else range(1)
     return max(
-        (state_bytes(rank, dtype, shard, data_parallel_size, distributed) for shard in shards),
+        (state_bytes(rank, precision, shard, data_parallel_size, distributed) for shard in shards),
         key=lambda state: state.total,
     )

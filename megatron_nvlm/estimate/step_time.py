@@ -71,55 +71,60 @@ def bubble_fraction(stages: int, chunks: int, micro_batches: int) -> float:
     return waiting / (micro_batches + waiting)
 
 
-def predict_step(
-    flops: ModelFlops,
-    work: Work,
-    sizes: ModelSizes,
-    stages: Sequence[Sequence[ChunkSizes]],
-    parallelism: ParallelismConfig,
-    micro_batches: int,
-    replicas: int,
-    gradient_bytes: int,
-    weight_bytes: int,
-    payload_bytes: int,
-    hardware: Hardware,
-) -> StepTime:
-    """Seconds of a step.
+@dataclass(frozen=True)
+class StepWork:
+    """What a step has to compute and to send."""
 
-    Args:
-        flops, work: of one micro-batch.
-        stages: the chunks of each stage.
-        micro_batches: of a step on a replica. replicas: data-parallel size.
-        gradient_bytes, weight_bytes: what trains on the fullest rank.
-        payload_bytes: of one micro-batch between stages, on one rank.
-    """
-    tensor = parallelism.tensor_model_parallel_size
-    ahead = parallelism.vision_placement == "replicated"
-    encoding = _encoding_operations(flops, work, parallelism, micro_batches)
+    flops: ModelFlops
+    """Of one micro-batch."""
+    work: Work
+    """Of one micro-batch."""
+    sizes: ModelSizes
+    stages: Sequence[Sequence[ChunkSizes]]
+    """The chunks of each stage."""
+    parallelism: ParallelismConfig
+    micro_batches: int
+    """Of a step, on a replica."""
+    replicas: int
+    """Data-parallel size."""
+    gradient_bytes: int
+    """Of what trains on the fullest rank."""
+    weight_bytes: int
+    """Of what trains on the fullest rank."""
+    payload_bytes: int
+    """Of one micro-batch between stages, on one rank."""
+
+
+def predict_step(step: StepWork, hardware: Hardware) -> StepTime:
+    """Seconds of a step."""
+    tensor = step.parallelism.tensor_model_parallel_size
+    ahead = step.parallelism.vision_placement == "replicated"
+    encoding = _encoding_operations(step.flops, step.work, step.parallelism, step.micro_batches)
     times = []
-    for number, chunks in enumerate(stages):
-        operations = sum(_chunk_operations(flops, chunk) for chunk in chunks) / tensor
+    for number, chunks in enumerate(step.stages):
+        operations = sum(_chunk_operations(step.flops, chunk) for chunk in chunks) / tensor
         if number == 0 and not ahead:
             operations += encoding
         compute = operations / hardware.flops_per_second()
-        messages = sum(_chunk_messages(work, sizes, chunk, parallelism) for chunk in chunks)
-        neighbours = (number > 0) + (number < len(stages) - 1)
-        between = neighbours * len(chunks) * payload_bytes / hardware.bytes_per_second(tensor * len(stages) * replicas)
+        messages = sum(_chunk_messages(step.work, step.sizes, chunk, step.parallelism) for chunk in chunks)
+        neighbours = (number > 0) + (number < len(step.stages) - 1)
+        network = hardware.bytes_per_second(tensor * len(step.stages) * step.replicas)
+        between = neighbours * len(chunks) * step.payload_bytes / network
         times.append((compute, messages / hardware.bytes_per_second(tensor), between))
     compute, tensor_parallel, between = max(times, key=sum)
-    waiting = (len(stages) - 1) / parallelism.virtual_pipeline_model_parallel_size
-    # Core orders ranks tensor first, then data, then pipeline parallel. In a ring each rank sends (replicas - 1) / replicas
-    # of the whole, once to reduce and once to gather.
-    data_parallel = (replicas - 1) / replicas * (gradient_bytes + weight_bytes)
-    if not parallelism.use_distributed_optimizer:
-        data_parallel = (replicas - 1) / replicas * 2 * gradient_bytes
+    waiting = (len(step.stages) - 1) / step.parallelism.virtual_pipeline_model_parallel_size
+    # Core orders ranks tensor first, then data, then pipeline parallel. In a ring each rank sends (N - 1) / N
+    # of the whole, N replicas, once to reduce and once to gather.
+    data_parallel = (step.replicas - 1) / step.replicas * (step.gradient_bytes + step.weight_bytes)
+    if not step.parallelism.use_distributed_optimizer:
+        data_parallel = (step.replicas - 1) / step.replicas * 2 * step.gradient_bytes
     return StepTime(
         encoding_ahead=encoding / hardware.flops_per_second() if ahead else 0.0,
-        computing=micro_batches * compute,
-        tensor_parallel_messages=micro_batches * tensor_parallel,
-        pipeline_messages=micro_batches * between,
+        computing=step.micro_batches * compute,
+        tensor_parallel_messages=step.micro_batches * tensor_parallel,
+        pipeline_messages=step.micro_batches * between,
         bubble=waiting * (compute + tensor_parallel + between),
-        data_parallel_messages=data_parallel / hardware.bytes_per_second(tensor * replicas),
+        data_parallel_messages=data_parallel / hardware.bytes_per_second(tensor * step.replicas),
     )
 
 

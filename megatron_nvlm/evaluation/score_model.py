@@ -22,6 +22,7 @@ from megatron_nvlm.models.families.folder_sizes import read_config
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.models.sharding import Split, gather_parts, join
 from megatron_nvlm.models.weight_rows import convert_to_theirs
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
@@ -36,7 +37,7 @@ from megatron_nvlm.training.step import run_step, wrap_model
 class Scored:
     """What is asked."""
 
-    config: ModelConfig
+    resolved: ResolvedModel
     chunks: ModelChunks
     wrapped: list[Any]
     """With gradient buffers."""
@@ -46,11 +47,6 @@ class Scored:
     def model(self) -> NVLMModel:
         """This rank's stage."""
         return next(iter(self.chunks))
-
-    @property
-    def parts(self) -> ResolvedModel:
-        """Its sizes."""
-        return resolve_model(self.config)
 
 
 def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipeline: int, precision: str) -> Scored:
@@ -72,17 +68,19 @@ def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipel
     else:
         assert folder is not None
         config = _config_of(folder)
-    check_model(config, parallelism)
-    weights = open_weights(config) if path is None else None  # a run's checkpoint has taken its folders' weights
+    model = resolve_model(config)
+    check_model(model, parallelism)
+    weights = open_weights(model) if path is None else None  # a run's checkpoint has taken its folders' weights
     device = use_device()
     if not dist.is_initialized():
         start_groups(parallelism, device, seed=1)
-    chunks = make_chunks(config, parallelism, precision, device.torch_device, seed=1)
+    numbers = find_precision(precision)
+    chunks = make_chunks(model, parallelism, numbers, device.torch_device, seed=1)
     if path is not None:
         save_load.load_model(path, chunks)
     if weights is not None:
         load_folder_weights(chunks, weights)
-    return Scored(config, chunks, wrap_model(chunks, use_distributed_optimizer=False), device.torch_device)
+    return Scored(model, chunks, wrap_model(chunks, numbers, use_distributed_optimizer=False), device.torch_device)
 
 
 def _config_of(folder: Path) -> ModelConfig:
@@ -93,7 +91,7 @@ def _config_of(folder: Path) -> ModelConfig:
 
 def score_case(scored: Scored, case: Case, gradients: bool) -> dict[str, Tensor]:
     """All outputs of a case, on rank 0; every rank calls it."""
-    parts = scored.parts
+    parts = scored.resolved
     has_context = parts.variant.needs_cross_attention
     batch = to_micro_batch(case, parts.vision.tokens_per_tile, parts.vision.tile_size, has_context)
     if batch.tokens.max() >= parts.language.vocab_size:
@@ -138,7 +136,7 @@ def _outputs(scored: Scored, case: Case, seen: dict[str, Tensor]) -> dict[str, T
     if "encode_patches" in seen:
         outputs["vit_features"] = seen["encode_patches"]
         outputs["pixel_shuffled"] = pixel_shuffle(seen["encode_patches"])
-        tokens_per_tile = scored.parts.vision.tokens_per_tile
+        tokens_per_tile = scored.resolved.vision.tokens_per_tile
         outputs["mlp1_out"] = seen["project"].view(-1, tokens_per_tile, seen["project"].shape[-1])
     if model.post_process:
         logits = join(gather_parts(seen["forward"].detach(), get_groups().tp), Split(1, padding=model.vocabulary))
@@ -164,8 +162,8 @@ def _gradients(scored: Scored) -> dict[str, Tensor]:
         split = split_of(name, scored.chunks)
         ours[name] = (gradient if split is None else join(gather_parts(gradient, group), split)).float().cpu().clone()
     whole = _on_rank_0(ours)
-    parts = scored.parts
-    rows = nvlm_rows(parts.variant, parts.language, parts.vision, scored.config.cross_attention)
+    parts = scored.resolved
+    rows = nvlm_rows(parts.variant, parts.language, parts.vision, parts.config.cross_attention)
     return convert_to_theirs(rows, whole)
 
 

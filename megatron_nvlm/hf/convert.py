@@ -25,6 +25,7 @@ from megatron_nvlm.checkpoint.tensor_source import (
     as_bytes,
     in_pieces,
 )
+from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.open_folders import check_shapes, open_folders, refuse_missing_components
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
@@ -98,8 +99,8 @@ def write_import(
 ) -> None:
     """A checkpoint in `folder`, which must not exist; goes on where a call with the same `mark` was interrupted."""
     partial = begin(folder, mark)
-    progress = Progress(step=0, consumed_samples=0)
-    write_checkpoint(partial, source, ours.object_names, {"progress": vars(progress)}, done)
+    progress = Progress(0, DataPosition())
+    write_checkpoint(partial, source, ours.object_names, {"progress": progress.to_plain()}, done)
     write_identity(partial, identity, progress)
     finish(partial, folder)
 

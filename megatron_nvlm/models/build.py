@@ -76,8 +76,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """The presets and declarations that a ModelConfig names."""
+    """A ModelConfig, and the presets and declarations that it names."""
 
+    config: ModelConfig
     variant: Variant
     language: LanguagePreset
     vision: VisionPreset
@@ -90,6 +91,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     if config.recompute not in RECOMPUTE:
         raise UserError(f"model.recompute is {config.recompute!r}; choose one of {', '.join(RECOMPUTE)}")
     return ResolvedModel(
+        config,
         VARIANTS[config.variant],
         _find_sizes(LANGUAGE_PRESETS, config.language, "model.language", language_preset_of),
         _find_sizes(VISION_PRESETS, config.vision, "model.vision", vision_preset_of),
@@ -101,9 +103,9 @@ def _find_sizes(presets: dict[str, Preset], name: str, key: str, read: Callable[
     return read(Path(name)) if Path(name).is_dir() else find_preset(presets, name, key)
 
 
-def check_model(config: ModelConfig, parallelism: ParallelismConfig) -> None:
+def check_model(model: ResolvedModel, parallelism: ParallelismConfig) -> None:
     """Refuse a model or a split that cannot be built, before anything is."""
-    parts = resolve_model(config)
+    config, parts = model.config, model
     cross = config.cross_attention
     if parts.variant.needs_cross_attention and not cross.layers(parts.language.num_layers):
         raise UserError(

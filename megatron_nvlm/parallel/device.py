@@ -7,9 +7,6 @@ import torch
 
 from megatron_nvlm.core_compat import mend_distributed_optimizer, run_core_on_cpu
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""Precisions of a run by name; fp64 serves tests, which compare layouts."""
-
 
 @dataclass(frozen=True)
 class Device:

@@ -14,6 +14,7 @@ from megatron_nvlm.checkpoint.stream_files import CheckpointWeights
 from megatron_nvlm.checkpoint.tensor_source import TensorSource
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.companions import auto_map, image_context_token_id, write_code, write_companions
 from megatron_nvlm.hf.config_json import describe_folder
@@ -28,7 +29,7 @@ from megatron_nvlm.text.tokenizer import Tokenizer
 def open_run(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
     """The run that a checkpoint belongs to, and the checkpoint's folder; UserError if either is missing."""
     checkpoint = save_load.find_checkpoint(path)
-    config = checkpoint.parents[1] / "config.yaml"
+    config = RunDir(checkpoint.parents[1]).config
     if not config.is_file():
         raise UserError(f"{checkpoint} does not lie in the folder of a run: there is no {config}; keep them together")
     return load_run(config, overrides), checkpoint
@@ -52,7 +53,7 @@ def export_folder(
     """
     run, checkpoint = open_run(path, overrides)
     tokenizer = _find_tokenizer(run, checkpoint)
-    save_load.check_identity(checkpoint, make_identity(run.model, Tokenizer.load(tokenizer) if tokenizer else None))
+    save_load.check_identity(checkpoint, make_identity(resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None))
     ours = CheckpointWeights(checkpoint)
     source = export_source(run.model, ours, describe_our_model(run.model), dtype, str(checkpoint))
     types = {str(info.dtype).removeprefix("torch.") for info in source.infos.values()}

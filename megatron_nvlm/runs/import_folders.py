@@ -21,6 +21,7 @@ from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, language_pre
 from megatron_nvlm.hf.convert import Done, imported_source, write_import
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, name_of
+from megatron_nvlm.models.build import resolve_model
 from megatron_nvlm.runs.components import make_identity
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Do
     source = imported_source(run.model, ours, request.seed, request.dtype)
     tokenizer = _find_tokenizer(request)
     checkpoint = request.out / "checkpoints" / STEP
-    identity = make_identity(run.model, Tokenizer.load(tokenizer) if tokenizer else None)
+    identity = make_identity(resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None)
     mark = {"model": dataclasses.asdict(run.model), "seed": request.seed, "dtype": str(request.dtype)}
     write_import(checkpoint, source, ours, identity, mark, progress(source))
     if tokenizer is not None:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.config.load import load_run
-from megatron_nvlm.config.rules import check_files, check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.data.prepare import SamplePipeline
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.nvlm_model import NVLMModel
-from megatron_nvlm.parallel.device import use_device
-from megatron_nvlm.parallel.groups import start_groups, world_size_from_environment
-from megatron_nvlm.runs.components import make_identity, make_model, make_pipeline
-from megatron_nvlm.text.tokenizer import Tokenizer
+from megatron_nvlm.parallel.groups import world_size_from_environment
+from megatron_nvlm.runs.components import load_tokenizer, make_identity, make_model, make_pipeline
+from megatron_nvlm.runs.processes import start
+from megatron_nvlm.runs.resolve import resolve_run
 
 # Before the user's overrides: the depth in one stage, however it was trained.
 WHOLE_DEPTH = (
@@ -43,7 +43,7 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     Raises:
         UserError: no run or checkpoint is there, or the layout does not fit.
     """
-    config_file = run_dir / "config.yaml"
+    config_file = RunDir(run_dir).config
     if not config_file.is_file():
         raise UserError(f"{run_dir} is no run: it holds no config.yaml; name the run_dir of a training")
     run = load_run(config_file, [*WHOLE_DEPTH, *overrides])
@@ -56,15 +56,13 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     world_size = world_size_from_environment()
     training = dataclasses.replace(run.training, micro_batch_size=1, global_batch_size=world_size)
     run = dataclasses.replace(run, training=training)
-    check_run(run, world_size)
-    check_files(run)
+    resolved = resolve_run(run, world_size)
+    tokenizer = load_tokenizer(resolved)
     path = save_load.find_checkpoint(checkpoint or run_dir)
-    tokenizer = Tokenizer.load(run.data.tokenizer)
-    save_load.check_identity(path, make_identity(run.model, tokenizer))
-    device = use_device()
-    start_groups(run.parallelism, device, run.training.seed, run.training.timeout_seconds)
+    save_load.check_identity(path, make_identity(resolved.model, tokenizer))
+    device = start(resolved)
     model = make_model(
-        run.model, run.parallelism, run.training.precision, device.torch_device, run.training.seed
+        resolved.model, run.parallelism, resolved.precision, device.torch_device, run.training.seed
     ).eval()
     progress = save_load.load_model(path, model)
-    return TrainedRun(run, make_pipeline(run.data, run.tiling, run.model, tokenizer), model, progress)
+    return TrainedRun(run, make_pipeline(resolved, tokenizer), model, progress)

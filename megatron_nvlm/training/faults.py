@@ -9,26 +9,26 @@ import fcntl
 import os
 import signal
 import time
-from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+import torch
+import torch.distributed as dist
+
 from megatron_nvlm.core_compat import PR_SET_PDEATHSIG
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.runs.run_dir import RunDir
 
-STOP_FILE = "stop"
-FINISHED_FILE = "finished"
-LOCK_FILE = "lock"
 LOCK_PATIENCE_SECONDS = 90
 """For ranks of an interrupted run to save and end."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens from creation on; `asked` is this rank's answer, which the step's collective shares with all ranks."""
+    """Listens from creation on; `agree` shares what any rank has heard, so that all stop after the same step."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._stop_file = run_dir / STOP_FILE
+    def __init__(self, run_dir: RunDir) -> None:
+        self._stop_file = run_dir.stop
         self._signalled = False
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
@@ -41,6 +41,12 @@ class StopRequest:
         """Whether this rank has seen a signal or the file."""
         return self._signalled or self._stop_file.exists()
 
+    def agree(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; one collective that every rank joins."""
+        asked = torch.tensor(float(self.asked), device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
 
 def stop_with_launcher() -> None:
     """Have this process get SIGTERM when the process that started it ends (Linux; elsewhere nothing happens)."""
@@ -50,14 +56,14 @@ def stop_with_launcher() -> None:
         return
 
 
-def lock_run(run_dir: Path) -> TextIO:
+def lock_run(run_dir: RunDir) -> TextIO:
     """Hold the run directory for this process; the lock goes when the returned file is closed or the process ends.
 
     Raises:
         UserError: another run holds it, and still does after `LOCK_PATIENCE_SECONDS`.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / LOCK_FILE).open("a+")
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    file = run_dir.lock.open("a+")
     began, told = time.monotonic(), False
     while True:
         try:
@@ -67,15 +73,15 @@ def lock_run(run_dir: Path) -> TextIO:
             file.seek(0)
             holder = file.read().strip()
         except OSError as error:  # some network file systems have no locks
-            print(f"{run_dir} cannot be locked ({error}); see to it that no other run works in it", flush=True)
+            print(f"{run_dir.path} cannot be locked ({error}); see to it that no other run works in it", flush=True)
             return file
         if time.monotonic() - began > LOCK_PATIENCE_SECONDS:
             raise UserError(
-                f"another run works in {run_dir} (process {holder}); stop it (touch {run_dir / STOP_FILE}) or choose "
+                f"another run works in {run_dir.path} (process {holder}); stop it (touch {run_dir.stop}) or choose "
                 "another run_dir"
             )
         if not told:
-            print(f"waiting for process {holder}, which still works in {run_dir}", flush=True)
+            print(f"waiting for process {holder}, which still works in {run_dir.path}", flush=True)
             told = True
         time.sleep(0.5)
     file.truncate(0)

@@ -12,13 +12,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import Progress
-from megatron_nvlm.data.loading.loader import DataConfig, MicroBatchLoader
-from megatron_nvlm.data.order.batches import DataPosition
+from megatron_nvlm.data.config import DataConfig
+from megatron_nvlm.data.loading.loader import Loader
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.training.faults import StopRequest
-from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, total_over_ranks
-from megatron_nvlm.training.sample_files import QUARANTINE_FILE, SampleWriter
+from megatron_nvlm.training.metric import MetricReducer
+from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, step_totals
+from megatron_nvlm.training.sample_files import SampleWriter
 from megatron_nvlm.training.step import run_step
 from megatron_nvlm.training.watchdog import Watchdog
 
@@ -44,7 +45,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What the loop works with, made by setup.py."""
+    """What the loop works with, made by runs/trainer.py."""
 
     config: TrainingConfig
     device: torch.device
@@ -53,9 +54,23 @@ class Trainer:
     bare_model: ModelChunks
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    loader: MicroBatchLoader
+    loader: Loader
     data: DataConfig
     save_every_steps: int
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What writes a step down."""
+
+    metrics: MetricsWriter
+    samples: SampleWriter
+    """Which samples were bad and, if asked, which were used."""
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.metrics.close()
+        self.samples.close()
 
 
 @dataclass(frozen=True)
@@ -69,37 +84,35 @@ class Outcome:
 def train(
     trainer: Trainer,
     start: Progress,
-    writer: MetricsWriter,
-    samples: SampleWriter,
+    reports: Reports,
     stop: StopRequest,
     saver: CheckpointSaver,
 ) -> Outcome:
     """Train from `start` to the last step, or to a request to stop.
 
     Args:
-        samples: writes down which samples were bad and, if asked, which were used.
         saver: has no save in flight when this returns, nor when it raises UserError.
     """
     with Watchdog(trainer.config.timeout_seconds) as watchdog:
-        return _train(trainer, start, writer, samples, stop, saver, watchdog)
+        return _train(trainer, start, reports, stop, saver, watchdog)
 
 
 def _train(
     trainer: Trainer,
     start: Progress,
-    writer: MetricsWriter,
-    samples: SampleWriter,
+    reports: Reports,
     stop: StopRequest,
     saver: CheckpointSaver,
     watchdog: Watchdog,
 ) -> Outcome:
     progress, bad_samples, seen = start, 0, 0
+    reducer = MetricReducer(trainer.device)
     while progress.step < trainer.config.train_steps:
         began = time.monotonic()
         number = progress.step + 1
         watchdog.beat(number, "reading samples")
         learning_rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer.param_groups else 0.0
-        position = DataPosition(progress.consumed_samples, progress.packs_taken)
+        position = progress.position
         result = run_step(
             trainer.model,
             trainer.loader.step(position),
@@ -110,13 +123,14 @@ def _train(
         )
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
-        totals = total_over_ranks(result, len(trainer.loader.bad), stop.asked, trainer.bare_model)
-        after = trainer.loader.after(position)
-        progress = Progress(number, after.consumed_samples, after.packs_taken)
-        bad = samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
+        own_metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model)
+        totals = step_totals(reducer.merge(own_metrics), result.grad_norm)
+        stops = stop.agree(trainer.device)
+        progress = Progress(number, trainer.loader.after(position))
+        bad = reports.samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
         record = _record(progress, totals, bad, learning_rate, time.monotonic() - began, trainer)
         record["save_wait_seconds"] = saver.take_waited()  # of saves after earlier steps
-        writer.write(record)
+        reports.metrics.write(record)
         bad_samples += totals.bad_samples
         seen += totals.samples + totals.bad_samples
         try:
@@ -127,9 +141,9 @@ def _train(
         watchdog.beat(number, "saving a checkpoint")
         saver.poll()
         done = progress.step == trainer.config.train_steps
-        if done or totals.stop or progress.step % trainer.save_every_steps == 0:
-            saver.save(progress, wait=done or totals.stop)
-        if totals.stop:
+        if done or stops or progress.step % trainer.save_every_steps == 0:
+            saver.save(progress, wait=done or stops)
+        if stops:
             return Outcome(progress, done)
     return Outcome(progress, True)
 
@@ -144,7 +158,7 @@ def _record(
 ) -> dict[str, object]:
     record: dict[str, object] = {
         "step": progress.step,
-        "consumed_samples": progress.consumed_samples,
+        "consumed_samples": progress.position.consumed_samples,
         "loss": totals.loss,
         "learning_rate": learning_rate,
         "grad_norm": totals.grad_norm,
@@ -180,5 +194,5 @@ def _check(totals: StepTotals, progress: Progress, bad_samples: int, seen: int, 
     if bad_samples > max(max_bad_fraction * seen, 1):
         raise UserError(
             f"{bad_samples} of {seen} samples were bad, over data.max_bad_fraction of {max_bad_fraction}; "
-            f"{QUARANTINE_FILE} in the run's folder names them"
+            "quarantine.jsonl in the run's folder names them"
         )

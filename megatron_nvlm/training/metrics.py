@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,13 @@ from tqdm import tqdm
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.training.metric import Metric, Reduce
 from megatron_nvlm.training.sample_files import open_lines
 from megatron_nvlm.training.step import StepResult
 
-METRICS_FILE = "metrics.jsonl"
+GATE = "gate/"
+"""Names of the gates' metrics begin so."""
 
 
 @dataclass(frozen=True)
@@ -47,67 +49,60 @@ class StepTotals:
     vision_seconds: float
     """Longest time of a rank in the encoder."""
     bad_samples: int
-    stop: bool
     gates: dict[str, float]
+    """tanh(gate) of each cross-attention layer."""
 
 
-def total_over_ranks(result: StepResult, bad_samples: int, stop: bool, model: NVLMModel | ModelChunks) -> StepTotals:
-    """Sum what each replica did once, in two collectives that every rank joins.
+def rank_metrics(result: StepResult, bad_samples: int, model: NVLMModel | ModelChunks) -> list[Metric]:
+    """What this rank reports of a step, so that each replica's data and losses are counted once.
 
     Args:
         bad_samples: of this rank in this step.
     """
-    first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
-    counts_data = first_tensor_rank and model.pre_process
-    counts_loss = first_tensor_rank and model.post_process
-    num_layers = model.config.num_layers
-    head = [
-        result.loss_sum * counts_loss,
-        result.num_targets * counts_loss,
-        result.tokens * counts_data,
-        result.tiles * counts_data,
-        bad_samples * counts_data,
-        sum(map(len, result.keys)) * counts_data,
-        float(stop),
-        float(result.encoded_tiles),
-        float(model.pre_process or chunks_of(model)[0].encodes_ahead),
+    metrics = [
+        Metric("most_encoded_tiles", result.encoded_tiles, Reduce.MAX),
+        Metric("vision_seconds", result.vision_seconds, Reduce.MAX),
     ]
-    gates = [0.0] * (2 * num_layers)  # tanh(gate) of each layer, then how many ranks hold that layer's gate
+    first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
+    if first_tensor_rank and model.post_process:
+        metrics += [
+            Metric("loss_sum", result.loss_sum, Reduce.SUM),
+            Metric("targets", result.num_targets, Reduce.SUM),
+        ]
+    if first_tensor_rank and model.pre_process:
+        metrics += [
+            Metric("tokens", result.tokens, Reduce.SUM),
+            Metric("tiles", result.tiles, Reduce.SUM),
+            Metric("bad_samples", bad_samples, Reduce.SUM),
+            Metric("samples", sum(map(len, result.keys)), Reduce.SUM),
+        ]
+    if model.pre_process or chunks_of(model)[0].encodes_ahead:
+        metrics.append(Metric("tiles_per_rank", result.encoded_tiles, Reduce.MEAN))
     for name, parameter in named_parameters(model):
         if name.endswith("cross_attn_bda.gate"):
             layer = int(name.split(".layers.")[1].split(".")[0])
-            gates[layer] = float(torch.tanh(parameter.detach().float()))
-            gates[num_layers + layer] = 1.0
-    vector = torch.tensor([*head, *gates], dtype=torch.float64, device=next(model.parameters()).device)
-    dist.all_reduce(vector)
-    loss_sum, targets, tokens, tiles, bad, samples, stops, encoded, encoders, *all_gates = vector.tolist()
-    most, vision_seconds = _largest(vector, result.encoded_tiles, result.vision_seconds)
-    per_rank = encoded / max(encoders, 1)
+            gate = float(torch.tanh(parameter.detach().float()))
+            metrics.append(Metric(f"{GATE}{layer}", gate, Reduce.MEAN))
+    return metrics
+
+
+def step_totals(merged: dict[str, float], grad_norm: float) -> StepTotals:
+    """A step's totals from the metrics of all ranks."""
+    layers = sorted(int(name.removeprefix(GATE)) for name in merged if name.startswith(GATE))
+    per_rank = merged["tiles_per_rank"]
     return StepTotals(
-        loss=loss_sum / max(targets, 1),
-        grad_norm=result.grad_norm,
-        targets=round(targets),
-        samples=round(samples),
-        tokens=round(tokens),
-        tiles=round(tiles),
+        loss=merged["loss_sum"] / max(merged["targets"], 1),
+        grad_norm=grad_norm,
+        targets=round(merged["targets"]),
+        samples=round(merged["samples"]),
+        tokens=round(merged["tokens"]),
+        tiles=round(merged["tiles"]),
         tiles_per_rank=per_rank,
-        tile_imbalance=most / per_rank if per_rank else 0.0,
-        vision_seconds=vision_seconds,
-        bad_samples=round(bad),
-        stop=stops > 0,
-        gates={
-            f"layer_{layer}": all_gates[layer] / all_gates[num_layers + layer]
-            for layer in range(num_layers)
-            if all_gates[num_layers + layer]
-        },
+        tile_imbalance=merged["most_encoded_tiles"] / per_rank if per_rank else 0.0,
+        vision_seconds=merged["vision_seconds"],
+        bad_samples=round(merged["bad_samples"]),
+        gates={f"layer_{layer}": merged[f"{GATE}{layer}"] for layer in layers},
     )
-
-
-def _largest(like: torch.Tensor, *numbers: float) -> list[float]:
-    """Of each number, the largest of any rank."""
-    vector = torch.tensor(numbers, dtype=torch.float64, device=like.device)
-    dist.all_reduce(vector, op=dist.ReduceOp.MAX)
-    return vector.tolist()
 
 
 class MetricsWriter:
@@ -117,18 +112,18 @@ class MetricsWriter:
         first_step: steps behind it in an existing metrics.jsonl are dropped, since they are about to be made again.
     """
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, first_step: int, train_steps: int) -> None:
+    def __init__(self, run_dir: RunDir, config: LoggingConfig, first_step: int, train_steps: int) -> None:
         self.config = config
         self.active = dist.get_rank() == 0
         self.train_steps = train_steps
         if not self.active:
             return
-        self._file = open_lines(run_dir / METRICS_FILE, first_step)
+        self._file = open_lines(run_dir.metrics, first_step)
         self._board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
         self._bar = (
             tqdm(total=train_steps, initial=first_step, unit="step", dynamic_ncols=True)
             if sys.stderr.isatty()

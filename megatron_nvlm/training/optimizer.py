@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def build_optimizer(
     config: OptimizerConfig,
     models: list[DistributedDataParallel],
     train_steps: int,
-    dtype: torch.dtype,
+    precision: Precision,
     use_distributed_optimizer: bool,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Optimizer and schedule; the schedule counts steps."""
@@ -57,8 +57,8 @@ def build_optimizer(
             adam_beta2=config.adam_beta2,
             adam_eps=config.adam_eps,
             clip_grad=config.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
+            params_dtype=precision.parameter_dtype,
+            **precision.core,
             use_distributed_optimizer=use_distributed_optimizer,
         ),
         models,

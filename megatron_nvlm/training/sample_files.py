@@ -8,12 +8,8 @@ from typing import Any, TextIO
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_nvlm.data.loading.loader import MicroBatchLoader
-
-QUARANTINE_FILE = "quarantine.jsonl"
-"""One JSON object a bad sample: step, key, shard, number (in its set), kind, reason, source."""
-LEDGER_FILE = "ledger.jsonl"
-"""One JSON object a step: step, keys (of the samples used, in the order of the run)."""
+from megatron_nvlm.data.loading.loader import Loader
+from megatron_nvlm.runs.run_dir import RunDir
 
 
 def open_lines(path: Path, first_step: int) -> TextIO:
@@ -39,16 +35,14 @@ class SampleWriter:
         with_ledger: write the keys of all samples too.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, with_ledger: bool) -> None:
+    def __init__(self, run_dir: RunDir, first_step: int, with_ledger: bool) -> None:
         self.with_ledger = with_ledger
         self.active = dist.get_rank() == 0
         if self.active:
-            self._quarantine = open_lines(run_dir / QUARANTINE_FILE, first_step)
-            self._ledger = open_lines(run_dir / LEDGER_FILE, first_step) if with_ledger else None
+            self._quarantine = open_lines(run_dir.quarantine, first_step)
+            self._ledger = open_lines(run_dir.ledger, first_step) if with_ledger else None
 
-    def write(
-        self, step: int, loader: MicroBatchLoader, keys: tuple[tuple[str, ...], ...], bad_samples: int
-    ) -> dict[str, int]:
+    def write(self, step: int, loader: Loader, keys: tuple[tuple[str, ...], ...], bad_samples: int) -> dict[str, int]:
         """Write a step down and return its bad samples by kind and source.
 
         Args:
@@ -65,8 +59,10 @@ class SampleWriter:
             for record in bad:
                 self._quarantine.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
             if self._ledger is not None:
-                rows = [row for turn in zip(*(share["keys"] for share in shares), strict=True) for row in turn]
-                line = {"step": step, "keys": [key for row in rows for key in row]}
+                turns = zip(
+                    *(share["keys"] for share in shares), strict=True
+                )  # micro-batches go to the replicas in turn
+                line = {"step": step, "keys": [key for turn in turns for micro_batch in turn for key in micro_batch]}
                 self._ledger.write(json.dumps(line, ensure_ascii=False) + "\n")
         return dict(Counter(f"{record['kind']}/{record['source']}" for record in bad))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
+from megatron_nvlm.models.precision import Precision
 from megatron_nvlm.ops.vocab_cross_entropy import vocab_cross_entropy
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
@@ -39,12 +40,14 @@ class StepResult:
     """In the encoder and, where tiles of the step are shared, until all features are in place."""
 
 
-def wrap_model(model: NVLMModel | ModelChunks, use_distributed_optimizer: bool) -> list[DistributedDataParallel]:
+def wrap_model(
+    model: NVLMModel | ModelChunks, precision: Precision, use_distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
     """The chunks with gradient buffers, summed over data-parallel ranks and divided by the targets of the global batch."""
     chunks = chunks_of(model)
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=use_distributed_optimizer,
-        grad_reduce_in_fp32=chunks[0].config.params_dtype == torch.bfloat16,
+        grad_reduce_in_fp32=precision.gradient_dtype != precision.parameter_dtype,
         average_in_collective=False,
         # One bucket a buffer: with several, core (0.16.1 to 0.19.2) saves the moments of most parameters shifted by the
         # padding between buckets, without an error; mended upstream after 0.19 (Megatron-LM #5077).

@@ -58,7 +58,7 @@ def test_a_run_goes_on_under_another_layout(variant: str, tmp_path: Path, world_
         shutil.copytree(checkpoint_folder(whole, 3), checkpoint_folder(run_dir, 3))
         (run_dir / "checkpoints" / "latest").write_text("step_00000003")
         done = launch(TRAIN, 4, *arguments(run_file, run_dir, *layout))
-        assert "going on from step 3" in done.stdout
+        assert "resuming from step 3" in done.stdout
         for (step, loss, norm), (_, loss_then, norm_then) in zip(losses(run_dir), losses(whole)[3:], strict=True):
             assert loss == pytest.approx(loss_then, rel=1e-5), f"{name}, step {step}"
             assert norm == pytest.approx(norm_then, rel=1e-4), f"{name}, step {step}"
@@ -80,11 +80,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     done = launch(TRAIN, 2, *base, "training.train_steps=6")
     assert f"warning: the newest checkpoint is damaged ({checkpoint_folder(run_dir, 4)}: __0_" in done.stdout
     assert "has 4 bytes instead of" in done.stdout and f"using {checkpoint_folder(run_dir, 2)}" in done.stdout
-    assert "going on from step 2" in done.stdout
+    assert "resuming from step 2" in done.stdout
     (run_dir / "checkpoints" / "latest").write_text("step_00000009")
     done = launch(TRAIN, 2, *base, "training.train_steps=8", "checkpoint.verify=checksum")
     assert "step_00000009: the folder is not there); using" in done.stdout
-    assert "going on from step 6" in done.stdout
+    assert "resuming from step 6" in done.stdout
     assert [row[0] for row in losses(run_dir)] == list(range(1, 9))
     for (_, loss, _), (_, expected, _) in zip(losses(run_dir), losses(whole), strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
@@ -129,7 +129,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(kill
         in_flight += any((run_dir / "checkpoints").glob(".step_*.partial"))
         log = (tmp_path / "log").read_text()
         assert "error" not in log.lower(), log
-        resumed += "going on from step" in log
+        resumed += "resuming from step" in log
     print(f"killed {killed} times, {in_flight} of them while a save was in flight; {resumed} went on")
     if kills > 3:  # few moments may all fall before the first checkpoint is complete
         assert in_flight and resumed, "the moments show nothing"

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_nvlm.config.load import dump_run, load_run
-from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS
+from megatron_nvlm.runs.resolve import resolve_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = CONFIGS / "demo_h.yaml"
@@ -71,12 +71,12 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
 def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
     single = "parallelism.tensor_model_parallel_size=1"
     with pytest.raises(UserError, match=says):
-        check_run(load_run(DEMO, [single, override]), world_size=1)
+        resolve_run(load_run(DEMO, [single, override]), world_size=1)
 
 
 def test_ranks_must_be_whole_replicas() -> None:
     with pytest.raises(UserError, match="3 ranks cannot be divided into model replicas of 2"):
-        check_run(load_run(DEMO), world_size=3)
+        resolve_run(load_run(DEMO), world_size=3)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_ranks_must_be_whole_replicas() -> None:
 def test_a_pipeline_that_cannot_be_is_named(overrides: list[str], says: str) -> None:
     keys = ["tensor_model_parallel_size=1", "pipeline_model_parallel_size=2", *overrides]
     with pytest.raises(UserError, match=says):
-        check_run(load_run(DEMO, [f"parallelism.{key}" for key in keys]), world_size=2)
+        resolve_run(load_run(DEMO, [f"parallelism.{key}" for key in keys]), world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -118,20 +118,20 @@ def test_a_pipeline_that_cannot_be_is_named(overrides: list[str], says: str) -> 
 )
 def test_what_no_test_proves_is_refused(override: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        check_run(load_run(DEMO, [override]), world_size=2)
+        resolve_run(load_run(DEMO, [override]), world_size=2)
 
 
 def test_tied_embeddings_are_refused_in_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LANGUAGE_PRESETS, "tiny", dataclasses.replace(LANGUAGE_PRESETS["tiny"], tied_embeddings=True))
     with pytest.raises(UserError, match="tied embeddings in a pipeline is refused"):
-        check_run(load_run(DEMO, ["parallelism.pipeline_model_parallel_size=2"]), world_size=4)
+        resolve_run(load_run(DEMO, ["parallelism.pipeline_model_parallel_size=2"]), world_size=4)
 
 
 def test_virtual_stages_need_micro_batches_in_groups() -> None:
     keys = ["tensor_model_parallel_size=1", "pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"]
     overrides = [f"parallelism.{key}" for key in keys]
     with pytest.raises(UserError, match="in groups of the 2 pipeline stages, and a step has 3"):
-        check_run(load_run(DEMO, [*overrides, "training.global_batch_size=48"]), world_size=2)
+        resolve_run(load_run(DEMO, [*overrides, "training.global_batch_size=48"]), world_size=2)
 
 
 def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:

@@ -15,20 +15,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_nvlm.data.loading.builder import BatchSettings
 from megatron_nvlm.data.loading.fetch import BadRecord
 from megatron_nvlm.data.loading.loader import MicroBatchLoader
 from megatron_nvlm.data.order.batches import DataPosition
-from megatron_nvlm.data.order.order import BlendedOrder
-from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.data.shards.index import IMAGES_FILE, INDEX_FILE, SAMPLES_FILE
 from megatron_nvlm.data.shards.read import ShardSet, ShardWriter
 from megatron_nvlm.data.shards.write import index_folder
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.tiling import Grid, TilingConfig
+from megatron_nvlm.image.tiling import Grid
 from megatron_nvlm.sequence.micro_batch import MicroBatch
-from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
+from tests.support.loaders import data_config, open_set
 from tests.support.shards import Sample, cut_sample, picture, record, write_samples
 
 COUNT = 24
@@ -56,10 +55,8 @@ def plain_samples() -> list[Sample]:
 
 def draw_epoch(folder: Path, tokenizer: Tokenizer, workers: int = 0) -> tuple[dict[str, MicroBatch], list[BadRecord]]:
     """Good samples of an epoch by key, and the bad ones."""
-    shards = ShardSet(folder)
-    order = BlendedOrder([shards.index.shard_sizes], [1], 1, 2)
-    pipeline = SamplePipeline(tokenizer, TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None)
-    loader = MicroBatchLoader([shards], order, pipeline, 1, len(shards), (0, 1), num_workers=workers)
+    data = open_set(folder, tokenizer)
+    loader = MicroBatchLoader(data, BatchSettings(1, len(data.sets[0])), data_config(num_workers=workers))
     try:
         rows = [row for row in loader.step(DataPosition()) if row.keys]
         return {row.keys[0]: row for row in rows}, loader.bad

@@ -17,22 +17,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_nvlm.data.loading.builder import BatchSettings
 from megatron_nvlm.data.loading.loader import MicroBatchLoader
 from megatron_nvlm.data.loading.tile_memory import Ring
 from megatron_nvlm.data.loading.worker_pool import WorkerPool
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.order.lengths import TextTokenCounter
-from megatron_nvlm.data.order.order import BlendedOrder
-from megatron_nvlm.data.prepare import SamplePipeline
-from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.micro_batch import MicroBatch
-from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.support.launch import environment
-from tests.support.loaders import PACKING, counted_samples, loader_arguments
+from tests.support.loaders import counted_samples, loader_arguments
 from tests.support.shards import good_samples, picture, record, write_samples
 
 
@@ -45,8 +41,7 @@ def tokenizer() -> Tokenizer:
 def make_loader(
     folder: Path, tokenizer: Tokenizer, replica: tuple[int, int] = (0, 1), packed: bool = False, **settings: Any
 ) -> Iterator[MicroBatchLoader]:
-    arguments = loader_arguments(folder, tokenizer, replica, packed)
-    loader = MicroBatchLoader(*arguments, packing=PACKING if packed else None, **settings)
+    loader = MicroBatchLoader(*loader_arguments(folder, tokenizer, replica, packed, **settings))
     try:
         yield loader
     finally:
@@ -120,11 +115,9 @@ def test_packed_rows_fit_and_hold_every_sample_once(tmp_path: Path, tokenizer: T
             [f"sample_{number:04d}" for number in range(30)] * (position.consumed_samples // 30)
         )
         assert len(rows) < position.consumed_samples / 2, "several samples share a row"
-    plain = counted_samples(tmp_path / "other", good_samples(3), tokenizer)
-    with pytest.raises(UserError, match="set training.micro_batch_size=1"):
-        shards = ShardSet(plain)
-        pipeline = SamplePipeline(tokenizer, TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None)
-        MicroBatchLoader([shards], BlendedOrder([3], [1], 1), pipeline, 2, 4, (0, 1), packing=PACKING)
+    data, _, config = loader_arguments(tmp_path / "shards", tokenizer, packed=True)
+    with pytest.raises(ValueError, match="impossible batch sizes"):
+        MicroBatchLoader(data, BatchSettings(2, 4), config)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -187,8 +180,8 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(
     folder = counted_samples(tmp_path / "shards", good_samples(24), tokenizer)
     with make_loader(folder, tokenizer, num_workers=2) as loader:
         draw(loader, DataPosition(), 1)
-        assert isinstance(loader.preparers, WorkerPool)
-        os.kill(loader.preparers.process_ids[1], how)
+        assert isinstance(loader.builder.preparers, WorkerPool)
+        os.kill(loader.builder.preparers.process_ids[1], how)
         with pytest.raises(UserError, match=rf"the loader worker \d+ was killed by signal {int(how)} "):
             draw(loader, DataPosition(8), 50)
 
@@ -197,8 +190,8 @@ def test_workers_end_with_the_loader_and_ignore_signals_to_the_job(tmp_path: Pat
     folder = counted_samples(tmp_path / "shards", good_samples(24), tokenizer)
     with make_loader(folder, tokenizer, num_workers=2) as loader:
         draw(loader, DataPosition(), 1)
-        assert isinstance(loader.preparers, WorkerPool)
-        workers = loader.preparers.process_ids
+        assert isinstance(loader.builder.preparers, WorkerPool)
+        workers = loader.builder.preparers.process_ids
         for worker in workers:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(worker, number)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import megatron_nvlm.data.prepare
 from megatron_nvlm.data.loading.fetch import BadRecord
-from megatron_nvlm.data.loading.loader import MicroBatchLoader
+from megatron_nvlm.data.loading.loader import Loader, MicroBatchLoader
 from megatron_nvlm.data.loading.shared_decoding import Found, SharingLoader, TileShare
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.shards.records import describe_images
@@ -29,7 +29,7 @@ from megatron_nvlm.runs.trainer import tile_share
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
-from tests.support.loaders import PACKING, counted_samples, loader_arguments
+from tests.support.loaders import counted_samples, loader_arguments
 from tests.support.ranks import run_ranks
 from tests.support.shards import Sample, cut_sample, good_samples, picture, record
 
@@ -58,12 +58,11 @@ def write(folder: Path, samples: list[Sample]) -> Path:
     return counted_samples(folder, samples, Tokenizer(qwen2_tokenizer(1024)))
 
 
-def arguments(folder: Path, packed: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    tokenizer = Tokenizer(qwen2_tokenizer(1024))
-    return loader_arguments(folder, tokenizer, packed=packed), {"packing": PACKING if packed else None}
+def arguments(folder: Path, packed: bool, **settings: Any) -> tuple[Any, ...]:
+    return loader_arguments(folder, Tokenizer(qwen2_tokenizer(1024)), packed=packed, **settings)
 
 
-def draw(loader: MicroBatchLoader) -> list[Step]:
+def draw(loader: Loader) -> list[Step]:
     position, steps = DataPosition(), []
     for _ in range(STEPS):
         steps.append((list(loader.step(position)), loader.bad))
@@ -73,8 +72,7 @@ def draw(loader: MicroBatchLoader) -> list[Step]:
 
 
 def draw_whole(folder: Path, packed: bool) -> list[Step]:
-    plain, named = arguments(folder, packed)
-    return draw(MicroBatchLoader(*plain, **named))
+    return draw(MicroBatchLoader(*arguments(folder, packed)))
 
 
 def check(shares: list[list[Step]], whole: list[Step]) -> None:
@@ -101,8 +99,7 @@ def check(shares: list[list[Step]], whole: list[Step]) -> None:
 
 
 def make_share(share: TileShare, folder: Path, packed: bool, **settings: Any) -> SharingLoader:
-    plain, named = arguments(folder, packed)
-    return SharingLoader(share, *plain, **named, **settings)
+    return SharingLoader(share, *arguments(folder, packed, **settings))
 
 
 def draw_by_threads(ranks: int, folder: Path, packed: bool) -> list[list[Step]]:

@@ -11,6 +11,7 @@ from megatron_nvlm.estimate.state_bytes import StateBytes, state_bytes
 from megatron_nvlm.models.build import build_chunks
 from megatron_nvlm.models.initialise import initialise, mark_splits
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.models.precision import PRECISIONS, Precision
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
@@ -32,37 +33,41 @@ class Case:
     parallelism: ParallelismConfig
     variant: str
     trainable: tuple[str, ...]
-    dtype: torch.dtype
+    precision: Precision
 
 
 CASES = {
-    "one rank": Case(1, ParallelismConfig(), "h", ALL_PARTS, torch.float32),
+    "one rank": Case(1, ParallelismConfig(), "h", ALL_PARTS, PRECISIONS["fp32"]),
     "TP=2 with SP": Case(
-        2, ParallelismConfig(tensor_model_parallel_size=2, sequence_parallel=True), "x", RECIPES["sft"], torch.bfloat16
+        2,
+        ParallelismConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        "x",
+        RECIPES["sft"],
+        PRECISIONS["bf16"],
     ),
-    "PP=2": Case(2, ParallelismConfig(pipeline_model_parallel_size=2), "d", RECIPES["sft"], torch.bfloat16),
+    "PP=2": Case(2, ParallelismConfig(pipeline_model_parallel_size=2), "d", RECIPES["sft"], PRECISIONS["bf16"]),
     "PP=2, encoder trains, plain optimizer": Case(
         2,
         ParallelismConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=False),
         "h",
         ALL_PARTS,
-        torch.bfloat16,
+        PRECISIONS["bf16"],
     ),
-    "DP=2": Case(2, ParallelismConfig(), "x", RECIPES["pretrain"], torch.bfloat16),
-    "DP=2 x TP=2": Case(4, ParallelismConfig(tensor_model_parallel_size=2), "h", RECIPES["sft"], torch.bfloat16),
+    "DP=2": Case(2, ParallelismConfig(), "x", RECIPES["pretrain"], PRECISIONS["bf16"]),
+    "DP=2 x TP=2": Case(4, ParallelismConfig(tensor_model_parallel_size=2), "h", RECIPES["sft"], PRECISIONS["bf16"]),
     "PP=2, replicated encoder that trains": Case(
         2,
         ParallelismConfig(pipeline_model_parallel_size=2, vision_placement="replicated"),
         "h",
         ALL_PARTS,
-        torch.float32,
+        PRECISIONS["fp32"],
     ),
     "TP=2, tensor-parallel encoder": Case(
         2,
         ParallelismConfig(tensor_model_parallel_size=2, vision_placement="tensor_parallel"),
         "x",
         ALL_PARTS,
-        torch.bfloat16,
+        PRECISIONS["bf16"],
     ),
     "PP=2 with two chunks": Case(
         2,
@@ -71,7 +76,7 @@ CASES = {
         ),
         "d",
         RECIPES["sft"],
-        torch.float32,
+        PRECISIONS["fp32"],
     ),
 }
 
@@ -93,15 +98,15 @@ def measure(case: Case) -> Measured:
         case.parallelism,
         get_groups(),
         get_single_rank_groups(),
-        case.dtype,
+        case.precision.parameter_dtype,
         device.torch_device,
     )
     mark_splits(model)
     initialise(model, seed=1)
     freeze(model, case.trainable)
-    wrapped = wrap_model(model, case.parallelism.use_distributed_optimizer)
+    wrapped = wrap_model(model, case.precision, case.parallelism.use_distributed_optimizer)
     settings = OptimizerConfig(max_lr=1e-3, min_lr=1e-4, warmup_steps=1)
-    optimizer, _ = build_optimizer(settings, wrapped, 10, case.dtype, case.parallelism.use_distributed_optimizer)
+    optimizer, _ = build_optimizer(settings, wrapped, 10, case.precision, case.parallelism.use_distributed_optimizer)
     optimizer.step()
     weights = _storage_bytes([parameter.data for parameter in model.parameters()])
     gradients = _storage_bytes([parameter.main_grad for parameter in model.parameters() if parameter.requires_grad])
@@ -139,11 +144,13 @@ def _storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 def predict(case: Case) -> dict[tuple[int, int, int], StateBytes]:
     """By (stage, tensor-parallel rank, data-parallel rank); runs in a process that is in no group."""
-    ranks = build_ranks(tiny_config(case.variant), case.parallelism, case.ranks, case.dtype, case.trainable)
+    ranks = build_ranks(
+        tiny_config(case.variant), case.parallelism, case.ranks, case.precision.parameter_dtype, case.trainable
+    )
     replicas = case.parallelism.data_parallel_size(case.ranks)
     distributed = case.parallelism.use_distributed_optimizer
     return {
-        (rank.stage, rank.tensor_rank, replica): state_bytes(rank, case.dtype, replica, replicas, distributed)
+        (rank.stage, rank.tensor_rank, replica): state_bytes(rank, case.precision, replica, replicas, distributed)
         for rank in ranks
         for replica in range(replicas)
     }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes, micro_batches_in_flight
 from megatron_nvlm.estimate.flops import count_flops, count_work
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
-from megatron_nvlm.estimate.step_time import Hardware, bubble_fraction, predict_step
+from megatron_nvlm.estimate.step_time import Hardware, StepWork, bubble_fraction, predict_step
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.training.trainable import RECIPES
 from tests.support.paper import paper_sizes, whole_model
@@ -44,7 +44,9 @@ def step_seconds(hardware: Hardware) -> float:
     parallelism = ParallelismConfig(tensor_model_parallel_size=8, sequence_parallel=True)
     chunk = ChunkSizes(60, 10, has_encoder=True, has_projector=True, has_output=True)
     flops = count_flops(sizes, work, RECIPES["sft"])
-    return predict_step(flops, work, sizes, [[chunk]], parallelism, 16, 16, 10**10, 5 * 10**9, 0, hardware).total
+    return predict_step(
+        StepWork(flops, work, sizes, [[chunk]], parallelism, 16, 16, 10**10, 5 * 10**9, 0), hardware
+    ).total
 
 
 def test_faster_hardware_is_faster() -> None:

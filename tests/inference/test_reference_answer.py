@@ -12,8 +12,9 @@ from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference import generation
-from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.build import ModelConfig, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.runs.components import make_chunks, open_weights
@@ -52,8 +53,8 @@ def pipeline_of(tile_size: int, tokens_per_tile: int) -> SamplePipeline:
 
 
 def model_of(config: ModelConfig, parallelism: ParallelismConfig, device: Device) -> Any:
-    chunks = make_chunks(config, parallelism, "fp32", device.torch_device, seed=1)
-    weights = open_weights(config)
+    chunks = make_chunks(resolve_model(config), parallelism, PRECISIONS["fp32"], device.torch_device, seed=1)
+    weights = open_weights(resolve_model(config))
     assert weights is not None
     load_folder_weights(chunks, weights)
     return next(iter(chunks)).eval()

@@ -100,7 +100,7 @@ def test_a_job_of_two_nodes_stops_requeues_itself_and_ends(
     text = log.read_text()
     assert job_field(slurm, job, "JobState") == "COMPLETED", text
     assert "start 0: 2 nodes x 1 processes" in text and "start 1: 2 nodes x 1 processes" in text
-    assert "back into the queue" in text and "going on from step" in text and "the run is finished" in text
+    assert "back into the queue" in text and "resuming from step" in text and "the run is finished" in text
     assert [row["step"] for row in read_metrics(run_dir)] == list(range(1, STEPS + 1))
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megatron_nvlm.config.load import load_run
-from megatron_nvlm.config.rules import check_run
 from megatron_nvlm.models.build import build_model
 from megatron_nvlm.models.initialise import count_parameters
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
+from megatron_nvlm.runs.resolve import resolve_run
 from megatron_nvlm.training.trainable import RECIPES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,7 +47,7 @@ def test_all_runs_of_the_paper_are_there() -> None:
 @pytest.mark.parametrize("name", PAPER_RUNS)
 def test_run_is_valid_and_its_model_has_the_right_size(name: str, world_of_one: Device) -> None:
     run = load_run(CONFIGS / f"{name}.yaml", ["model.backend=local"])
-    check_run(run, world_size=128)
+    resolve_run(run, world_size=128)
     model = build_model(
         run.model, ParallelismConfig(), get_groups(), get_single_rank_groups(), torch.bfloat16, torch.device("meta")
     )

@@ -8,13 +8,13 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_nvlm.core_compat import mend_distributed_optimizer
 from megatron_nvlm.models import build
 from megatron_nvlm.models.build import ModelConfig, language_config, projector_config, resolve_model, vision_config
 from megatron_nvlm.models.parallelism import ParallelismConfig
-from megatron_nvlm.parallel.device import DTYPES, Device
+from megatron_nvlm.models.precision import PRECISIONS
+from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import run_step, wrap_model
 from tests.support.batches import step_samples
@@ -26,11 +26,11 @@ VIRTUAL = layout(2, pp=2, vpp=2)
 CASE = Case("x", "mixed")
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_messages_are_unbatched_unoverlapped_and_of_the_weights_dtype(precision: str) -> None:
     """A message of another dtype than its receiver expects ends the process inside gloo, without an exception."""
     config = ModelConfig("x", "tiny", "tiny")
-    parts, dtype = resolve_model(config), DTYPES[precision]
+    parts, dtype = resolve_model(config), PRECISIONS[precision].parameter_dtype
     for own in (ParallelismConfig(pipeline_model_parallel_size=2), VIRTUAL.partition):
         for made in (
             language_config(config, parts.language, own, dtype, on_cpu=True),
@@ -68,9 +68,9 @@ def test_a_resumed_distributed_optimizer_counts_each_parameters_steps_once(world
     own = layout(1, dist_opt=True)
     case = Case("h", "mixed", precision="fp32")
     chunks = make_chunks(case, own, world_of_one.torch_device)
-    models = wrap_model(chunks, use_distributed_optimizer=True)
+    models = wrap_model(chunks, PRECISIONS["fp32"], use_distributed_optimizer=True)
     settings = OptimizerConfig(max_lr=1e-3, min_lr=1e-3, warmup_steps=0)
-    optimizer, _ = build_optimizer(settings, models, 5, torch.float32, use_distributed_optimizer=True)
+    optimizer, _ = build_optimizer(settings, models, 5, PRECISIONS["fp32"], use_distributed_optimizer=True)
 
     def train_one_step(step: int) -> None:
         micro_batches = [micro_batch_of(samples, "h") for samples in step_samples("mixed", step)]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.image.tiling import Grid
-from megatron_nvlm.training.sample_files import QUARANTINE_FILE
 from tests.support.launch import launch
 from tests.support.shards import cut_sample, good_samples, picture, read_metrics, record, write_run, write_samples
 
@@ -35,7 +35,7 @@ def test_a_checkpoint_passes_between_chunks_and_placements(one_rank: tuple[Path,
     virtual = keys(*VIRTUAL, "payload_vision_tokens=400", "vision_placement=replicated", "vision_tiles_at_once=3")
     launch(TRAIN, 2, *base, *virtual, "training.train_steps=3")
     done = launch(TRAIN, 2, *base, *keys("tensor_model_parallel_size=2", "vision_placement=tensor_parallel"))
-    assert "going on from step 3" in done.stdout
+    assert "resuming from step 3" in done.stdout
     rows = read_metrics(tmp_path)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
     for row in rows[:3]:  # every tile on one of two ranks
@@ -66,4 +66,4 @@ def test_ranks_that_share_tiles_agree_on_broken_images(tmp_path: Path) -> None:
     for key in ("samples", "tiles", "tokens", "bad_samples", "bad"):
         assert [row[key] for row in got] == [row[key] for row in expected], key
     assert sum(row["bad_samples"] for row in got) >= 6
-    assert (shared / QUARANTINE_FILE).read_text() == (whole / QUARANTINE_FILE).read_text()
+    assert RunDir(shared).quarantine.read_text() == RunDir(whole).quarantine.read_text()

@@ -78,7 +78,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
     if how != "everything killed":
         assert latest == reached, "a run that is asked to stop saves where it is"
     done = launch(TRAIN, 2, *arguments)
-    assert f"going on from step {latest}" in done.stdout
+    assert f"resuming from step {latest}" in done.stdout
     assert losses(run_dir) == losses(uninterrupted)
     assert (run_dir / "finished").exists()
 
@@ -167,7 +167,7 @@ def test_projector_alone_trains_in_a_pipeline_whose_later_stage_has_nothing(run_
         "optimizer.decay_steps=12",
     ]
     launch(TRAIN, 2, *arguments, "training.train_steps=3")
-    assert "going on from step 3" in launch(TRAIN, 2, *arguments, "training.train_steps=4").stdout
+    assert "resuming from step 3" in launch(TRAIN, 2, *arguments, "training.train_steps=4").stdout
     rows = losses(run_dir)
     assert len(rows) == 4 and rows[-1][2] > 0
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
-from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.build import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
@@ -56,8 +57,8 @@ def weights_on_rank(
 ) -> tuple[int, int, dict[str, tuple[Split | None, Tensor]]]:
     device = use_device()
     start_groups(parallelism, device, seed=1)
-    chunks = make_chunks(model, parallelism, "fp32", device.torch_device, seed=5)
-    weights = open_weights(model)
+    chunks = make_chunks(resolve_model(model), parallelism, PRECISIONS["fp32"], device.torch_device, seed=5)
+    weights = open_weights(resolve_model(model))
     assert weights is not None
     load_folder_weights(chunks, weights)
     group = get_groups().tp

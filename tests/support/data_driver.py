@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from megatron_nvlm.data.loading.builder import BatchSettings, OpenedData
 from megatron_nvlm.data.loading.loader import MicroBatchLoader
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.order.order import BlendedOrder
@@ -19,6 +20,7 @@ from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
+from tests.support.loaders import data_config
 
 SAVE_EVERY_STEPS = 2
 ROWS = 8
@@ -31,13 +33,10 @@ def make_loaders(shards: list[Path], replicas: int, workers: int, packed: bool) 
     order = BlendedOrder([opened.index.shard_sizes for opened in sets], weights, 3, 2)
     tokenizer = Tokenizer(qwen2_tokenizer(1024))
     pipeline = SamplePipeline(tokenizer, TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None)
-    packing = PACKING if packed else None
-    return [
-        MicroBatchLoader(
-            sets, order, pipeline, 1, ROWS, (rank, replicas), num_workers=workers, packing=packing, prefetch_samples=8
-        )
-        for rank in range(replicas)
-    ]
+    packing = PACKING if packed else PackingConfig()
+    config = data_config(packing=packing, num_workers=workers, prefetch_samples=8)
+    data = OpenedData(sets, order, pipeline)
+    return [MicroBatchLoader(data, BatchSettings(1, ROWS, (rank, replicas)), config) for rank in range(replicas)]
 
 
 def run(state: Path, loaders: list[MicroBatchLoader], steps: int, pause: float) -> None:

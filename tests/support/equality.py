@@ -22,8 +22,9 @@ from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.models.sharding import Split, cut, full_shape, gather_parts, join
-from megatron_nvlm.parallel.device import DTYPES, use_device
+from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import StepResult, run_step, wrap_model
@@ -107,7 +108,8 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
         recompute=own.recompute,
     )
     groups = get_groups()
-    chunks = build_chunks(config, own.parallelism, groups, get_single_rank_groups(), DTYPES[case.precision], device)
+    dtype = PRECISIONS[case.precision].parameter_dtype
+    chunks = build_chunks(config, own.parallelism, groups, get_single_rank_groups(), dtype, device)
     mark_splits(chunks)
     initialise(chunks, seed=3)
     ranks, rank = groups.tp.size(), groups.tp.rank()
@@ -182,11 +184,11 @@ def train(case: Case, own: Layout, device: torch.device, steps: int = STEPS, kee
     """The steps of a case on this rank. `keep`: gradients and weights too, not the losses alone."""
     chunks = make_chunks(case, own, device)
     freeze(chunks, case.trainable)
-    models = wrap_model(chunks, own.parallelism.use_distributed_optimizer)
+    models = wrap_model(chunks, PRECISIONS[case.precision], own.parallelism.use_distributed_optimizer)
     # No clipping: core computes the norm in float32, and clipping would pass its rounding on to the weights.
     settings = OptimizerConfig(max_lr=1e-3, min_lr=1e-3, warmup_steps=0, clip_grad=1e9)
     optimizer, scheduler = build_optimizer(
-        settings, models, steps, DTYPES[case.precision], own.parallelism.use_distributed_optimizer
+        settings, models, steps, PRECISIONS[case.precision], own.parallelism.use_distributed_optimizer
     )
     recorder = Recorder(optimizer, chunks, own, keep)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()

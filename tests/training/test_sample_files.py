@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nvlm.data.loading.builder import BatchSettings
 from megatron_nvlm.data.loading.loader import MicroBatchLoader
 from megatron_nvlm.data.order.batches import DataPosition
-from megatron_nvlm.data.order.order import BlendedOrder
-from megatron_nvlm.data.prepare import SamplePipeline
-from megatron_nvlm.data.shards.read import ShardSet
-from megatron_nvlm.image.tiling import TilingConfig
+from megatron_nvlm.data.order.order import WINDOW_SHARDS
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
-from megatron_nvlm.sequence.variants import VARIANTS
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
-from megatron_nvlm.training.sample_files import LEDGER_FILE, QUARANTINE_FILE, SampleWriter
+from megatron_nvlm.training.sample_files import SampleWriter
+from tests.support.loaders import data_config, open_set
 from tests.support.ranks import run_ranks
 from tests.support.shards import good_samples, picture, record, write_samples
 
@@ -29,14 +28,10 @@ def write_two_steps(folder: Path, run_dir: Path) -> list[dict[str, int]]:
     import torch.distributed as dist
 
     start_groups(ParallelismConfig(), use_device(), seed=1)
-    shards = ShardSet(folder)
-    pipeline = SamplePipeline(
-        Tokenizer(qwen2_tokenizer(1024)), TilingConfig(tile_size=56), VARIANTS["h"], 4, 256, "chatml", None
-    )
-    order = BlendedOrder([shards.index.shard_sizes], [1], 1)
+    data = open_set(folder, Tokenizer(qwen2_tokenizer(1024)), WINDOW_SHARDS)
     replica = (dist.get_rank(), dist.get_world_size())
-    loader = MicroBatchLoader([shards], order, pipeline, 2, 8, replica)
-    writer = SampleWriter(run_dir, 0, with_ledger=True)
+    loader = MicroBatchLoader(data, BatchSettings(2, 8, replica), data_config())
+    writer = SampleWriter(RunDir(run_dir), 0, with_ledger=True)
     position, counts = DataPosition(), []
     for step in (1, 2):
         keys = tuple(row.keys for row in loader.step(position))
@@ -62,8 +57,8 @@ def test_replicas_write_one_file_in_the_order_of_the_run(tmp_path: Path) -> None
         counts = run_ranks(ranks, write_two_steps, folder, run_dir)
         assert all(of_rank == counts[0] for of_rank in counts)
         counted[ranks] = counts[0]
-        written[ranks] = (run_dir / LEDGER_FILE).read_text()
-        lines = [json.loads(line) for line in (run_dir / QUARANTINE_FILE).read_text().splitlines()]
+        written[ranks] = RunDir(run_dir).ledger.read_text()
+        lines = [json.loads(line) for line in RunDir(run_dir).quarantine.read_text().splitlines()]
         assert sorted(line["number"] for line in lines) == [5, 6, 9]
         assert {line["kind"] for line in lines} == {"image"} and all(line["reason"] for line in lines)
     assert written[1] == written[2] and counted[1] == counted[2]

@@ -11,12 +11,12 @@ Workers read the rows of the step after next, and then decode this rank's share 
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
+from megatron_nvlm.data.config import DataConfig
+from megatron_nvlm.data.loading.builder import BatchSettings, MicroBatchBuilder, OpenedData
 from megatron_nvlm.data.loading.fetch import BadRecord
-from megatron_nvlm.data.loading.loader import MicroBatchLoader
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.prepare import PreparedSample
 from megatron_nvlm.ops.gather_tiles import share_of
@@ -33,7 +33,7 @@ _NOTHING = (0, 0)
 class TileShare:
     """Which share of the tiles is a rank's."""
 
-    number: int
+    index: int
     ranks: int
     gather: Callable[[list[Found]], list[Found]]
     """What all ranks that share have found; each of them calls it equally often."""
@@ -82,19 +82,36 @@ class _Step:
             self.samples.pop(place, None)
 
 
-class SharingLoader(MicroBatchLoader):
-    """As its base, for ranks that encode the tiles of a step together; its micro-batches hold this rank's share of them.
+class SharingLoader:
+    """A loader for ranks that encode the tiles of a step together; its micro-batches hold this rank's share of them.
 
     Args:
         share: this rank's.
-        arguments, settings: of the base.
     """
 
-    def __init__(self, share: TileShare, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(self, share: TileShare, data: OpenedData, batch: BatchSettings, config: DataConfig) -> None:
+        self.builder = MicroBatchBuilder(data, batch, config)
         self.share = share
         self._steps: deque[_Step] = deque()
         """The next steps, as far as they were asked for."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step on this rank."""
+        return self.builder.num_micro_batches
+
+    @property
+    def bad(self) -> list[BadRecord]:
+        """Bad samples of the step that was drawn last, on this rank."""
+        return self.builder.bad
+
+    def after(self, position: DataPosition) -> DataPosition:
+        """Where the step after this one begins."""
+        return self.builder.plan.step(position).after
+
+    def close(self) -> None:
+        """End the workers."""
+        self.builder.preparers.close()
 
     def step(self, position: DataPosition) -> Iterator[MicroBatch]:
         """The micro-batches of this rank; all ranks that share draw the same steps.
@@ -104,24 +121,24 @@ class SharingLoader(MicroBatchLoader):
         """
         if not self._steps or self._steps[0].position != position:
             for forgotten in self._steps:
-                self.preparers.forget(forgotten.tickets)
+                self.builder.preparers.forget(forgotten.tickets)
             self._steps = deque([self._begin(position)])
         step = self._steps.popleft()
         self._decode_share(step)
-        self.bad = []
+        self.builder.bad = []
         for place in (place for micro_batch in step.micro_batches for place in micro_batch if place in step.bad):
-            self.skip(step.bad[place])
-        if self.preparers.works_ahead:
+            self.builder.skip(step.bad[place])
+        if self.builder.preparers.works_ahead:
             self._look_ahead(step.after)
         for micro_batch in step.micro_batches:
             yield self._build_micro_batch(step, micro_batch)
 
     def _begin(self, position: DataPosition) -> _Step:
         """Ask for the rows of a step."""
-        planned = self.plan.step(position)
-        micro_batches = self.own_micro_batches(planned)
+        planned = self.builder.plan.step(position)
+        micro_batches = self.builder.own_micro_batches(planned)
         tickets = {
-            place: self.preparers.submit(self.request(place, _NOTHING), 0)
+            place: self.builder.preparers.submit(self.builder.request(place, _NOTHING), 0)
             for micro_batch in micro_batches
             for place in micro_batch
         }
@@ -148,22 +165,24 @@ class SharingLoader(MicroBatchLoader):
         step.parts = self._own_parts(step)
         for place, (start, end) in step.parts.items():
             if place not in step.tile_tickets and not step.has(place):
-                step.tile_tickets[place] = self.preparers.submit(self.request(place, (start, end)), end - start)
+                step.tile_tickets[place] = self.builder.preparers.submit(
+                    self.builder.request(place, (start, end)), end - start
+                )
 
     def _collect_tokens(self, step: _Step) -> None:
         """Take the rows in that were asked for; what is bad without decoding is so on every rank."""
         for place, ticket in step.token_tickets.items():
-            result = self.preparers.collect(ticket)
+            result = self.builder.preparers.collect(ticket)
             if isinstance(result, BadRecord):
                 step.drop([(place, 0, result)])
             else:
                 step.samples[place] = result
-            self.preparers.release(ticket)
+            self.builder.preparers.release(ticket)
         step.token_tickets.clear()
 
     def _own_parts(self, step: _Step) -> dict[int, tuple[int, int]]:
         total = sum(sample.sequence.num_tiles for sample in step.samples.values())
-        start, end = share_of(total, self.share.ranks, self.share.number)
+        start, end = share_of(total, self.share.ranks, self.share.index)
         parts, before = {}, 0
         for place, sample in step.samples.items():
             number = sample.sequence.num_tiles
@@ -177,14 +196,14 @@ class SharingLoader(MicroBatchLoader):
         """Take in what was asked for, in the order of asking; returns what was bad."""
         found: list[Found] = []
         for place, ticket in step.tile_tickets.items():
-            result = self.preparers.collect(ticket)
+            result = self.builder.preparers.collect(ticket)
             if isinstance(result, BadRecord):
                 found.append((place, step.parts[place][0], result))
             else:
                 # Lent memory goes back at once: a share may be larger than it.
-                tiles = result.tiles.copy() if self.preparers.works_ahead else result.tiles
+                tiles = result.tiles.copy() if self.builder.preparers.works_ahead else result.tiles
                 step.decoded[place] = step.parts[place][0], tiles
-            self.preparers.release(ticket)
+            self.builder.preparers.release(ticket)
         step.tile_tickets.clear()
         return found
 
@@ -199,4 +218,4 @@ class SharingLoader(MicroBatchLoader):
         if own:
             before = good[: good.index(own[0])]
             first_tile = sum(step.samples[place].sequence.num_tiles for place in before) + step.parts[own[0]][0]
-        return self.build(samples, first_tile=first_tile)
+        return self.builder.build(samples, first_tile=first_tile)
