@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nvlm.data.building import draw
-from megatron_nvlm.data.order.lengths import grid_under_limit, tile_limits
 from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.data.shards.read import RawSample, ShardSet
 from megatron_nvlm.data.shards.records import describe_images
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.tile_budget import SourceImage, grid_choices
 from megatron_nvlm.image.tile_tags import TAG_FORMATS, tile_tags
-from megatron_nvlm.image.tiling import Grid, TilingConfig, choose_grid
+from megatron_nvlm.image.tiling import Grid, TilingConfig
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM
 from megatron_nvlm.text.templates import TEMPLATES
@@ -58,14 +58,12 @@ def make_panels(raw: RawSample, pipeline: SamplePipeline, stages: Sequence[str],
 
 def find_grids(raw: RawSample, tiling: TilingConfig, num_tiles: int) -> list[Grid]:
     """The grids of a sample's images, by the ladder that too long samples go down, which ended at so many tiles."""
-    images = describe_images(raw.record, raw.pictures)
-    for limit in tile_limits(tiling.max_tiles):
-        grids = [
-            grid_under_limit(Grid(image.cols, image.rows), limit)
-            if image.cols
-            else choose_grid(image.width, image.height, limit, tiling.tile_size)
-            for image in images
-        ]
+    described = describe_images(raw.record, raw.pictures)
+    images = [
+        SourceImage(image.width, image.height, Grid(image.cols, image.rows) if image.cols else None)
+        for image in described
+    ]
+    for grids in grid_choices(images, tiling):
         if sum(grid.num_pictures for grid in grids) == num_tiles:
             break
     return grids

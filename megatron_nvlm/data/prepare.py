@@ -7,11 +7,11 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from megatron_nvlm.data.order.lengths import grid_under_limit, tile_limits
 from megatron_nvlm.data.shards.records import RawSample, is_whole
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import decode_image, write_array
-from megatron_nvlm.image.tiling import Grid, TilingConfig, choose_grid, cut_tiles
+from megatron_nvlm.image.tile_budget import SourceImage, grid_choices
+from megatron_nvlm.image.tiling import Grid, TilingConfig, cut_tiles
 from megatron_nvlm.sequence.assemble import AssembledSample, assemble
 from megatron_nvlm.sequence.image_layout import ImageLayout, lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
@@ -99,8 +99,8 @@ class SamplePipeline:
             self._step("image", self._find_image, raw, image, sizes[image] if sizes else (0, 0))
             for image in range(images)
         ]
-        for limit in tile_limits(self.tiling.max_tiles):
-            grids = [self._step("image", self._choose_grid, image, limit) for image in stored]
+        choices = grid_choices([SourceImage(image.size[0], image.size[1], image.grid) for image in stored], self.tiling)
+        while (grids := self._step("image", next, choices, None)) is not None:
             sequence = self._step("conversation", self._assemble, turns, grids, open_answer)
             if len(sequence.tokens) <= self.sequence_length:
                 tiles = self._decode(raw, stored, grids, part or (0, sequence.num_tiles), allocate)
@@ -128,11 +128,6 @@ class SamplePipeline:
             return _StoredImage(image, whole[0], size)
         picture = decode_image(raw.pictures[whole[0]])
         return _StoredImage(image, whole[0], picture.size, picture)
-
-    def _choose_grid(self, image: "_StoredImage", limit: int) -> Grid:
-        if image.grid is not None:
-            return grid_under_limit(image.grid, limit)
-        return choose_grid(*image.size, limit, self.tiling.tile_size)
 
     def _decode(
         self,

@@ -26,6 +26,7 @@ from megatron_nvlm.models.families.sizes import (
     VisionPreset,
     find_preset,
 )
+from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL
 from megatron_nvlm.models.intern_vit import Holder, InternViTModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
 from megatron_nvlm.models.nvlm_model import NVLMModel
@@ -344,10 +345,10 @@ def _decoder_layers(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.rms_norm)
 
 
-# Placement -> the ranks that encode different tiles with copies of the same encoder.
+# Placement -> the mark of the ranks that encode different tiles with copies of the same encoder.
 _ENCODE_DIFFERENT_TILES: dict[str, str | None] = {
-    "first_stage": "tensor",
-    "replicated": "model",
+    "first_stage": SUM_OVER_TENSOR_PARALLEL,
+    "replicated": SUM_OVER_MODEL_PARALLEL,
     "tensor_parallel": None,
 }
 

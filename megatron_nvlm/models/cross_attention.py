@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.gradient_marks import SUM_OVER_TENSOR_PARALLEL, mark
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class GroupedQueryCrossAttention(Attention):
             norm, config=config, hidden_size=self.hidden_size_per_attention_head, eps=config.layernorm_epsilon
         )
         # One weight serves the heads of all tensor-parallel ranks, each with its own heads: its gradient is a sum over
-        # ranks, whether the sequence is sharded or not. training.gradients reduces what carries this mark.
+        # ranks, whether the sequence is sharded or not.
         module.weight.sequence_parallel = False
-        module.weight.sum_over_tensor_parallel = True
+        mark(module.weight, SUM_OVER_TENSOR_PARALLEL)
         return module
 
     def get_query_key_value_tensors(

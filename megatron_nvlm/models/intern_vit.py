@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_nvlm.models.gradient_marks import mark, mark_whole_copy
 from megatron_nvlm.models.padding import Padding, SplitRMSNorm, shard_evenly, shard_heads
 from megatron_nvlm.models.sharding import find_split
 
@@ -79,8 +80,8 @@ class Holder:
     Args:
         heads: None where the rank holds the encoder whole.
         stage, tensor_rank, tensor_ranks, data_rank: place of the rank in its groups.
-        sum_gradients_over: `tensor` or `model`, the ranks that encode different tiles with their copies of the encoder
-            (tensor parallel, or the whole replica); None where all encode the same.
+        sum_gradients_over: the mark of models/gradient_marks.py that names the ranks which encode different tiles with
+            their copies of the encoder; None where all encode the same.
     """
 
     heads: Padding | None
@@ -123,13 +124,9 @@ class InternViTModel(MegatronModule):
             config, layer_submodules, post_layer_norm=False, pg_collection=groups, pre_process=True, post_process=False
         )
         for parameter in self.parameters():
-            # Core marks the weights of its linear layers as split; here they may be whole (initialise.mark_splits says).
-            # A copy on a later pipeline stage must not count again in the gradient norm.
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-            parameter.shared = holder.stage > 0  # type: ignore[attr-defined]
-            # Each rank's gradient covers its own tiles: the sum is what counts (training/step.py).
-            parameter.sum_over_tensor_parallel = holder.sum_gradients_over == "tensor"  # type: ignore[attr-defined]
-            parameter.sum_over_model_parallel = holder.sum_gradients_over == "model"  # type: ignore[attr-defined]
+            mark_whole_copy(parameter, is_first=holder.stage == 0)
+            if holder.sum_gradients_over is not None:  # each rank's gradient covers its own tiles
+                mark(parameter, holder.sum_gradients_over)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> embeddings [t, 1 + p, v], the class token first."""

@@ -78,19 +78,16 @@ class NVLMModel(MegatronModule):
         """Take what the previous stage sent (core's schedules call it before `forward`)."""
         self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(
-        self, micro_batch: MicroBatch, vision_tokens: Tensor | None = None, features: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, micro_batch: MicroBatch, features: Tensor | None = None) -> Tensor:
         """This stage's output: logits [s, vocabulary / TP] on the last stage, the payload for the next one before.
 
         Args:
-            vision_tokens: what `encode` returned for this micro-batch, if it is known already.
-            features: what `encode_tiles` gave for all of its tiles, if that is known already.
+            features: [t, tokens per tile, 4 v] of all tiles of the micro-batch, where they are encoded already
+                (`encode` or `encode_tiles`); by default the micro-batch's own tiles are encoded.
         """
         if self.pre_process:
-            if vision_tokens is None:
-                vision_tokens = self.encode(micro_batch.tiles) if features is None else self.project(features)
-            hidden, context = self._embed(micro_batch, vision_tokens)
+            features = self.encode(micro_batch.tiles) if features is None else features
+            hidden, context = self._embed(micro_batch, self.project(features))
         else:
             hidden, context = self._split_payload(micro_batch)
             self.language_model.set_input_tensor(hidden)
@@ -118,12 +115,11 @@ class NVLMModel(MegatronModule):
         return logits.masked_fill(columns >= self.vocabulary.real, torch.finfo(logits.dtype).min)
 
     def encode(self, tiles: Tensor) -> Tensor:
-        """uint8 tiles [t, 3, S, S] -> vision tokens [t * tokens per tile, h], the same on all tensor-parallel ranks."""
+        """uint8 tiles [t, 3, S, S] -> features [t, tokens per tile, 4 v], the same on all tensor-parallel ranks."""
         if tiles.shape[0] == 0:
-            return self.project(tiles[:0])
+            return tiles[:0]
         with self.vision_clock:
-            features = pixel_shuffle(self.encode_patches(normalise(tiles, self.config.params_dtype)))
-        return self.project(features)
+            return pixel_shuffle(self.encode_patches(normalise(tiles, self.config.params_dtype)))
 
     def project(self, features: Tensor) -> Tensor:
         """Pixel-shuffled features [t, tokens per tile, 4 v] -> vision tokens [t * tokens per tile, h]."""

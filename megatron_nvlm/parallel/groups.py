@@ -15,6 +15,9 @@ from megatron_nvlm.parallel.device import Device
 AFTER_WATCHDOG_SECONDS = 30
 """How much later than the watchdog (training/watchdog.py) a collective gives up by itself, with a less helpful message."""
 
+_alone: list[dist.ProcessGroup] = []
+"""The group of this rank alone, once the groups are laid out."""
+
 
 def _free_port() -> str:
     with socket.socket() as probe:
@@ -55,12 +58,15 @@ def lay_out_groups(parallelism: ParallelismConfig, with_cpu_groups: bool = True,
         create_gloo_process_groups=with_cpu_groups,
         distributed_timeout_minutes=(timeout_seconds + AFTER_WATCHDOG_SECONDS) / 60,
     )
+    # Only this rank joins its group, so the others need not be asked.
+    _alone[:] = [dist.new_group([dist.get_rank()], use_local_synchronization=True)]
 
 
 def stop_groups() -> None:
     """Leave the groups; safe to call twice."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
+        _alone.clear()
         dist.destroy_process_group()
 
 
@@ -70,10 +76,7 @@ def get_groups() -> ProcessGroupCollection:
 
 
 def get_single_rank_groups() -> ProcessGroupCollection:
-    """Groups that hold this rank alone, for modules that each rank keeps whole.
-
-    The context-parallel group is such a group, since context parallelism is not offered (config/rules.py).
-    """
-    alone = parallel_state.get_context_parallel_group()
-    everyone = get_groups()
+    """Groups that hold this rank alone, for modules that each rank keeps whole."""
+    assert _alone, "lay_out_groups comes first"
+    (alone,), everyone = _alone, get_groups()
     return ProcessGroupCollection(tp=alone, cp=alone, pp=alone, dp=everyone.dp, dp_cp=everyone.dp_cp)

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
+from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL, marked
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
 from megatron_nvlm.ops.vocab_cross_entropy import vocab_cross_entropy
@@ -62,16 +63,16 @@ def wrap_model(
 def finalize_gradients(
     models: list[Any], num_targets: Tensor | None = None, vision: SpreadVision | None = None, **kwargs: Any
 ) -> None:
-    """Core's reductions, and around them what it does not know of.
+    """Finalize gradients as Megatron-core does, with what it does not know of.
 
-    Before: gradients of an encoder that worked ahead of the pipeline. Behind: sums over ranks of what each has a part of,
-    the gradient of an encoder whose tiles are shared out, and of norms that serve each rank's own heads.
+    First, the backward pass of an encoder that worked ahead of the pipeline. Afterwards, all-reduce the gradients of
+    parameters that carry a mark of models/gradient_marks.py.
     """
     if vision is not None:
         vision.backward()
     finalize_model_grads(models, num_targets, **kwargs)
-    _sum_over(parallel_state.get_tensor_model_parallel_group(), models, "sum_over_tensor_parallel")
-    _sum_over(parallel_state.get_model_parallel_group(), models, "sum_over_model_parallel")
+    _sum_over(parallel_state.get_tensor_model_parallel_group(), models, SUM_OVER_TENSOR_PARALLEL)
+    _sum_over(parallel_state.get_model_parallel_group(), models, SUM_OVER_MODEL_PARALLEL)
 
 
 def _sum_over(group: dist.ProcessGroup, models: list[Any], mark: str) -> None:
@@ -79,10 +80,9 @@ def _sum_over(group: dist.ProcessGroup, models: list[Any], mark: str) -> None:
     if group.size() == 1:
         return
     gradients = [
-        parameter.main_grad
+        parameter.main_grad  # type: ignore[attr-defined]
         for model in models
-        for parameter in model.parameters()
-        if parameter.requires_grad and getattr(parameter, mark, False)
+        for parameter in marked(model.parameters(), mark)
     ]
     if not gradients:
         return
@@ -105,6 +105,45 @@ def loss_function(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tens
     return loss_sum, num_targets.to(torch.int), {"loss": report}
 
 
+class _ForwardSteps:
+    """The micro-batches of a step on their way through this rank's chunks, and what they were."""
+
+    def __init__(
+        self,
+        models: list[DistributedDataParallel],
+        micro_batches: Iterator[MicroBatch],
+        device: torch.device,
+        on_micro_batch: Callable[[tuple[str, ...]], None],
+    ) -> None:
+        self.first_model = models[0]
+        self.first_chunk: NVLMModel = models[0].module
+        self.device, self.on_micro_batch = device, on_micro_batch
+        self.tokens = self.tiles = 0
+        self.keys: list[tuple[str, ...]] = []
+        self.vision: SpreadVision | None = None
+        self.work: Iterator[tuple[MicroBatch, Tensor | None]] = ((one, None) for one in micro_batches)
+        """Micro-batches, with the features of their tiles where those are encoded ahead."""
+        if self.first_chunk.encodes_ahead:
+            known = list(micro_batches)
+            self.vision = SpreadVision(self.first_chunk, known, device)
+            # Pixels have done their work.
+            without_tiles = (replace(micro_batch, tiles=micro_batch.tiles[:0]) for micro_batch in known)
+            self.work = zip(without_tiles, self.vision.encode(), strict=True)
+
+    def __call__(self, work: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
+        """What core's schedules call for each micro-batch and chunk."""
+        micro_batch, features = next(work)
+        self.on_micro_batch(micro_batch.keys)
+        if module is self.first_model:  # every chunk sees the micro-batch
+            self.tokens += len(micro_batch.tokens)
+            self.tiles += micro_batch.num_tiles
+            self.keys.append(micro_batch.keys)
+        micro_batch = micro_batch.to(self.device)
+        if features is not None:
+            features = features.to(self.device)
+        return module(micro_batch, features), partial(loss_function, micro_batch)
+
+
 def run_step(
     models: list[DistributedDataParallel],
     micro_batches: Iterator[MicroBatch],
@@ -119,45 +158,20 @@ def run_step(
         models: the chunks of this rank's stage, as `wrap_model` returns them.
         on_micro_batch: told the names of the samples as each micro-batch begins.
     """
-    tokens = tiles = 0
-    keys: list[tuple[str, ...]] = []
-    first_chunk: NVLMModel = models[0].module
-    vision = None
-    work: Iterator[tuple[MicroBatch, Tensor | None]] = ((micro_batch, None) for micro_batch in micro_batches)
-    if first_chunk.encodes_ahead:
-        known = list(micro_batches)
-        vision = SpreadVision(first_chunk, known, device)
-        work = zip(known, vision.encode(), strict=True)
+    steps = _ForwardSteps(models, micro_batches, device, on_micro_batch)
     for model in models:
-        model.module.config.finalize_model_grads_func = partial(finalize_gradients, vision=vision)
-
-    def forward_step(iterator: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
-        nonlocal tokens, tiles
-        micro_batch, features = next(iterator)
-        on_micro_batch(micro_batch.keys)
-        if module is models[0]:  # every chunk sees the micro-batch
-            tokens += len(micro_batch.tokens)
-            tiles += micro_batch.num_tiles
-            keys.append(micro_batch.keys)
-        if vision is not None:  # pixels have done their work
-            micro_batch = replace(micro_batch, tiles=micro_batch.tiles[:0])
-        micro_batch = micro_batch.to(device)
-        if features is not None:
-            features = features.to(device)
-        return module(micro_batch, features=features), partial(loss_function, micro_batch)
-
-    for model in models:
+        model.module.config.finalize_model_grads_func = partial(finalize_gradients, vision=steps.vision)
         model.zero_grad_buffer()
     if optimizer is not None:
         optimizer.zero_grad()
     single = len(models) == 1
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=work if single else list(tee(work, len(models))),
+        forward_step_func=steps,
+        data_iterator=steps.work if single else list(tee(steps.work, len(models))),
         model=models[0] if single else models,
         num_microbatches=num_micro_batches,
         # Of effect between interleaved stages only; elsewhere shapes travel with the tensors (variable_seq_lengths).
-        seq_length=first_chunk.payload_tokens or 1,
+        seq_length=steps.first_chunk.payload_tokens or 1,
         micro_batch_size=1,
         forward_only=False,
     )
@@ -166,5 +180,7 @@ def run_step(
         _, norm, _ = optimizer.step()
         grad_norm = float(norm) if norm is not None else 0.0
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
-    encoded_tiles, vision_seconds = first_chunk.vision_clock.take()
-    return StepResult(total[0], total[1], grad_norm, tokens, tiles, tuple(keys), encoded_tiles, vision_seconds)
+    encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
+    return StepResult(
+        total[0], total[1], grad_norm, steps.tokens, steps.tiles, tuple(steps.keys), encoded_tiles, vision_seconds
+    )

@@ -81,7 +81,7 @@ def test_each_step_equals_a_fresh_forward_pass(world_of_one: Device, variant: st
             rows = sample.sequence
             for token in answer[:step]:
                 rows = cacheless.append_token(rows, token)
-            longer.append(dataclasses.replace(sample, rows=rows))
+            longer.append(dataclasses.replace(sample, sequence=rows))
         micro_batch = build_micro_batch(longer, pipeline)
         with torch.no_grad():
             fresh = model(micro_batch)[micro_batch.cu_seqlens[1:].long() - 1]

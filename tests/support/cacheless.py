@@ -40,14 +40,14 @@ def generate(
     answers: list[list[int]] = [[] for _ in samples]
     open_samples = list(range(len(samples)))
     rows = [sample.sequence for sample in samples]
-    vision_tokens: Tensor | None = None
+    features: Tensor | None = None
     for _ in range(max_new_tokens):
         # Finished samples stay in the row, so that vision tokens keep their numbers.
-        current = [dataclasses.replace(sample, rows=row) for sample, row in zip(samples, rows, strict=True)]
+        current = [dataclasses.replace(sample, sequence=row) for sample, row in zip(samples, rows, strict=True)]
         micro_batch = build_micro_batch(current, pipeline, token_multiple).to(device)
-        if vision_tokens is None:
-            vision_tokens = model.encode(micro_batch.tiles)
-        logits = model(micro_batch, vision_tokens)
+        if features is None:
+            features = model.encode(micro_batch.tiles)
+        logits = model(micro_batch, features)
         last_tokens = micro_batch.cu_seqlens[1 : len(samples) + 1].long() - 1
         chosen = gather_vocabulary(logits[last_tokens], model.language_model.pg_collection.tp).argmax(-1).tolist()
         for sample in list(open_samples):

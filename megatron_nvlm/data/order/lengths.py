@@ -3,7 +3,7 @@
     tokens(sample) = num_text_tokens + sum over its images of tokens(grid)
 
 Tokens of a grid come from sequence/image_layout.py, for the run's variant, tag format and tokenizer. A sample that would be
-too long gives up tiles first, by the same ladder as in stages.py.
+too long gives up tiles first (image/tile_budget.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,25 +15,13 @@ import numpy as np
 from megatron_nvlm.data.shards.index import UNKNOWN_TOKENS, Index, TextCounting
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
-from megatron_nvlm.image.tiling import Grid, TilingConfig, choose_grid
+from megatron_nvlm.image.tile_budget import SourceImage, grid_choices
+from megatron_nvlm.image.tiling import Grid, TilingConfig
 from megatron_nvlm.sequence.image_layout import lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
 from megatron_nvlm.text.conversation import TextPiece, encode_conversation, read_turns
 from megatron_nvlm.text.tokenizer import Tokenizer
-
-TILE_LADDER = (12, 8, 6, 4, 2, 1)
-"""Limits on tiles that a too long sample tries one by one (the release's loader)."""
-
-
-def tile_limits(max_tiles: int) -> list[int]:
-    """The limits that a sample tries, the run's own first."""
-    return [max_tiles, *(limit for limit in TILE_LADDER if limit < max_tiles)]
-
-
-def grid_under_limit(grid: Grid, limit: int) -> Grid:
-    """The grid of an image cut in advance: as it was cut, or the thumbnail alone where one tile is allowed."""
-    return Grid(1, 1) if limit == 1 else grid
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,8 @@ class LengthCounter:
         images = index.images[first : first + int(sample["num_images"])].tolist()
         if any(not cols and not 0 < width * height <= MAX_PIXELS for width, height, cols, _ in images):
             return 0
-        return sum(self._grid(image, self.tiling.max_tiles).num_pictures for image in images)
+        grids = next(grid_choices(_source_images(images), self.tiling))
+        return sum(grid.num_pictures for grid in grids)
 
     def sizes(self, index: Index, numbers: Sequence[int] | np.ndarray) -> SampleSizes:
         """Sizes of samples by their numbers in the set. Text is as the index counted it (see `check_counts`)."""
@@ -114,18 +103,16 @@ class LengthCounter:
         no_size = any(not cols and not 0 < width * height <= MAX_PIXELS for width, height, cols, _ in images)
         if text == UNKNOWN_TOKENS or no_size:
             return 0, 0
-        for limit in tile_limits(self.tiling.max_tiles):
-            grids = [self._grid(image, limit) for image in images]
+        for grids in grid_choices(_source_images(images), self.tiling):
             tokens = text + sum(self.tokens_of_grid(grid) for grid in grids)
             if tokens <= self.sequence_length:
                 return tokens, sum(grid.num_pictures for grid in grids)
         return 0, 0
 
-    def _grid(self, image: tuple[int, int, int, int], limit: int) -> Grid:
-        width, height, cols, rows = image
-        if cols:
-            return grid_under_limit(Grid(cols, rows), limit)
-        return choose_grid(width, height, limit, self.tiling.tile_size)
+
+def _source_images(images: Sequence[tuple[int, int, int, int]]) -> list[SourceImage]:
+    """From rows of an index: width, height, and columns and rows of an image cut in advance."""
+    return [SourceImage(width, height, Grid(cols, rows) if cols else None) for width, height, cols, rows in images]
 
 
 def check_counts(index: Index, folder: object, wanted: TextCounting) -> None:
