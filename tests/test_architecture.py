@@ -13,7 +13,8 @@ PACKAGE = ROOT / "megatron_nvlm"
 
 # Each line may import from the lines above it (and a room from itself).
 LAYERS = (
-    {"errors", "quiet", "hf.exported_code"},  # exported_code is copied into folders and imports nothing of ours
+    # exported_code is copied into folders and imports nothing of ours; run_dir is names of files
+    {"errors", "quiet", "hf.exported_code", "runs.run_dir"},
     {"core_compat"},
     {"image", "text", "ops"},
     {"sequence"},
@@ -35,7 +36,7 @@ LAYERS = (
 DATA_LAYERS = (
     {"shards"},
     {"order"},
-    {"prepare"},
+    {"prepare", "config"},
     {"collate"},
     {"building", "loading"},
 )

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -72,10 +73,10 @@ def _rename_old_sections(config: Any, overrides: Sequence[str], where: str) -> l
             found.add(old)
     renamed = []
     for override in overrides:
-        section, dot, rest = override.partition(".")
-        if dot and section in RENAMED_SECTIONS:
+        section = re.split(r"[.=]", override, maxsplit=1)[0]
+        if section in RENAMED_SECTIONS:
             found.add(section)
-            override = f"{RENAMED_SECTIONS[section]}.{rest}"
+            override = RENAMED_SECTIONS[section] + override.removeprefix(section)
         renamed.append(override)
     if found and os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"{old} is now {RENAMED_SECTIONS[old]}" for old in sorted(found))

@@ -78,9 +78,7 @@ def write_companions(
     tokenizer_file: Path,
     template: str,
     system: str | None,
-    tag_format: str,
-    max_tiles: int,
-    thumbnail_tag: str = TilingConfig().thumbnail_tag,
+    tiling: TilingConfig,
 ) -> None:
     """Write everything but config.json and the weights.
 
@@ -88,31 +86,60 @@ def write_companions(
         folder: exists; files of the same names are replaced.
         config: what config.json holds.
         tokenizer_file: a tokenizer.json.
-        template, system, tag_format, max_tiles, thumbnail_tag: as the run that trained the weights has them.
+        template, system, tiling: as the run that trained the weights has them.
 
     Raises:
         UserError: the tokenizer does not have what the template needs, or a name is unknown.
     """
     form = find_template(template)
-    if tag_format not in TAG_FORMATS:
-        raise UserError(f"tiling.tag_format is {tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
+    if tiling.tag_format not in TAG_FORMATS:
+        raise UserError(f"tiling.tag_format is {tiling.tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
     tokenizer = Tokenizer.load(tokenizer_file)
-    for name in {form.begin, *(mark for speech in form.roles.values() for mark in (speech.start, speech.end))} - {""}:
+    marks = (mark for speech in form.roles.values() for mark in (speech.start, speech.end))
+    for name in {form.begin, form.turn_end, *marks} - {""}:
         tokenizer.special_id(name)
-    end_id = tokenizer.special_id(form.turn_end)
-    vocabulary = _read_vocabulary(tokenizer_file)
-    padding = next((token for token in _PADDING_TOKENS if token in vocabulary), form.turn_end)
-    place_id = config.get("img_context_token_id")
-    if place_id is None:
-        place_id = image_context_token_id(tokenizer_file, config["llm_config"]["vocab_size"])
     jinja = chat_template(form, system)
     write_code(folder)
     if tokenizer_file.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(jinja)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
+    place_id = config.get("img_context_token_id")
+    if place_id is None:
+        place_id = image_context_token_id(tokenizer_file, config["llm_config"]["vocab_size"])
+    described = {
+        **_describe_tokenizer(config, tokenizer_file, form, jinja),
+        "preprocessor_config.json": {
+            "auto_map": AUTO_MAP_OF_PROCESSORS,
+            "image_processor_type": "NVLMImageProcessor",
+            "tile_size": config["force_image_size"],
+            "max_tiles": tiling.max_tiles,
+            "image_mean": list(IMAGENET_MEAN),
+            "image_std": list(IMAGENET_STD),
+        },
+        "processor_config.json": {
+            "auto_map": {"AutoProcessor": AUTO_MAP_OF_PROCESSORS["AutoProcessor"]},
+            "processor_class": "NVLMProcessor",
+            "variant": config.get("variant", "d"),
+            "template": {"name": template, **dataclasses.asdict(form)},
+            "system": system,
+            "tag_format": tiling.tag_format,
+            "thumbnail_tag": tiling.thumbnail_tag,
+            "tokens_per_tile": (config["force_image_size"] // config["vision_config"]["patch_size"]) ** 2 // 4,
+            "img_context_token_id": place_id,
+        },
+    }
+    for name, content in described.items():
+        _write_json(folder / name, content)
+
+
+def _describe_tokenizer(
+    config: dict[str, Any], tokenizer_file: Path, form: Template, jinja: str
+) -> dict[str, dict[str, Any]]:
+    """What transformers reads beside a tokenizer.json, by file."""
+    vocabulary = _read_vocabulary(tokenizer_file)
+    padding = next((token for token in _PADDING_TOKENS if token in vocabulary), form.turn_end)
+    return {
+        "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": form.turn_end,
             "pad_token": padding,
@@ -121,36 +148,12 @@ def write_companions(
             "model_max_length": config["llm_config"].get("max_position_embeddings", 32768),
             "chat_template": jinja,
         },
-    )
-    _write_json(
-        folder / "generation_config.json",
-        {"eos_token_id": end_id, "pad_token_id": vocabulary[padding], "do_sample": False},
-    )
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "auto_map": AUTO_MAP_OF_PROCESSORS,
-            "image_processor_type": "NVLMImageProcessor",
-            "tile_size": config["force_image_size"],
-            "max_tiles": max_tiles,
-            "image_mean": list(IMAGENET_MEAN),
-            "image_std": list(IMAGENET_STD),
+        "generation_config.json": {
+            "eos_token_id": vocabulary[form.turn_end],
+            "pad_token_id": vocabulary[padding],
+            "do_sample": False,
         },
-    )
-    _write_json(
-        folder / "processor_config.json",
-        {
-            "auto_map": {"AutoProcessor": AUTO_MAP_OF_PROCESSORS["AutoProcessor"]},
-            "processor_class": "NVLMProcessor",
-            "variant": config.get("variant", "d"),
-            "template": {"name": template, **dataclasses.asdict(form)},
-            "system": system,
-            "tag_format": tag_format,
-            "thumbnail_tag": thumbnail_tag,
-            "tokens_per_tile": (config["force_image_size"] // config["vision_config"]["patch_size"]) ** 2 // 4,
-            "img_context_token_id": place_id,
-        },
-    )
+    }
 
 
 def chat_template(template: Template, system: str | None) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.build import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, NORMS
 from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
@@ -57,24 +58,16 @@ def cross_attention_of(config: Mapping[str, Any], folder: Path) -> CrossAttentio
     return described
 
 
-def describe_folder(
-    variant: Variant,
-    language: LanguagePreset,
-    vision: VisionPreset,
-    cross_attention: CrossAttentionConfig,
-    max_sequence_length: int,
-    max_tiles: int,
-    tag_format: str,
-    template: str,
-    dtype: str,
-) -> dict[str, Any]:
+def describe_folder(model: ResolvedModel, max_tiles: int, tag_format: str, template: str, dtype: str) -> dict[str, Any]:
     """The config.json of an NVLM folder: NVLM-D with the release's keys, NVLM-X and NVLM-H with ours beside them.
 
     What names code files and tokens is added by hf/companions.py, which writes those.
 
     Args:
-        max_sequence_length: rows of the decoder. dtype: torch's name of the weights' type.
+        dtype: torch's name of the weights' type.
     """
+    variant, language, vision = model.variant, model.language, model.vision
+    cross_attention, max_sequence_length = model.config.cross_attention, model.config.max_sequence_length
     letter = variant.name.upper()
     config: dict[str, Any] = {
         "architectures": [f"NVLM_{letter}_Model"],

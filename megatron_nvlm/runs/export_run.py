@@ -71,9 +71,7 @@ def export_folder(
             tokenizer,
             data.template,
             data.system,
-            tiling.tag_format,
-            tiling.max_tiles,
-            tiling.thumbnail_tag,
+            tiling,
         )
 
     identity = (checkpoint / IDENTITY_FILE).read_text()
@@ -101,11 +99,7 @@ def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
 def _config(run: RunConfig, tokenizer: Path | None, dtype: str) -> dict[str, Any]:
     parts = resolve_model(run.model)
     config = describe_folder(
-        parts.variant,
-        parts.language,
-        parts.vision,
-        run.model.cross_attention,
-        run.model.max_sequence_length,
+        parts,
         run.tiling.max_tiles,
         run.tiling.tag_format,
         run.data.template,

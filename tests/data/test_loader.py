@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def test_a_bad_sample_leaves_its_place_empty(
 
 def test_a_row_of_bad_samples_is_a_row_without_target(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = counted_samples(tmp_path / "shards", [(record("?", "2"), {"0.jpg": b"none"})] * 8, tokenizer)
-    with make_loader(folder, tokenizer, token_multiple=4) as loader:
+    data, batch, config = loader_arguments(folder, tokenizer)
+    with closing(MicroBatchLoader(data, replace(batch, token_multiple=4), config)) as loader:
         rows = list(loader.step(DataPosition()))
     assert len(rows) == 4 and len(loader.bad) == 8
     assert all(row.keys == () and row.loss_mask.sum() == 0 and len(row.tokens) == 4 for row in rows)

@@ -78,5 +78,5 @@ def test_any_size_goes_through(tokenizer: Tokenizer, variant: str, size: tuple[i
 def test_a_long_sample_gives_up_tiles_before_it_is_refused(tokenizer: Tokenizer) -> None:
     sample = raw(record("?", "yes"), {"0.png": picture(600, 100)})
     assert len(make_pipeline(tokenizer, "d", 256).prepare(sample).tiles) == 7
-    full = len(make_pipeline(tokenizer, "d", 256).prepare(sample).rows.tokens)
+    full = len(make_pipeline(tokenizer, "d", 256).prepare(sample).sequence.tokens)
     assert len(make_pipeline(tokenizer, "d", full - 1).prepare(sample).tiles) < 7

@@ -61,7 +61,8 @@ def test_one_gpu_at_full_use_takes_its_operations_over_its_peak() -> None:
     work = count_work(make_micro_batch(SampleShape(2816, 6, 5), sizes.variant, 256, 1), 256)
     flops = count_flops(sizes, work, RECIPES["sft"])
     chunk = ChunkSizes(60, 0, has_encoder=True, has_projector=True, has_output=True)
-    time = predict_step(flops, work, sizes, [[chunk]], ParallelismConfig(), 3, 1, 1, 1, 0, Hardware(utilisation=1))
+    step = StepWork(flops, work, sizes, [[chunk]], ParallelismConfig(), 3, 1, 1, 1, 0)
+    time = predict_step(step, Hardware(utilisation=1))
     assert time.total == pytest.approx(3 * whole_model(sizes, flops).executed / 989e12)
 
 

@@ -74,10 +74,8 @@ def pipeline_of(
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
     """What `export` writes into config.json."""
-    parts = resolve_model(model)
-    described = describe_folder(
-        parts.variant, parts.language, parts.vision, model.cross_attention, 4096, 6, "1d", "chatml", "float64"
-    )
+    parts = resolve_model(dataclasses.replace(model, max_sequence_length=4096))
+    described = describe_folder(parts, 6, "1d", "chatml", "float64")
     return {**described, "auto_map": auto_map(model.variant)}
 
 
@@ -97,7 +95,14 @@ def write_folder(
     weights = {name: weight.contiguous() for name, weight in weights_of(model, config).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     write_tokenizer(folder / "tokenizer.json")
-    write_companions(folder, config_of(config), folder / "tokenizer.json", template, SYSTEM, tag_format, 6)
+    write_companions(
+        folder,
+        config_of(config),
+        folder / "tokenizer.json",
+        template,
+        SYSTEM,
+        TilingConfig(tag_format=tag_format, max_tiles=6),
+    )
     return folder
 
 

@@ -17,6 +17,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.companions import image_context_token_id, write_companions
 from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
+from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.nvlm_model import normalise
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.templates import TEMPLATES
@@ -46,7 +47,9 @@ def make_processor(folder: Path, variant: str, template: str = "chatml", tag_for
     write_tokenizer(folder / "tokenizer.json", BASE_TOKENS)
     config = config_of(tiny_config(variant))
     config["llm_config"]["vocab_size"] = BASE_TOKENS + 50
-    write_companions(folder, config, folder / "tokenizer.json", template, SYSTEM, tag_format, 6)
+    write_companions(
+        folder, config, folder / "tokenizer.json", template, SYSTEM, TilingConfig(tag_format=tag_format, max_tiles=6)
+    )
     return load_processor(folder)
 
 

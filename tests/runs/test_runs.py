@@ -136,7 +136,7 @@ def test_fine_tuning_starts_with_the_weights_of_pretraining(
     assert losses(run_dir)[0][1] < losses(uninterrupted)[0][1] - 0.2
 
 
-def test_only_what_the_stage_names_trains(run_file: Path, tmp_path: Path) -> None:
+def test_only_what_the_recipe_names_trains(run_file: Path, tmp_path: Path) -> None:
     """Pretraining over two pipeline stages: the later one has only cross-attention to train."""
     run_dir = tmp_path / "pretrain"
     done = launch(
@@ -145,7 +145,7 @@ def test_only_what_the_stage_names_trains(run_file: Path, tmp_path: Path) -> Non
         "--config",
         str(run_file),
         f"run_dir={run_dir}",
-        "stage={name: pretrain, trainable: null}",
+        "recipe={name: pretrain, trainable: null}",
         "training.train_steps=3",
         "parallelism.pipeline_model_parallel_size=2",
     )
@@ -162,7 +162,7 @@ def test_projector_alone_trains_in_a_pipeline_whose_later_stage_has_nothing(run_
         str(run_file),
         f"run_dir={run_dir}",
         "model.variant=d",
-        "stage={name: pretrain, trainable: null}",
+        "recipe={name: pretrain, trainable: null}",
         "parallelism.pipeline_model_parallel_size=2",
         "optimizer.decay_steps=12",
     ]
