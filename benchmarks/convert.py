@@ -30,7 +30,7 @@ from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS
 

@@ -19,7 +19,7 @@ from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progress
 from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.data.order.batches import DataPosition
-from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, LanguagePreset
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS

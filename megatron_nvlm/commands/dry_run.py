@@ -19,7 +19,7 @@ from megatron_nvlm.estimate.report import render, to_plain
 from megatron_nvlm.estimate.sample import SampleShape
 from megatron_nvlm.estimate.step_time import Hardware
 from megatron_nvlm.estimate.suggest import render_suggestions, suggest
-from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.runs.entry import user_errors_end_the_process
 from megatron_nvlm.runs.resolve import ResolvedRun, look_up, resolve_run

@@ -84,7 +84,7 @@ def make_pipelines(options: argparse.Namespace) -> list[SamplePipeline]:
     """One for each variant that was asked for."""
     if options.config is not None:
         from megatron_nvlm.config.load import load_run  # imports the model; seconds
-        from megatron_nvlm.models.build import resolve_model
+        from megatron_nvlm.models.config import resolve_model
 
         run = load_run(options.config, options.overrides)
         parts = resolve_model(run.model)

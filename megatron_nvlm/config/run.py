@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig
 from megatron_nvlm.data.config import DataConfig
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.training.loop import TrainingConfig
 from megatron_nvlm.training.metrics import LoggingConfig

@@ -13,7 +13,7 @@ from megatron_nvlm.estimate.ranks import BuiltRank, build_rank, build_ranks, bui
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.state_bytes import StateBytes, largest_state_bytes
 from megatron_nvlm.estimate.step_time import Hardware, StepTime, StepWork, bubble_fraction, predict_step
-from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import Precision
 

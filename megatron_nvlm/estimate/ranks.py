@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch registers the backend "fake" here only
 
 from megatron_nvlm.core_compat import run_core_on_cpu
-from megatron_nvlm.models.build import ModelConfig, build_chunks
+from megatron_nvlm.models.build import build_chunks
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.initialise import component_of, named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split

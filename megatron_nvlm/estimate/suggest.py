@@ -7,7 +7,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.estimate.dry_run import DryRun, DryRunInput, quick_dry_run
 from megatron_nvlm.estimate.ranks import build_whole
 from megatron_nvlm.estimate.step_time import Hardware
-from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
 
 RECOMPUTE_KINDS = ("none", "selective", "full")

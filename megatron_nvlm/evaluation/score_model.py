@@ -16,8 +16,8 @@ from megatron_nvlm.evaluation.score_cases import Case, to_micro_batch
 from megatron_nvlm.hf.config_json import cross_attention_of, variant_of
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.build import ModelConfig, ResolvedModel, check_model, resolve_model
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.models.config import ModelConfig, ResolvedModel, check_model, resolve_model
 from megatron_nvlm.models.families.folder_sizes import read_config
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.nvlm_model import NVLMModel

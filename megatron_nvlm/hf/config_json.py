@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.build import ResolvedModel
+from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, NORMS
 from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset

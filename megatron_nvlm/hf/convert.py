@@ -30,7 +30,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.open_folders import check_shapes, open_folders, refuse_missing_components
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.initialise import Spread, keeps_first_value, new_weight
 from megatron_nvlm.models.sharding import VOCABULARY_SPLITS
 from megatron_nvlm.models.weight_rows import Row, check_our_names

@@ -12,7 +12,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.config_json import cross_attention_of, is_whole_folder, padding_heads_of, variant_of
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
-from megatron_nvlm.models.build import ModelConfig, ResolvedModel, resolve_model
+from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.folder_sizes import language_preset_of, read_config, vision_preset_of
 from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset

@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_nvlm.hf.convert import OurModel, describe_model
-from megatron_nvlm.models.build import ModelConfig, build_model
+from megatron_nvlm.models.build import build_model
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.initialise import mark_splits, named_parameters
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import use_device

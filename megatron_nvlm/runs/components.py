@@ -11,8 +11,9 @@ from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.hf.open_folders import FolderWeights, expected_names, open_folders, refuse_missing_components
-from megatron_nvlm.models.build import ResolvedModel, build_chunks, build_model
+from megatron_nvlm.models.build import build_chunks, build_model
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, name_of
 from megatron_nvlm.models.initialise import initialise, mark_splits
 from megatron_nvlm.models.nvlm_model import NVLMModel
@@ -75,9 +76,7 @@ def make_model(
 ) -> NVLMModel:
     """This rank's stage with new weights."""
     groups = (get_groups(), get_single_rank_groups())
-    return _with_new_weights(
-        build_model(model.config, parallelism, *groups, precision.parameter_dtype, device), seed
-    )
+    return _with_new_weights(build_model(model.config, parallelism, *groups, precision.parameter_dtype, device), seed)
 
 
 def make_chunks(
@@ -85,9 +84,7 @@ def make_chunks(
 ) -> ModelChunks:
     """All that this rank holds, with new weights: for training, where a stage may be several chunks."""
     groups = (get_groups(), get_single_rank_groups())
-    return _with_new_weights(
-        build_chunks(model.config, parallelism, *groups, precision.parameter_dtype, device), seed
-    )
+    return _with_new_weights(build_chunks(model.config, parallelism, *groups, precision.parameter_dtype, device), seed)
 
 
 def open_weights(model: ResolvedModel) -> FolderWeights | None:

@@ -14,15 +14,15 @@ from megatron_nvlm.checkpoint.stream_files import CheckpointWeights
 from megatron_nvlm.checkpoint.tensor_source import TensorSource
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
-from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.companions import auto_map, image_context_token_id, write_code, write_companions
 from megatron_nvlm.hf.config_json import describe_folder
-from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE
 from megatron_nvlm.hf.convert import Done, export_source, write_export
 from megatron_nvlm.hf.our_model import describe_our_model
-from megatron_nvlm.models.build import resolve_model
+from megatron_nvlm.models.config import resolve_model
+from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE
 from megatron_nvlm.runs.components import make_identity
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 
@@ -53,7 +53,9 @@ def export_folder(
     """
     run, checkpoint = open_run(path, overrides)
     tokenizer = _find_tokenizer(run, checkpoint)
-    save_load.check_identity(checkpoint, make_identity(resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None))
+    save_load.check_identity(
+        checkpoint, make_identity(resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None)
+    )
     ours = CheckpointWeights(checkpoint)
     source = export_source(run.model, ours, describe_our_model(run.model), dtype, str(checkpoint))
     types = {str(info.dtype).removeprefix("torch.") for info in source.infos.values()}

@@ -17,11 +17,11 @@ from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.config_json import cross_attention_of, is_whole_folder
-from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, language_preset_of, read_config, vision_preset_of
 from megatron_nvlm.hf.convert import Done, imported_source, write_import
 from megatron_nvlm.hf.our_model import describe_our_model
+from megatron_nvlm.models.config import resolve_model
+from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, language_preset_of, read_config, vision_preset_of
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, name_of
-from megatron_nvlm.models.build import resolve_model
 from megatron_nvlm.runs.components import make_identity
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer

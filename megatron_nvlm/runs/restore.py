@@ -9,13 +9,13 @@ from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.data.prepare import SamplePipeline
-from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.parallel.groups import world_size_from_environment
 from megatron_nvlm.runs.components import load_tokenizer, make_identity, make_model, make_pipeline
 from megatron_nvlm.runs.processes import start
 from megatron_nvlm.runs.resolve import resolve_run
+from megatron_nvlm.runs.run_dir import RunDir
 
 # Before the user's overrides: the depth in one stage, however it was trained.
 WHOLE_DEPTH = (

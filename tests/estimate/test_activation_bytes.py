@@ -9,7 +9,7 @@ import torch
 from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes
 from megatron_nvlm.estimate.flops import ModelSizes, count_work
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
-from megatron_nvlm.models.build import resolve_model
+from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups

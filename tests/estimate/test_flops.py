@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nvlm.estimate.flops import Flops, ModelSizes, attention, count_flops, count_work, linear
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
-from megatron_nvlm.models.build import resolve_model
+from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.training.step import loss_function
 from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze

@@ -17,7 +17,7 @@ from megatron_nvlm.hf.companions import auto_map, write_companions
 from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.weight_rows import convert_to_theirs

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_nvlm.data.collate import build_micro_batch
 from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Model, NVLM_X_Model, NVLMModel
 from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
-from megatron_nvlm.models.build import ModelConfig
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families import sizes as presets
 from megatron_nvlm.models.nvlm_model import NVLMModel as MegatronModel

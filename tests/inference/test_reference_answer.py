@@ -12,7 +12,7 @@ from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference import generation
-from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.parallel.device import Device, use_device

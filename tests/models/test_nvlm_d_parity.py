@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_nvlm.hf.load_weights import load_weights
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.build import ModelConfig, build_model
+from megatron_nvlm.models.build import build_model
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families import sizes as presets
 from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import dist_checkpointing, parallel_state
 
-from megatron_nvlm.models.build import ModelConfig, build_vision, vision_heads
+from megatron_nvlm.models.build import build_vision, vision_heads
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.families.sizes import VISION_PRESETS, VisionPreset
 from megatron_nvlm.models.intern_vit import InternViTModel
 from megatron_nvlm.models.padding import Padding, pad_evenly

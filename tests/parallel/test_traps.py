@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_nvlm.core_compat import mend_distributed_optimizer
-from megatron_nvlm.models import build
-from megatron_nvlm.models.build import ModelConfig, language_config, projector_config, resolve_model, vision_config
+from megatron_nvlm.models import core_config
+from megatron_nvlm.models.config import ModelConfig, resolve_model
+from megatron_nvlm.models.core_config import language_config, projector_config, vision_config
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.parallel.device import Device
@@ -43,7 +44,7 @@ def test_messages_are_unbatched_unoverlapped_and_of_the_weights_dtype(precision:
 
 def compare_without_guard(settings: dict[str, bool], own: Layout, folder: Path) -> Comparison:
     """On each rank: the comparison of the suite, with core's settings instead of ours."""
-    build.SAFE_COMMUNICATION.update(settings)
+    core_config.SAFE_COMMUNICATION.update(settings)
     return compare({"": ([CASE], own)}, folder)[""][0]
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.image.tiling import Grid
+from megatron_nvlm.runs.run_dir import RunDir
 from tests.support.launch import launch
 from tests.support.shards import cut_sample, good_samples, picture, read_metrics, record, write_run, write_samples
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
-from megatron_nvlm.models.build import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.models.sharding import Split, cut
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, start_groups

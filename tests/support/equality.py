@@ -16,8 +16,9 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from torch.overrides import TorchFunctionMode
 
-from megatron_nvlm.models.build import ModelConfig, build_chunks
+from megatron_nvlm.models.build import build_chunks
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of

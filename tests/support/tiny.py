@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_nvlm.models.build import ModelConfig, build_model
+from megatron_nvlm.models.build import build_model
+from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.sizes import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters

@@ -1,0 +1,1 @@
+"""What a run is: from its file to its objects."""

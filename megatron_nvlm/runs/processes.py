@@ -1,0 +1,46 @@
+"""This process as one rank of a run: the lock of the run directory, the device and the process groups."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megatron_nvlm.config.load import dump_run
+from megatron_nvlm.core_compat import keep_checkpoint_process
+from megatron_nvlm.parallel.device import Device, use_device
+from megatron_nvlm.parallel.groups import start_groups, stop_groups
+from megatron_nvlm.runs.entry import global_rank
+from megatron_nvlm.runs.resolve import ResolvedRun
+from megatron_nvlm.training.faults import lock_run
+
+
+@contextmanager
+def joined(run: ResolvedRun) -> Iterator[Device]:
+    """Be a rank of the run, alone in its directory, until the block ends.
+
+    After an error the process groups stay as they are: the process is about to end, and other ranks may not answer.
+    """
+    # Ranks meet in start_groups, so the others wait until rank 0 has the directory.
+    lock = lock_run(run.run_dir) if global_rank() == 0 else None
+    device = start(run)
+    yield device
+    stop_groups()
+    if lock is not None:
+        lock.close()
+
+
+def start(run: ResolvedRun) -> Device:
+    """Take this process's device and start the process groups of the run."""
+    device = use_device()
+    training = run.config.training
+    start_groups(run.config.parallelism, device, training.seed, training.timeout_seconds)
+    return device
+
+
+def prepare_run_dir(run: ResolvedRun) -> None:
+    """Write the resolved configuration and forget an old request to stop; every rank calls it, once nothing is refused."""
+    if dist.get_rank() == 0:
+        run.run_dir.config.write_text(dump_run(run.config))
+        run.run_dir.stop.unlink(missing_ok=True)
+    dist.barrier()
+    keep_checkpoint_process()

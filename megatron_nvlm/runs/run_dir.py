@@ -1,0 +1,74 @@
+"""The files of a run directory, by name: the only place that spells them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths below the directory of one run; none needs to exist."""
+
+    path: Path
+
+    @classmethod
+    def named(cls, path: str | Path) -> "RunDir":
+        """The run directory at a path."""
+        return cls(Path(path))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved run file, as training read it."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints (checkpoint/retention.py)."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def quarantine(self) -> Path:
+        """One JSON object a bad sample: step, key, shard, number (index in its set), kind, reason, source."""
+        return self.path / "quarantine.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON object a step: step, keys (of the samples used, in the order of the run)."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """A request to stop: whoever creates this file has the run save and end."""
+        return self.path / "stop"
+
+    @property
+    def finished(self) -> Path:
+        """There once the last step is done."""
+        return self.path / "finished"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that works in the directory."""
+        return self.path / "lock"
+
+    @property
+    def evaluation(self) -> Path:
+        """Accuracies and answers of `megatron_nvlm.evaluate`."""
+        return self.path / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        """The demo's page."""
+        return self.path / "report.html"
