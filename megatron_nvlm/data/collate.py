@@ -19,7 +19,7 @@ def build_micro_batch(
     keep_tiles: bool = True,
     first_tile: int = 0,
 ) -> MicroBatch:
-    """Prepared samples, or none, as one ragged row.
+    """Prepared samples, or none, as one ragged sequence.
 
     Args:
         keep_tiles: the micro-batch may keep the memory of a lone sample's tiles; else they are copied.
@@ -55,4 +55,4 @@ _NO_SAMPLE = AssembledSample(
     context_intervals=np.zeros((1, 2), dtype=np.int32),
     num_tiles=0,
 )
-"""Stands in a row whose samples are all bad, so that the row makes the same collectives as any other."""
+"""Stands for the samples of a micro-batch that are all bad, so that it makes the same collectives as any other."""

@@ -1,6 +1,6 @@
-"""Answers with a key/value cache: the prompts pass through the model once, then one row per open sample and step.
+"""Answers with a key/value cache: the prompts pass through the model once, then one token per open sample and step.
 
-Gives the tokens that reading the whole row again for each would give. Works under tensor, sequence and pipeline
+Gives the tokens that reading the whole sequence again for each would give. Works under tensor, sequence and pipeline
 parallelism; every rank of a model replica calls it with the same samples and gets the same answers.
 """
 
@@ -44,7 +44,7 @@ def generate(
         model: this rank's pipeline stage, in evaluation mode.
         samples: prepared with `open_answer`.
         stop_id: token that ends an answer; not part of it.
-        token_multiple: rows are padded to a multiple of it, as in `pack`.
+        token_multiple: tokens are padded to a multiple of it, as in `pack`.
 
     Returns:
         New ids of each sample, at most `max_new_tokens`.
@@ -79,7 +79,7 @@ def generate(
 def _read_prompts(
     model: NVLMModel, micro_batch: MicroBatch, cache: KeyValueCache, token_multiple: int
 ) -> Tensor | None:
-    """Logits [samples, vocabulary / TP] of each sample's last row, on the last stage."""
+    """Logits [samples, vocabulary / TP] of each sample's last token, on the last stage."""
     last_tokens = cache.last_tokens
 
     def last_tokens_only(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -102,8 +102,8 @@ def _read_prompts(
     if model.post_process:
         hook = model.language_model.output_layer.register_forward_pre_hook(last_tokens_only)
     try:
-        rows = len(micro_batch.tokens) + (len(micro_batch.context_tokens) if model.has_context else 0)
-        output = pass_through(model, rows, compute)
+        num_tokens = len(micro_batch.tokens) + (len(micro_batch.context_tokens) if model.has_context else 0)
+        output = pass_through(model, num_tokens, compute)
     finally:
         if hook is not None:
             hook.remove()
@@ -112,20 +112,20 @@ def _read_prompts(
 
 def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, token_multiple: int) -> Tensor | None:
     """Logits [open samples, vocabulary / TP] behind one token more of each, on the last stage."""
-    rows = len(tokens) + -len(tokens) % token_multiple
+    num_tokens = len(tokens) + -len(tokens) % token_multiple
     language = model.language_model
 
     def compute(message: Tensor | None) -> Tensor:
         if message is None:
             device = next(model.parameters()).device
-            ids = torch.tensor(tokens + [0] * (rows - len(tokens)), dtype=torch.int64, device=device)
+            ids = torch.tensor(tokens + [0] * (num_tokens - len(tokens)), dtype=torch.int64, device=device)
             message = language.embedding(input_ids=ids[None], position_ids=None)
             if model.config.sequence_parallel:
                 message = scatter_to_sequence_parallel_region(message, group=language.pg_collection.tp)
         else:
             language.set_input_tensor(message)
         kwargs = {"context": message, "context_mask": None} if model.has_context else {}  # keys and values are kept
-        with cache.step(rows):
+        with cache.step(num_tokens):
             output: Tensor = language(
                 input_ids=None,
                 position_ids=None,
@@ -135,7 +135,7 @@ def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, toke
             )
         return model.without_padding(output[0]) if model.post_process else output
 
-    output = pass_through(model, rows, compute)
+    output = pass_through(model, num_tokens, compute)
     return None if output is None else output[: len(tokens)]
 
 

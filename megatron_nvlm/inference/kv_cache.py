@@ -1,12 +1,12 @@
 """Keys and values kept between the steps of an answer, of a decoder as it was built for training.
 
 The pack of the prompts passes through the model once; each attention keeps what it computed, by sample. Then each
-step passes one row per open sample, and attention reads what is kept. For that time `KeyValueCache` stands in three
+step passes one token per open sample, and attention reads what is kept. For that time `KeyValueCache` stands in three
 places of the decoder: in the `core_attention` slots, in place of the projection of the context (whose keys and values are
-the same for every step), and behind the rotary module, since each row has a position of its own. What happens in a step is
+the same for every step), and behind the rotary module, since each token has a position of its own. What happens in a step is
 this file's own attention, whatever backend the model was built with.
-Shapes: r rows of a step (o open samples, then padding), b samples of a cache, l kept rows of its longest sample,
-n query heads, g groups, d head size, s rows of the prompts, c context tokens.
+Shapes: r tokens of a step (o open samples, then padding), b samples of a cache, l kept tokens of its longest sample,
+n query heads, g groups, d head size, s tokens of the prompts, c context tokens.
 """
 
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from megatron_nvlm.models.nvlm_model import NVLMModel
 
 ROOM = 64
-"""Rows by which a cache grows when it is full."""
+"""Tokens by which a cache grows when it is full."""
 
 
 class KeptTokens:
     """Keys and values of each sample, in one padded tensor [b, l, g, d] each."""
 
     def __init__(self, key: Tensor, value: Tensor, starts: Tensor, lengths: Tensor) -> None:
-        """Take rows [starts, starts + lengths) of `key` and `value` [rows, g, d] for each sample."""
+        """Take tokens [starts, starts + lengths) of `key` and `value` [tokens, g, d] for each sample."""
         longest = int(lengths.max())
         position = torch.arange(longest, device=key.device)
         self.lengths = lengths
-        # Behind the end of a sample stands some other row, which no query sees.
+        # Behind the end of a sample stands some other token, which no query sees.
         rows = (starts[:, None] + position).clamp(max=max(len(key) - 1, 0))
         self.key, self.value = key[rows], value[rows]
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """One row more of each sample, [b, g, d]."""
+        """One token more of each sample, [b, g, d]."""
         if int(self.lengths.max()) == self.key.shape[1]:
             self.key, self.value = (pad(kept, (0, 0, 0, 0, 0, ROOM)) for kept in (self.key, self.value))
         sample = torch.arange(len(key), device=key.device)
@@ -48,7 +48,7 @@ class KeptTokens:
         self.key, self.value, self.lengths = self.key[samples], self.value[samples], self.lengths[samples]
 
     def attend(self, query: Tensor, scale: float | None) -> Tensor:
-        """[b, n, d] -> [b, n, d]: each query sees all rows of its sample; zero where there are none."""
+        """[b, n, d] -> [b, n, d]: each query sees all tokens of its sample; zero where there are none."""
         longest = int(self.lengths.max())
         if longest == 0:
             return torch.zeros_like(query)
@@ -78,7 +78,7 @@ class _Attention(torch.nn.Module):
         self.kept: KeptTokens | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The prompts' rows [s, n, d] (or [s, 1, n, d]), or a step's [r, 1, n, d] -> rows of n * d."""
+        """The prompts' tokens [s, n, d] (or [s, 1, n, d]), or a step's [r, 1, n, d] -> tokens of n * d."""
         if self.kept is None:
             starts, lengths = self.cache.own_tokens if self.grows else self.cache.num_context_tokens
             rows = key.shape[0]
@@ -115,8 +115,8 @@ class KeyValueCache:
     """What the decoder layers of one pipeline stage keep of some samples.
 
     Args:
-        cu_seqlens: [samples + 1 or more] boundaries of the samples in the prompts' row.
-        context_intervals: [s, 2] as in the micro-batch; a new row sees what the last row of its sample sees.
+        cu_seqlens: [samples + 1 or more] boundaries of the samples in the prompts' sequence.
+        context_intervals: [s, 2] as in the micro-batch; a new token sees what the last token of its sample sees.
         num_samples: without the sample that padding is.
     """
 
@@ -127,7 +127,7 @@ class KeyValueCache:
         start, end = context_intervals[self.last_tokens].long().unbind(1)
         self.num_context_tokens = (start, (end - start).clamp(min=0))
         self.positions = self.own_tokens[1]
-        """[o] position of the next row of each open sample."""
+        """[o] position of the next token of each open sample."""
         self._model = model.language_model
         self._attentions: list[_Attention] = []
         self._step_positions: Tensor | None = None
@@ -166,15 +166,15 @@ class KeyValueCache:
             attention.kept.keep(samples)
 
     @contextmanager
-    def step(self, rows: int) -> Iterator[None]:
-        """Around the decoder's pass over a step's rows, padding included."""
-        self._step_positions = pad(self.positions, (0, rows - len(self.positions)))
+    def step(self, num_tokens: int) -> Iterator[None]:
+        """Around the decoder's pass over a step's tokens, padding included."""
+        self._step_positions = pad(self.positions, (0, num_tokens - len(self.positions)))
         yield
         self._step_positions = None
         self.positions = self.positions + 1
 
     def _rotary(self, rotary: Any, arguments: Any, output: Tensor) -> Tensor:
-        """Behind core's rotary module: frequencies [r, 1, 1, d] of the rows' own positions, instead of 0, 1, 2, ..."""
+        """Behind core's rotary module: frequencies [r, 1, 1, d] of the tokens' own positions, instead of 0, 1, 2, ..."""
         if self._step_positions is None:
             return output
         frequencies: Tensor = rotary.get_emb(int(self._step_positions.max()) + 1)

@@ -1,7 +1,7 @@
-"""One pass of rows through the pipeline stages of a model that only answers: what core's schedules do for training.
+"""One pass of tokens through the pipeline stages of a model that only answers: what core's schedules do for training.
 
-All stages know how many rows travel, so a message needs no header.
-Shapes: s rows, h hidden.
+All stages know how many tokens travel, so a message needs no header.
+Shapes: s tokens, h hidden.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch import Tensor
 from megatron_nvlm.models.nvlm_model import NVLMModel
 
 
-def pass_through(model: NVLMModel, rows: int, compute: Callable[[Tensor | None], Tensor]) -> Tensor | None:
+def pass_through(model: NVLMModel, num_tokens: int, compute: Callable[[Tensor | None], Tensor]) -> Tensor | None:
     """Receive from the stage before, compute, send to the stage behind.
 
     Args:
-        rows: of the message between stages, over all sequence shards.
+        num_tokens: of the message between stages, over all sequence shards.
         compute: this stage's part: message of the stage before (None on the first) -> message [s, 1, h], or logits on the
             last.
 
@@ -31,7 +31,7 @@ def pass_through(model: NVLMModel, rows: int, compute: Callable[[Tensor | None],
         config = model.config
         shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
         device = next(model.parameters()).device
-        message = torch.empty(rows // shards, 1, config.hidden_size, dtype=config.params_dtype, device=device)
+        message = torch.empty(num_tokens // shards, 1, config.hidden_size, dtype=config.params_dtype, device=device)
         dist.recv(message, src=dist.get_global_rank(group, stage - 1), group=group)
     output = compute(message)
     if stage == stages - 1:

@@ -75,7 +75,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def gather_vocabulary(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[rows, vocabulary / TP] -> [rows, vocabulary] on every rank of the group."""
+    """[tokens, vocabulary / TP] -> [tokens, vocabulary] on every rank of the group."""
     return torch.cat(gather_parts(logits, group), dim=-1)
 
 

@@ -58,7 +58,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class TorchCoreAttention(torch.nn.Module):
-    """Core's `core_attention` slot on PyTorch's scaled dot product: grouped queries, ragged rows, dense tiles."""
+    """Core's `core_attention` slot on PyTorch's scaled dot product: grouped queries, ragged sequences, dense tiles."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class TorchCoreAttention(torch.nn.Module):
         """Attend.
 
         With `packed_seq_params`: query [s, n, d], key and value [s, g, d], causal inside each sample -> [s, n * d].
-        Without: query [s, b, n, d], key and value [s, b, g, d]; every row sees every row of its own batch entry (the
+        Without: query [s, b, n, d], key and value [s, b, g, d]; every token sees every token of its own batch entry (the
         patches of a tile) -> [s, b, n * d].
         """
         if packed_seq_params is not None:

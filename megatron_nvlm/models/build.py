@@ -61,7 +61,7 @@ def build_model(
             share_embeddings_and_output_weights=parts.language.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=parts.language.rotary_base,
-            scatter_embedding_sequence_parallel=False,  # vision tokens are put in before the rows are scattered
+            scatter_embedding_sequence_parallel=False,  # vision tokens are put in before the tokens are scattered
             pg_collection=groups,
             vp_stage=vp_stage,
         )

@@ -82,7 +82,7 @@ def vision_config(
 def projector_config(
     config: ModelConfig, preset: LanguagePreset, parallelism: ParallelismConfig, dtype: torch.dtype, on_cpu: bool
 ) -> TransformerConfig:
-    """The projector's configuration: tensor parallel, without sequence parallelism (its rows are vision tokens)."""
+    """The projector's configuration: tensor parallel, without sequence parallelism (its tokens are vision tokens)."""
     return TransformerConfig(
         num_layers=1,
         hidden_size=preset.hidden_size,

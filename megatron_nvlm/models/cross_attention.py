@@ -122,7 +122,7 @@ class TanhGatedAdd(torch.nn.Module):
     def __init__(self, config: TransformerConfig, gate_init: float = 0.0) -> None:
         super().__init__()
         self.gate = torch.nn.Parameter(torch.full((1,), gate_init, dtype=config.params_dtype))
-        # Under sequence parallelism each rank sees a shard of the rows, and the gate's gradient is the sum over shards.
+        # Under sequence parallelism each rank sees a shard of the tokens, and the gate's gradient is the sum over shards.
         self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:

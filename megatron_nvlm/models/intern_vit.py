@@ -1,4 +1,4 @@
-"""InternViT: tiles to patch features (paper, section 4.1; sizes in presets.py).
+"""InternViT: tiles to patch features (paper, section 4.1; sizes in families/sizes.py).
 
 Two families share one tower of Megatron-core layers: 6B (RMSNorm, RMSNorm over the full width of queries and keys, no
 QKV bias) and 300M (LayerNorm, QKV bias, no query/key norm). Both scale each residual branch by a vector.

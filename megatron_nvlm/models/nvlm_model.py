@@ -67,7 +67,7 @@ class NVLMModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
         self.payload_tokens = 0
-        """Rows of the message between stages, padding included; 0 for as many as the micro-batch has."""
+        """Tokens of the message between stages, padding included; 0 for as many as the micro-batch has."""
         self._payload: Tensor | None = None
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -159,13 +159,13 @@ class NVLMModel(MegatronModule):
 
     def _embed(self, micro_batch: MicroBatch, vision_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decoder input [s, 1, h] and context [c, 1, h] (shards of both under sequence parallelism)."""
-        rows = len(micro_batch.tokens)
+        num_tokens = len(micro_batch.tokens)
         tokens = torch.cat([micro_batch.tokens, micro_batch.context_tokens]) if self.has_context else micro_batch.tokens
         embedded = self.language_model.embedding(input_ids=tokens[None], position_ids=None)  # [s + c, 1, h]
-        hidden = insert(embedded[:rows], vision_tokens, micro_batch.decoder_vision_index)
+        hidden = insert(embedded[:num_tokens], vision_tokens, micro_batch.decoder_vision_index)
         context = None
         if self.has_context:
-            context = insert(embedded[rows:], vision_tokens, micro_batch.context_vision_index)
+            context = insert(embedded[num_tokens:], vision_tokens, micro_batch.context_vision_index)
         if self.config.sequence_parallel:
             group = self.language_model.pg_collection.tp
             hidden = scatter_to_sequence_parallel_region(hidden, group=group)
@@ -179,11 +179,11 @@ class NVLMModel(MegatronModule):
     def _split_payload(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         assert self._payload is not None
         shards = self._sequence_shards
-        rows = len(micro_batch.tokens) // shards
+        num_tokens = len(micro_batch.tokens) // shards
         if not self.has_context:
-            return self._payload[:rows], None
+            return self._payload[:num_tokens], None
         num_context_tokens = len(micro_batch.context_tokens) // shards
-        return self._payload[:rows], self._payload[rows : rows + num_context_tokens]
+        return self._payload[:num_tokens], self._payload[num_tokens : num_tokens + num_context_tokens]
 
     def _join_payload(self, micro_batch: MicroBatch, output: Tensor, context: Tensor | None) -> Tensor:
         """The message to the next stage: decoder tokens, context tokens and, with a fixed length, zeros."""
@@ -192,7 +192,7 @@ class NVLMModel(MegatronModule):
             missing = self.payload_tokens // self._sequence_shards - sum(len(part) for part in parts)
             if missing < 0:
                 raise UserError(
-                    f"the micro-batch of {', '.join(micro_batch.keys)} has {-missing * self._sequence_shards} rows more "
+                    f"the micro-batch of {', '.join(micro_batch.keys)} has {-missing * self._sequence_shards} tokens more "
                     f"than the {self.payload_tokens} that virtual pipeline stages send; raise "
                     "parallelism.payload_vision_tokens by as many"
                 )
@@ -205,7 +205,7 @@ class NVLMModel(MegatronModule):
 
 
 def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows of `embedded` [n, 1, h], with vision token `index[i]` in place of row i wherever `index[i]` is not -1."""
+    """Tokens of `embedded` [n, 1, h], with vision token `index[i]` in place of token i wherever `index[i]` is not -1."""
     if len(vision_tokens) == 0:
         return embedded
     chosen = vision_tokens[index.clamp(min=0)][:, None].to(embedded.dtype)
@@ -223,7 +223,7 @@ def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def packed_sequence(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Core's description of a ragged row, from the boundaries [samples + 1] of its samples."""
+    """Core's description of a ragged sequence, from the boundaries [samples + 1] of its samples."""
     longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
     return PackedSeqParams(
         qkv_format="thd",

@@ -18,7 +18,7 @@ class ParallelismConfig:
     pipeline_model_parallel_size: int = 1
     """Stages, each a range of layers."""
     sequence_parallel: bool = False
-    """Shard the rows of norms and residuals over the tensor-parallel ranks as well."""
+    """Shard the tokens of norms and residuals over the tensor-parallel ranks as well."""
     use_distributed_optimizer: bool = True
     """Spread the optimizer's state over the data-parallel ranks."""
     virtual_pipeline_model_parallel_size: int = 1
@@ -29,7 +29,7 @@ class ParallelismConfig:
     """Context tokens that a micro-batch may send from stage to stage. Virtual stages only: their messages have one length,
     micro_batch_size * sequence_length + this; otherwise messages are as long as the micro-batch."""
     context_parallel_size: int = 1
-    """Ranks that share a sample's rows: 1 only, see config/rules.py."""
+    """Ranks that share a sample's tokens: 1 only, see config/rules.py."""
     expert_model_parallel_size: int = 1
     """Ranks that share experts: 1 only, see config/rules.py."""
     vision_placement: str = "first_stage"
@@ -41,7 +41,7 @@ class ParallelismConfig:
 
     @property
     def token_multiple(self) -> int:
-        """Rows of a micro-batch are padded to a multiple of this, so that sequence shards are equal."""
+        """Tokens of a micro-batch are padded to a multiple of this, so that sequence shards are equal."""
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     def data_parallel_size(self, world_size: int) -> int:

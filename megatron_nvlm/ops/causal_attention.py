@@ -1,4 +1,4 @@
-"""Causal self-attention over a ragged row of samples, without attention between samples."""
+"""Causal self-attention over a ragged sequence of samples, without attention between samples."""
 
 import torch
 from torch import Tensor
@@ -8,21 +8,21 @@ from torch.nn.functional import scaled_dot_product_attention
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Causal attention inside each sample of a ragged row.
+    """Causal attention inside each sample of a ragged sequence.
 
     Args:
-        query: [rows, heads, head_dim]; key, value: [rows, groups, head_dim].
-        cu_seqlens: [samples + 1] boundaries of the samples, from 0 to rows.
+        query: [tokens, heads, head_dim]; key, value: [tokens, groups, head_dim].
+        cu_seqlens: [samples + 1] boundaries of the samples, from 0 to tokens.
         scale: factor of the scores; head_dim ** -0.5 by default.
 
     Returns:
-        [rows, heads, head_dim].
+        [tokens, heads, head_dim].
     """
     starts = cu_seqlens[:-1].tolist()
     ends = cu_seqlens[1:].tolist()
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     longest = max(lengths)
-    # Samples of similar length run as one padded batch (padding stands after the real rows, so no real row sees it);
+    # Samples of similar length run as one padded batch (padding stands after the real tokens, so no real token sees it);
     # otherwise padding would cost more than a loop.
     if len(lengths) > 1 and longest * len(lengths) <= 2 * sum(lengths):
         return _padded_batch(query, key, value, cu_seqlens, longest, scale)
@@ -35,7 +35,7 @@ def causal_attention(
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """[batch, rows, heads, head_dim] in and out."""
+    """[batch, tokens, heads, head_dim] in and out."""
     output = scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -1,10 +1,10 @@
-"""Attention in which each query row sees one contiguous range of keys.
+"""Attention in which each query token sees one contiguous range of keys.
 
-A range per row describes every mask of NVLM-X and NVLM-H (docs/design: "one interval per token"), for ragged tiles,
+A range per token describes every mask of NVLM-X and NVLM-H (docs/design: "one interval per token"), for ragged tiles,
 several images and packed samples, without padding. This is the readable form that runs everywhere and that kernels are
 compared with.
 
-Example, 5 query rows and 6 keys (two tiles of 3 tokens)::
+Example, 5 query tokens and 6 keys (two tiles of 3 tokens)::
 
     intervals   row of the mask
     [0, 0)      ......        text before the image: sees nothing, output exactly 0
@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
-    """The ranges as a dense mask: [rows, num_keys], true where the row sees the key. `intervals` is [rows, 2]."""
+    """The ranges as a dense mask: [tokens, num_keys], true where the token sees the key. `intervals` is [tokens, 2]."""
     position = torch.arange(num_keys, device=intervals.device)
     return (position >= intervals[:, :1]) & (position < intervals[:, 1:])
 
@@ -28,16 +28,16 @@ def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
 def interval_attention(
     query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention of each row over its own range of keys; a row with an empty range is exactly zero.
+    """Softmax attention of each token over its own range of keys; a token with an empty range is exactly zero.
 
     Args:
-        query: [rows, heads, head_dim].
+        query: [tokens, heads, head_dim].
         key, value: [keys, groups, head_dim]; `heads` is a multiple of `groups` (grouped-query attention).
-        intervals: [rows, 2] integers, the range [start, end) of keys that the row sees.
+        intervals: [tokens, 2] integers, the range [start, end) of keys that the token sees.
         scale: factor of the scores; head_dim ** -0.5 by default.
 
     Returns:
-        [rows, heads, head_dim].
+        [tokens, heads, head_dim].
     """
     if key.shape[0] == 0:
         return query * 0
@@ -49,17 +49,17 @@ def interval_attention(
 
 
 def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
-    """Cut the rows where no later row sees a key that an earlier one saw: between samples of a pack.
+    """Cut the tokens where no later token sees a key that an earlier one saw: between samples of a pack.
 
-    Each segment then needs scores for its own keys only, not for those of the whole row.
+    Each segment then needs scores for its own keys only, not for those of the whole sequence.
 
     Returns:
-        (first row, row behind the last, first key, key behind the last) of each segment; at least one key each, and all
-        rows in order.
+        (first token, token behind the last, first key, key behind the last) of each segment; at least one key each, and all
+        tokens in order.
     """
     starts, ends = intervals.T.tolist()
     found: list[tuple[int, int, int, int]] = []
-    first, low, high = 0, -1, 0  # low is -1 until a row of the segment sees something
+    first, low, high = 0, -1, 0  # low is -1 until a token of the segment sees something
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         if end <= start:
             continue
@@ -74,7 +74,7 @@ def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None) -> Tensor:
     empty = intervals[:, 1] <= intervals[:, 0]
-    # An empty row sees everything here and is set to zero below: a fully masked softmax would give NaN or a mean.
+    # An empty token sees everything here and is set to zero below: a fully masked softmax would give NaN or a mean.
     mask = interval_mask(intervals, key.shape[0]) | empty[:, None]
     output = scaled_dot_product_attention(
         query.transpose(0, 1)[None],

@@ -44,15 +44,15 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 
 def vocab_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Cross-entropy of each row, in nats.
+    """Cross-entropy of each token, in nats.
 
     Args:
-        logits: [rows, vocabulary / ranks], this rank's columns.
-        labels: [rows] ids in the whole vocabulary.
+        logits: [tokens, vocabulary / ranks], this rank's columns.
+        labels: [tokens] ids in the whole vocabulary.
         group: the ranks that share the vocabulary, in order; None for one process.
 
     Returns:
-        [rows], equal on all ranks of the group; float32, or float64 for float64 logits.
+        [tokens], equal on all ranks of the group; float32, or float64 for float64 logits.
     """
     loss: Tensor = _VocabCrossEntropy.apply(logits, labels, group)
     return loss

@@ -1,4 +1,4 @@
-"""Pieces of a conversation and the layouts of its images become the rows of one sample."""
+"""Pieces of a conversation and the layouts of its images become the tokens of one sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class AssembledSample:
-    """One sample's rows (numpy); numbers of vision tokens and context tokens count within the sample.
+    """One sample's tokens (numpy); numbers of vision tokens and context tokens count within the sample.
 
     Shapes: s decoder tokens, c context tokens.
     """
@@ -31,16 +31,16 @@ class AssembledSample:
     context_vision_index: np.ndarray
     """[c] number of the vision token that stands here; -1 for tags."""
     context_intervals: np.ndarray
-    """[s, 2] range [start, end) of context tokens that this row sees."""
+    """[s, 2] range [start, end) of context tokens that this token sees."""
     num_tiles: int
 
 
 def assemble(pieces: Sequence[TextPiece | ImagePiece], layouts: Sequence[ImageLayout]) -> AssembledSample:
-    """Rows of one sample.
+    """Tokens of one sample.
 
-    What a row sees in the context (design: "one interval per token"; the paper leaves all but the first open): a tag's
-    sub-tokens see their own tile (X); the thumbnail's own rows in the decoder (H) and every row after an image see all
-    tiles of the images so far; rows before the first image see nothing.
+    What a token sees in the context (design: "one interval per token"; the paper leaves all but the first open): a tag's
+    sub-tokens see their own tile (X); the thumbnail's own tokens in the decoder (H) and every token after an image see all
+    tiles of the images so far; tokens before the first image see nothing.
 
     Args:
         pieces: text and images in order.

@@ -1,4 +1,4 @@
-"""The one source for how many rows an image takes, where, and what they see. Everything else asks it."""
+"""The one source for how many tokens an image takes, where, and what they see. Everything else asks it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron_nvlm.sequence.variants import Variant
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Rows of one image, counted within the image. Shapes: d its decoder tokens, c its context tokens."""
+    """Tokens of one image, counted within the image. Shapes: d its decoder tokens, c its context tokens."""
 
     num_tiles: int
     """Tiles and thumbnail together."""
@@ -20,7 +20,7 @@ class ImageLayout:
     decoder_vision_index: np.ndarray
     """[d] number of the vision token; -1 for tags."""
     decoder_intervals: np.ndarray
-    """[d, 2] range of the image's context tokens that the row sees."""
+    """[d, 2] range of the image's context tokens that the token sees."""
     decoder_sees_own_tile: np.ndarray
     """[d] true where the range is one tile's alone, whatever images came before."""
     context_tokens: np.ndarray
@@ -30,7 +30,7 @@ class ImageLayout:
 
 
 def lay_out_image(tag_ids: Sequence[Sequence[int]], variant: Variant, tokens_per_tile: int) -> ImageLayout:
-    """Rows of an image whose tiles bear these tags.
+    """Tokens of an image whose tiles bear these tags.
 
     Args:
         tag_ids: ids of each tile's tag, of any length, in tile order, the thumbnail's last. An image of one tile has
@@ -77,7 +77,7 @@ def lay_out_image(tag_ids: Sequence[Sequence[int]], variant: Variant, tokens_per
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring rows of one kind: a tag or a tile."""
+    """Neighbouring tokens of one kind: a tag or a tile."""
 
     tokens: np.ndarray
     vision_index: np.ndarray

@@ -1,4 +1,4 @@
-"""The micro-batch: one ragged row of samples, and for each of its rows where its content comes from.
+"""The micro-batch: one ragged sequence of samples, and for each of its tokens where its content comes from.
 
 All pipeline stages hold it; only where tiles are encoded does it carry pixels.
 Shapes: s decoder tokens, c context tokens, t tiles, S pixels along an edge of a tile.
@@ -37,7 +37,7 @@ class MicroBatch:
     context_vision_index: Tensor
     """[c] number of the vision token that stands here; -1 for tags and padding."""
     context_intervals: Tensor
-    """[s, 2] range [start, end) of context tokens that this row sees; int32."""
+    """[s, 2] range [start, end) of context tokens that this token sees; int32."""
     tiles: Tensor
     """[t, 3, S, S] uint8; t may be 0. All tiles, or the range of them that this rank encodes, or none."""
     keys: tuple[str, ...]
@@ -73,7 +73,7 @@ def pack(
     with_context: bool = False,
     first_tile: int = 0,
 ) -> MicroBatch:
-    """Put samples one behind the other into one ragged row.
+    """Put samples one behind the other into one ragged sequence.
 
     Args:
         samples: at least one.
@@ -81,8 +81,8 @@ def pack(
             nothing is encoded).
         tokens_per_tile: vision tokens that a tile becomes.
         pad_to_multiple: decoder and context tokens are padded to a multiple of it (sequence parallelism). Padding is a
-            sample of its own without target, and no row sees padding of the context.
-        with_context: whether the model has cross-attention; the context then has at least one row, so that batches
+            sample of its own without target, and no token sees padding of the context.
+        with_context: whether the model has cross-attention; the context then has at least one token, so that batches
             without images run the same collectives.
     """
     rows = sum(len(sample.tokens) for sample in samples)

@@ -31,7 +31,7 @@ class TrainingConfig:
     """Section `training` of a run."""
 
     micro_batch_size: int
-    """Samples of one ragged row."""
+    """Samples of one ragged sequence."""
     global_batch_size: int
     """Samples of a step, over all replicas."""
     train_steps: int

@@ -25,5 +25,5 @@ def test_a_message_is_filled_up_and_one_that_is_too_long_says_by_how_much(world_
     assert taken_context is not None
     assert torch.equal(taken, hidden) and torch.equal(taken_context, context)
     model.payload_tokens = rows + num_context_tokens - 3
-    with pytest.raises(UserError, match="of sample_7, sample_8 has 3 rows more than the .* by as many"):
+    with pytest.raises(UserError, match="of sample_7, sample_8 has 3 tokens more than the .* by as many"):
         model._join_payload(micro_batch, hidden, context)

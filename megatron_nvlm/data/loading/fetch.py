@@ -42,7 +42,7 @@ def fetch(
     request: SampleRequest,
     allocate: AllocateTiles = new_tiles,
 ) -> PreparedSample | BadRecord:
-    """Read and prepare one sample. Its images have the sizes that the index says, so its rows need no decoding.
+    """Read and prepare one sample. Its images have the sizes that the index says, so its tokens need no decoding.
 
     Raises:
         StorageError: its shard cannot be reached, which is no fault of the sample and may be so on one machine only.

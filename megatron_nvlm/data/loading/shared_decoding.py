@@ -1,11 +1,11 @@
 """A loader whose rank decodes its share of a step's tiles only, among the ranks that encode them together.
 
-Rows need no pixels: sizes of images stand in the index, so every rank knows the rows and the number of tiles of all samples
-of a step (each reads and tokenises them all) and with it whose tile is whose. An image that turns out broken is known to
-those alone who decode it. So they tell each other, drop its sample, and share the tiles that are left anew, until nobody
-finds another. What comes out is what a loader gives that decodes everything, on any number of ranks.
+Tokens need no pixels: sizes of images stand in the index. So every rank, which reads and tokenises all samples of a step,
+knows their tokens and tiles, and with it whose tile is whose. Only the ranks that decode a broken image learn that it is
+broken. They tell the others, all drop its sample and share the remaining tiles again, until nobody finds another. The
+micro-batches are those of a loader that decodes everything, on any number of ranks.
 
-Workers read the rows of the step after next, and then decode this rank's share of the next, while a step is computed.
+Workers read the tokens of the step after next, and then decode this rank's share of the next, while a step is computed.
 """
 
 from collections import deque
@@ -26,7 +26,7 @@ Found = tuple[int, int, BadRecord]
 """A bad sample: its place of the order, the first of its tiles that was asked for, and what is wrong."""
 
 _NOTHING = (0, 0)
-"""The part of a sample's tiles to ask for where only its rows are wanted."""
+"""The part of a sample's tiles to ask for where only its tokens are wanted."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class SharingLoader:
             yield self._build_micro_batch(step, micro_batch)
 
     def _begin(self, position: DataPosition) -> _Step:
-        """Ask for the rows of a step."""
+        """Ask for the tokens of a step."""
         planned = self.builder.plan.step(position)
         micro_batches = self.builder.own_micro_batches(planned)
         tickets = {
@@ -145,7 +145,7 @@ class SharingLoader:
         return _Step(position, planned.after, micro_batches, tickets)
 
     def _look_ahead(self, position: DataPosition) -> None:
-        """Ask for the rows of the step that begins there and of the one behind, and for this rank's tiles of the first."""
+        """Ask for the tokens of the step that begins there and of the one behind, and for this rank's tiles of the first."""
         while len(self._steps) < 2:
             self._steps.append(self._begin(self._steps[-1].after if self._steps else position))
         self._ask_for_share(self._steps[0])
@@ -170,7 +170,7 @@ class SharingLoader:
                 )
 
     def _collect_tokens(self, step: _Step) -> None:
-        """Take the rows in that were asked for; what is bad without decoding is so on every rank."""
+        """Take the tokens in that were asked for; what is bad without decoding is so on every rank."""
         for place, ticket in step.token_tickets.items():
             result = self.builder.preparers.collect(ticket)
             if isinstance(result, BadRecord):
