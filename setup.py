@@ -11,6 +11,7 @@ COMMANDS = {
     "nvlm-show-config": "megatron_nvlm.commands.show_config:main",
     "nvlm-build-shards": "megatron_nvlm.commands.build_shards:main",
     "nvlm-chat-page": "megatron_nvlm.commands.chat_page:main",
+    "nvlm-compare-runs": "megatron_nvlm.commands.compare_runs:main",
     "nvlm-convert-checkpoint": "megatron_nvlm.commands.convert_checkpoint:main",
     "nvlm-demo": "megatron_nvlm.demo.run:main",
     "nvlm-demo-data": "megatron_nvlm.demo.data:main",
