@@ -11,6 +11,7 @@ import sys
 from dataclasses import fields, replace
 
 import megatron_nvlm.quiet  # noqa: F401
+from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError

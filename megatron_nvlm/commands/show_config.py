@@ -4,6 +4,7 @@ import argparse
 import operator
 import sys
 
+from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.runs.entry import user_errors_end_the_process
