@@ -100,14 +100,14 @@ def run_case(model: NVLMModel, inputs: dict[str, Tensor], case: str) -> tuple[Te
     mask = inputs.get(f"{case}.attention_mask", torch.ones_like(ids))
     micro_batch = micro_batch_of(ids, inputs[f"{case}.labels"], mask.sum(1).tolist())
     features: dict[str, Tensor] = {}
-    vision_tokens = torch.zeros(0, LANGUAGE.hidden_size)
+    encoded = torch.zeros(0, 4, 4 * VISION.hidden_size)
     if f"{case}.pixel_values" in inputs:
         features["vit_features"] = model.encode_patches(inputs[f"{case}.pixel_values"])
-        features["pixel_shuffled"] = pixel_shuffle(features["vit_features"])
+        features["pixel_shuffled"] = encoded = pixel_shuffle(features["vit_features"])
         assert model.vision_projection is not None
         vision_tokens = model.vision_projection(features["pixel_shuffled"].flatten(0, 1))
         features["mlp1_out"] = vision_tokens.view(-1, 4, LANGUAGE.hidden_size)
-    logits = model(micro_batch, vision_tokens)
+    logits = model(micro_batch, encoded)
     loss_sum, targets, _ = loss_function(micro_batch, logits)
     return loss_sum / targets, logits, features
 
