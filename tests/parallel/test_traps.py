@@ -41,7 +41,7 @@ def test_messages_are_unbatched_unoverlapped_and_of_the_weights_dtype(precision:
     """A message of another dtype than its receiver expects ends the process inside gloo, without an exception."""
     config = ModelConfig("x", "tiny", "tiny")
     parts, dtype = resolve_model(config), PRECISIONS[precision].parameter_dtype
-    for own in (ParallelismConfig(pipeline_model_parallel_size=2), VIRTUAL.partition):
+    for own in (ParallelismConfig(pipeline_model_parallel_size=2), VIRTUAL.parallelism):
         for made in (
             language_config(config, parts.language, own, dtype, on_cpu=True),
             projector_config(config, parts.language, own, dtype, on_cpu=True),
