@@ -115,6 +115,23 @@ def keep_checkpoint_process() -> None:
     patched._nvlm_manager = manager  # it shuts down when nobody holds it
 
 
+def core_version() -> str:
+    """The release of Megatron-core that runs."""
+    import megatron.core
+
+    return str(megatron.core.__version__)
+
+
+def is_newer_than_core(release: str) -> bool:
+    """Whether a release of Megatron-core is newer than the one that runs; patches of one minor release are equals."""
+    return minor_release(release) > minor_release(core_version())
+
+
+def minor_release(release: str) -> tuple[int, ...]:
+    """(0, 19) of 0.19.2."""
+    return tuple(int(part) for part in release.split(".")[:2])
+
+
 def own_checkpoint_writer() -> dict[str, Any]:
     """Keywords of core's `dist_checkpointing.save` by which core's own code writes, not nvidia-resiliency-ext.
 

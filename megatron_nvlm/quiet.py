@@ -10,6 +10,8 @@ warnings.filterwarnings("ignore", message="Apex is not installed.*")
 warnings.filterwarnings(
     "ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter|load_state_dict|save_state_dict).*"
 )
+# Core (0.19) reads what is no tensor of a checkpoint alone on each rank, by PyTorch's functions for one process.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint\..*")
 # Core asks views of its gradient buffers for `.grad`, on purpose.
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
 logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").setLevel(logging.ERROR)

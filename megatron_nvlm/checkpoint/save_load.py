@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, find_damage
 from megatron_nvlm.checkpoint.retention import LATEST_FILE, candidates, read_latest
+from megatron_nvlm.core_compat import core_version, is_newer_than_core, minor_release
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
@@ -27,6 +28,8 @@ from megatron_nvlm.runs.run_dir import RunDir
 
 METADATA_FILE = "metadata.json"
 """Of core."""
+COMMON_FILE = "common.pt"
+"""What is no tensor; older cores read nothing without it, newer ones (0.19) write none and read both."""
 logger = logging.getLogger(__name__)
 
 
@@ -129,8 +132,9 @@ def find_checkpoint(path: Path, verify: str = "size") -> Path:
 
 
 def write_identity(path: Path, identity: Identity, progress: Progress) -> None:
-    """Say in a checkpoint's folder what it is of and how far it is."""
-    (path / IDENTITY_FILE).write_text(json.dumps({"model": vars(identity), "progress": progress.to_plain()}))
+    """Say in a checkpoint's folder what it is of, how far it is, and which Megatron-core wrote it."""
+    says = {"model": vars(identity), "progress": progress.to_plain(), "core": core_version()}
+    (path / IDENTITY_FILE).write_text(json.dumps(says))
 
 
 def read_identity(path: Path) -> Identity:
@@ -155,6 +159,20 @@ def check_identity(path: Path, identity: Identity) -> None:
         raise UserError(
             f"the checkpoint {path} was trained with another tokenizer than data.tokenizer names; "
             "use the one it was trained with"
+        )
+
+
+def check_core(path: Path) -> None:
+    """Refuse a checkpoint that a newer Megatron-core wrote in a form of its own; one that does not say by which, passes."""
+    if (path / COMMON_FILE).is_file() or not (path / IDENTITY_FILE).is_file():
+        return
+    writer = json.loads((path / IDENTITY_FILE).read_text()).get("core")
+    if writer is not None and is_newer_than_core(writer):
+        least = ".".join(map(str, minor_release(writer)))
+        raise UserError(
+            f"the checkpoint {path} was written by Megatron-core {writer} in a form that {core_version()} cannot read; "
+            f"install megatron-core>={least} (it wants Python 3.12 or later), or take over the weights alone: "
+            "nvlm-convert-checkpoint export reads them with any core"
         )
 
 
@@ -222,6 +240,7 @@ def load(
 
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    check_core(path)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
         return loaded

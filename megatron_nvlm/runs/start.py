@@ -42,6 +42,7 @@ def find_start(run: ResolvedRun, identity: Identity) -> Start:
     for path in (checkpoint, initial):
         if path is not None:
             save_load.check_identity(path, identity)
+            save_load.check_core(path)  # a load does so too, but only once the model is built
     return Start(checkpoint, initial, folders)
 
 
