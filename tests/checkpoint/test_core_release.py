@@ -3,6 +3,8 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import megatron.core
 import pytest
@@ -13,12 +15,14 @@ from megatron_nvlm.checkpoint.save_load import (
     Identity,
     Progress,
     check_core,
+    load_model,
     read_identity,
     write_identity,
 )
 from megatron_nvlm.core_compat import core_version
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.parallel.device import Device
 from tests.support.launch import launch
 from tests.support.shards import write_run
 
@@ -64,6 +68,14 @@ def test_a_newer_release_is_refused_unless_its_checkpoint_is_in_the_old_form(
         check_core(tmp_path)
     (tmp_path / COMMON_FILE).touch()
     check_core(tmp_path)
+
+
+def test_it_is_refused_before_core_reads_it(tmp_path: Path, world_of_one: Device) -> None:
+    write_identity(tmp_path, IDENTITY, Progress(2, DataPosition(8)))
+    say_who_wrote(tmp_path, "99.1.0")
+    model: Any = SimpleNamespace(sharded_state_dict=lambda metadata: {})
+    with pytest.raises(UserError, match="by Megatron-core 99.1.0 in a form"):
+        load_model(tmp_path, model)
 
 
 @pytest.mark.distributed
