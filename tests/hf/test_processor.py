@@ -223,7 +223,9 @@ def test_without_a_free_id_the_index_says_it_all(tmp_path: Path) -> None:
     write_tokenizer(folder / "tokenizer.json")
     config = config_of(tiny_config("d"))
     config["llm_config"]["vocab_size"] = 303
-    write_companions(folder, config, folder / "tokenizer.json", "chatml", SYSTEM, "1d", 6)
+    write_companions(
+        folder, config, folder / "tokenizer.json", "chatml", SYSTEM, TilingConfig(tag_format="1d", max_tiles=6)
+    )
     inputs = load_processor(folder)(PROMPTS["one tile"].images, PROMPTS["one tile"].turns[0][1])
     assert int(inputs["input_ids"].max()) < 303
     assert int((inputs["vision_index"] >= 0).sum()) == TOKENS_PER_TILE
@@ -261,7 +263,14 @@ def test_bad_exports_are_refused_with_a_sentence(tmp_path: Path) -> None:
         ("chatml", "3d", "choose one of"),
     ):
         with pytest.raises(UserError, match=words):
-            write_companions(tmp_path, config, tmp_path / "tokenizer.json", template, None, tag_format, 6)
+            write_companions(
+                tmp_path,
+                config,
+                tmp_path / "tokenizer.json",
+                template,
+                None,
+                TilingConfig(tag_format=tag_format, max_tiles=6),
+            )
     with pytest.raises(UserError, match=r"is no tokenizer\.json"):
         (tmp_path / "broken.json").write_text("{}")
         image_context_token_id(tmp_path / "broken.json", 10)
