@@ -28,5 +28,6 @@ for _module, _beginning in {
     "transformer.transformer_layer": "Rewrapping ModuleSpec",
     "distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "dist_checkpointing.strategies.common": "load_common is deprecated",  # core's own way to read common.pt
 }.items():
     logging.getLogger(f"megatron.core.{_module}").addFilter(_unless(_beginning))
