@@ -32,7 +32,8 @@ from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_fil
 from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS
+from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
+from megatron_nvlm.models.families.sizes import VISION_PRESETS
 
 
 def make_folder(folder: Path, layers: int, vision_layers: int) -> None:

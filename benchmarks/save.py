@@ -20,7 +20,8 @@ from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progr
 from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.models.config import ModelConfig, resolve_model
-from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, LanguagePreset
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.parallel.device import use_device
@@ -30,7 +31,7 @@ from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
 from megatron_nvlm.training.step import wrap_model
 
-SIZES = LanguagePreset(4, 768, 2048, 12, 4, 8192, 10_000, qkv_bias=True)
+SIZES = LanguagePreset(4, 768, 2048, 12, 4, 8192, 10_000, "qwen2")
 
 
 def main() -> None:

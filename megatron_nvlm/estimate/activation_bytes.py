@@ -109,11 +109,10 @@ class ActivationModel:
 
     def _layer(self, work: Work) -> int:
         language, size, trains = self.sizes.language, self.dtype.itemsize, self._trains("language_model")
-        head = language.hidden_size // language.num_attention_heads
-        keys = language.num_query_groups * head
-        attention = 2 * language.hidden_size + 2 * keys  # queries, keys, values and output
+        keys, queries = language.num_query_groups * language.head_size, language.query_size
+        attention = 2 * queries + 2 * keys  # queries, keys, values and output
         if self.backend == "local":
-            attention += language.hidden_size + keys  # queries and keys before rotation stand beside the values
+            attention += queries + keys  # queries and keys before rotation stand beside the values
         mlp = (4 + trains) * language.ffn_hidden_size  # both halves, activated, gated; and the second layer's input
         split = work.num_tokens * size * (attention + mlp) // self._tensor
         return 2 * self._norm(work.num_tokens * language.hidden_size, self._shard, trains) + split
@@ -121,7 +120,7 @@ class ActivationModel:
     def _cross_attention(self, work: Work) -> int:
         language, cross, size = self.sizes.language, self.sizes.cross_attention, self.dtype.itemsize
         trains = self._trains("cross_attention")
-        head = language.hidden_size // language.num_attention_heads
+        head = language.head_size
         queries = (cross.num_attention_heads or language.num_attention_heads) * head
         keys = (cross.num_query_groups or language.num_query_groups) * head
         split = size * (work.num_tokens * 2 * queries + work.num_context_tokens * 2 * keys) // self._tensor

@@ -160,7 +160,9 @@ def dry_run(plan: DryRunInput, hardware: Hardware, backend: str, whole: BuiltRan
     """
     ranks = build_ranks(plan.model, plan.parallelism, plan.world_size, plan.dtype, plan.trainable)
     whole = whole or build_whole(plan.model, plan.dtype, plan.trainable)
-    return _count(plan, hardware, backend, ranks, check_ownership(whole, ranks, _on_every_stage(plan)), whole)
+    tied = resolve_model(plan.model).language.tied_embeddings
+    problems = check_ownership(whole, ranks, _on_every_stage(plan), tied)
+    return _count(plan, hardware, backend, ranks, problems, whole)
 
 
 def _on_every_stage(plan: DryRunInput) -> tuple[str, ...]:

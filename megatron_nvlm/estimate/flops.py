@@ -10,7 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.ops.interval_attention import segments
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 from megatron_nvlm.sequence.variants import Variant
@@ -148,15 +149,15 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
     language_trains, cross_trains = "language_model" in trains, "cross_attention" in trains
     context_has_gradient = bool(trains & {"vision_model", "vision_projection", "language_model"})
     language = sizes.language
-    head = language.hidden_size // language.num_attention_heads
+    head, queries = language.head_size, language.query_size
     hidden, groups = language.hidden_size, language.num_query_groups
     layer = _sum(
-        linear(work.num_tokens, hidden, hidden + 2 * groups * head, language_trains),
-        linear(work.num_tokens, hidden, hidden, language_trains),
+        linear(work.num_tokens, hidden, queries + 2 * groups * head, language_trains),
+        linear(work.num_tokens, queries, hidden, language_trains),
         linear(work.num_tokens, hidden, 2 * language.ffn_hidden_size, language_trains),
         linear(work.num_tokens, language.ffn_hidden_size, hidden, language_trains),
     )
-    self_attention = attention(work.self_pairs, hidden)
+    self_attention = attention(work.self_pairs, queries)
 
     cross = sizes.cross_attention
     query_width = (cross.num_attention_heads or language.num_attention_heads) * head

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from megatron_nvlm.estimate.ranks import BuiltRank, LocalParameter
+from megatron_nvlm.models.initialise import EMBEDDING
 from megatron_nvlm.models.sharding import join
 
 
-def check_ownership(whole: BuiltRank, ranks: Sequence[BuiltRank], on_every_stage: Sequence[str] = ()) -> list[str]:
+def check_ownership(
+    whole: BuiltRank, ranks: Sequence[BuiltRank], on_every_stage: Sequence[str] = (), tied_embeddings: bool = False
+) -> list[str]:
     """What is wrong with who holds what, a sentence each; empty if every parameter is owned exactly once per replica.
 
     A parameter is owned by one stage; there each tensor-parallel rank holds its part, and the parts, joined as
@@ -18,6 +21,7 @@ def check_ownership(whole: BuiltRank, ranks: Sequence[BuiltRank], on_every_stage
         whole: the model on a single rank.
         ranks: every tensor-parallel rank of every stage.
         on_every_stage: parts of the model that the layout keeps on all stages (a replicated encoder).
+        tied_embeddings: whether the last stage keeps a copy of the first one's embedding, its output layer.
     """
     stages = 1 + max(rank.stage for rank in ranks)
     tensor_ranks = 1 + max(rank.tensor_rank for rank in ranks)
@@ -30,6 +34,8 @@ def check_ownership(whole: BuiltRank, ranks: Sequence[BuiltRank], on_every_stage
     for parameter in whole.parameters:
         held = holders.get(parameter.name, {})
         wanted_stages = stages if parameter.part in on_every_stage else 1
+        if tied_embeddings and parameter.name == EMBEDDING:
+            wanted_stages = min(2, stages)
         held_stages = sorted({stage for stage, _ in held})
         if len(held_stages) != wanted_stages:
             problems.append(f"{parameter.name} is on {len(held_stages)} stages {held_stages}, not {wanted_stages}")

@@ -28,6 +28,8 @@ CODE_FILES = (
     "sequence_nvlm.py",
     "processing_nvlm.py",
 )
+SHARED_FILES = {"rope_scaling.py": "megatron_nvlm.models.families"}
+"""Files of the package that folders carry as they are, and where they stand in it."""
 AUTO_MAP_OF_PROCESSORS = {
     "AutoImageProcessor": "image_processing_nvlm.NVLMImageProcessor",
     "AutoProcessor": "processing_nvlm.NVLMProcessor",
@@ -69,6 +71,9 @@ def write_code(folder: Path) -> None:
     """The model's code, which needs torch and transformers alone."""
     for name in CODE_FILES:
         with as_file(files("megatron_nvlm.hf.exported_code") / name) as source:
+            shutil.copyfile(source, folder / name)
+    for name, package in SHARED_FILES.items():
+        with as_file(files(package) / name) as source:
             shutil.copyfile(source, folder / name)
 
 

@@ -8,7 +8,8 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, NORMS
-from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.models.families.language_json import describe_language
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
 
 
@@ -76,7 +77,7 @@ def describe_folder(model: ResolvedModel, max_tiles: int, tag_format: str, templ
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
         "force_image_size": vision.tile_size,
-        "llm_config": _describe_language(language, max_sequence_length, dtype),
+        "llm_config": describe_language(language, max_sequence_length, dtype),
         "max_dynamic_patch": max_tiles,
         "min_dynamic_patch": 1,
         "ps_version": "v2",
@@ -96,27 +97,6 @@ def describe_folder(model: ResolvedModel, max_tiles: int, tag_format: str, templ
             "qk_norm": cross_attention.qk_norm,
         }
     return config
-
-
-def _describe_language(preset: LanguagePreset, max_sequence_length: int, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM" if preset.qkv_bias else "LlamaForCausalLM"],
-        "attention_bias": preset.qkv_bias,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "hidden_size": preset.hidden_size,
-        "intermediate_size": preset.ffn_hidden_size,
-        "max_position_embeddings": max_sequence_length,
-        "model_type": "qwen2" if preset.qkv_bias else "llama",
-        "num_attention_heads": preset.num_attention_heads,
-        "num_hidden_layers": preset.num_layers,
-        "num_key_value_heads": preset.num_query_groups,
-        "rms_norm_eps": preset.layernorm_epsilon,
-        "rope_theta": float(preset.rotary_base),
-        "tie_word_embeddings": preset.tied_embeddings,
-        "torch_dtype": dtype,
-        "vocab_size": preset.vocab_size,
-    }
 
 
 def _describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:

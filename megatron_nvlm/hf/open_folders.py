@@ -14,8 +14,10 @@ from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.folder_sizes import language_preset_of, read_config, vision_preset_of
-from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.models.families.folder_sizes import read_config, vision_preset_of
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.language_json import language_preset_of
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.models.initialise import component_of
 from megatron_nvlm.models.weight_rows import CensusError, Row, check_their_names
 

@@ -1,7 +1,9 @@
-"""The tables: Qwen2 and Llama/Yi language models, InternViT, the NVLM-D release, and our folders of NVLM-X and NVLM-H."""
+"""The tables: language models, InternViT, the NVLM-D release, and our folders of NVLM-X and NVLM-H."""
 
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.languages import family_of
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.models.weight_rows import (
     ByGroup,
     Direct,
@@ -21,7 +23,8 @@ _LAYER = "language_model.decoder.layers.*"
 
 
 def language_rows(preset: LanguagePreset, theirs: str = "") -> list[Row]:
-    """Qwen2 (with QKV bias) and Llama/Yi (without), below the prefix `theirs` of the folder's names."""
+    """A language model of any family, below the prefix `theirs` of the folder's names."""
+    family = family_of(preset)
     layer = f"{theirs}model.layers.*"
     groups = preset.num_query_groups
     grouped = ByGroup(groups, (preset.num_attention_heads // groups, 1, 1))
@@ -43,8 +46,12 @@ def language_rows(preset: LanguagePreset, theirs: str = "") -> list[Row]:
         Row(f"{_LAYER}.mlp.linear_fc2.weight", (f"{layer}.mlp.down_proj.weight",), Direct()),
         Row("language_model.decoder.final_layernorm.weight", (f"{theirs}model.norm.weight",), Direct()),
     ]
-    if preset.qkv_bias:
+    if family.qkv_bias:
         rows.append(Row(f"{_LAYER}.self_attention.linear_qkv.bias", qkv("bias"), grouped))
+    if family.query_key_norm:
+        for part in "qk":
+            name = f"{_LAYER}.self_attention.{part}_layernorm.weight"
+            rows.append(Row(name, (f"{layer}.self_attn.{part}_norm.weight",), Direct()))
     if not preset.tied_embeddings:
         rows.append(Row("language_model.output_layer.weight", (f"{theirs}lm_head.weight",), Direct()))
     return expand(rows, range(preset.num_layers))

@@ -14,10 +14,9 @@ from megatron_nvlm.models.backends import Backend, get_backend
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.core_config import language_config, projector_config, vision_config
-from megatron_nvlm.models.families.sizes import (
-    LanguagePreset,
-    VisionPreset,
-)
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.languages import family_of
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL
 from megatron_nvlm.models.intern_vit import Holder, InternViTModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
@@ -65,6 +64,7 @@ def build_model(
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        scale_rotary(language_model, parts.language)
         vision_model = vision_projection = None
         if first or (parallelism.vision_placement == "replicated" and not vp_stage):
             vision_model = build_vision(config, parts.vision, parallelism, groups, single_rank_groups, dtype, on_cpu)
@@ -81,6 +81,13 @@ def build_model(
         parallelism.vision_placement == "replicated",
         vocabulary,
     )
+
+
+def scale_rotary(language_model: GPTModel, preset: LanguagePreset) -> None:
+    """Set the frequencies of a scaled rotary embedding; core has Llama's with fixed settings, and no YaRN for this form."""
+    if preset.rope_scaling is not None:
+        rotary = language_model.rotary_pos_emb
+        rotary.inv_freq = preset.rope_scaling.apply(rotary.inv_freq, preset.rotary_base)
 
 
 def vocabulary_padding(preset: LanguagePreset, parallelism: ParallelismConfig) -> Padding | None:
@@ -140,7 +147,11 @@ def _decoder_layers(
         config.cross_attention.layers(language.num_layers) if parts.variant.needs_cross_attention else frozenset()
     )
     specs = [
-        get_decoder_layer_spec(backend, config.cross_attention if layer in with_cross_attention else None)
+        get_decoder_layer_spec(
+            backend,
+            config.cross_attention if layer in with_cross_attention else None,
+            family_of(parts.language).query_key_norm,
+        )
         for layer in range(first_layer, first_layer + get_num_layers_to_build(language, vp_stage, stage))
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=backend.rms_norm)

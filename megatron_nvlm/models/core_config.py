@@ -1,15 +1,15 @@
 """Megatron-core's configurations of decoder, encoder and projector, from sizes and settings."""
 
+import math
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_nvlm.models.config import RECOMPUTE, ModelConfig
-from megatron_nvlm.models.families.sizes import (
-    LanguagePreset,
-    VisionPreset,
-)
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.languages import family_of
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.models.padding import pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
 
@@ -28,10 +28,12 @@ def language_config(
         ffn_hidden_size=preset.ffn_hidden_size,
         num_attention_heads=preset.num_attention_heads,
         num_query_groups=preset.num_query_groups,
+        kv_channels=preset.head_size,
+        softmax_scale=_softmax_scale(preset),
         normalization="RMSNorm",
         layernorm_epsilon=preset.layernorm_epsilon,
         add_bias_linear=False,
-        add_qkv_bias=preset.qkv_bias,
+        add_qkv_bias=family_of(preset).qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         attention_dropout=config.attention_dropout,
@@ -114,6 +116,16 @@ def _common(config: ModelConfig, dtype: torch.dtype, on_cpu: bool) -> dict[str, 
         deallocate_pipeline_outputs=True,
         **SAFE_COMMUNICATION,
     )
+
+
+def _softmax_scale(preset: LanguagePreset) -> float | None:
+    """Of self-attention's scores; None for 1 / sqrt(head size).
+
+    YaRN multiplies cosine and sine, so all scores of a head by the square.
+    """
+    if preset.rope_scaling is None or preset.rope_scaling.attention_scale == 1:
+        return None
+    return preset.rope_scaling.attention_scale**2 / math.sqrt(preset.head_size)
 
 
 def _virtual_size(parallelism: ParallelismConfig) -> int | None:

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.gradient_marks import SUM_OVER_TENSOR_PARALLEL, mark
+from megatron_nvlm.models.head_norm import mark_head_norm
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class GroupedQueryCrossAttention(Attention):
         own.num_attention_heads = cross_attention.num_attention_heads or config.num_attention_heads
         own.num_query_groups = cross_attention.num_query_groups or config.num_query_groups
         own.add_bias_linear = False
+        own.softmax_scale = None  # a scaled rotary embedding is of self-attention alone
         super().__init__(
             config=own,
             submodules=submodules,
@@ -95,10 +96,7 @@ class GroupedQueryCrossAttention(Attention):
         module = build_module(
             norm, config=config, hidden_size=self.hidden_size_per_attention_head, eps=config.layernorm_epsilon
         )
-        # One weight serves the heads of all tensor-parallel ranks, each with its own heads: its gradient is a sum over
-        # ranks, whether the sequence is sharded or not.
-        module.weight.sequence_parallel = False
-        mark(module.weight, SUM_OVER_TENSOR_PARALLEL)
+        mark_head_norm(module)
         return module
 
     def get_query_key_value_tensors(

@@ -15,16 +15,24 @@ from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape
 
 _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+OUTPUT_LAYER = "language_model.output_layer.weight"
+
 # Smaller positions would drown in the patches beside them: an encoder trained from scratch then cannot tell places apart.
 _UNIT_DEVIATION = ("vision_model.class_token", "vision_model.position_embeddings.weight")
 
 
 def named_parameters(model: NVLMModel | ModelChunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters with the names of the whole model: decoder layers counted over all pipeline stages."""
+    """Parameters with the names of the whole model: decoder layers counted over all pipeline stages.
+
+    The last stage's copy of a tied embedding has the embedding's name.
+    """
     for chunk in chunks_of(model):
         stage = chunk.language_model.pg_collection.pp.rank()
         offset = get_transformer_layer_offset(chunk.config, chunk.language_model.vp_stage, stage)
         for name, parameter in chunk.named_parameters():
+            if name == OUTPUT_LAYER and chunk.share_embeddings_and_output_weights:
+                name = EMBEDDING
             match = _LAYER.match(name)
             yield (f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name), parameter
 

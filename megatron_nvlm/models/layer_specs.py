@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_nvlm.models.backends import Backend, without_bias
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig, GroupedQueryCrossAttention, TanhGatedAdd
 from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.head_norm import HeadNormSelfAttention
 from megatron_nvlm.models.intern_vit import FullWidthNormSelfAttention, LayerScaleAdd
 
 
@@ -24,20 +25,28 @@ def get_mlp_spec(backend: Backend) -> ModuleSpec:
     )
 
 
-def get_decoder_layer_spec(backend: Backend, cross_attention: CrossAttentionConfig | None = None) -> ModuleSpec:
+def get_decoder_layer_spec(
+    backend: Backend, cross_attention: CrossAttentionConfig | None = None, query_key_norm: bool = False
+) -> ModuleSpec:
     """Self-attention -> [gated cross-attention] -> MLP; each adds to the residual stream.
 
     Without `cross_attention` it is a plain language-model layer: names and numbers of what is there do not change.
+
+    Args:
+        query_key_norm: whether self-attention has an RMSNorm of each head of queries and keys.
     """
+    head_norm = backend.rms_norm if query_key_norm else None
     slots: dict[str, Any] = dict(
         input_layernorm=backend.rms_norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=HeadNormSelfAttention if query_key_norm else SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=backend.column_parallel_linear,
                 core_attention=backend.core_attention,
                 linear_proj=backend.row_parallel_linear,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS
+from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.runs.resolve import resolve_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -121,10 +121,14 @@ def test_what_no_test_proves_is_refused(override: str, says: str) -> None:
         resolve_run(load_run(DEMO, [override]), world_size=2)
 
 
-def test_tied_embeddings_are_refused_in_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tied_embeddings_are_refused_in_a_pipeline_with_the_distributed_optimizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(LANGUAGE_PRESETS, "tiny", dataclasses.replace(LANGUAGE_PRESETS["tiny"], tied_embeddings=True))
-    with pytest.raises(UserError, match="tied embeddings in a pipeline is refused"):
-        resolve_run(load_run(DEMO, ["parallelism.pipeline_model_parallel_size=2"]), world_size=4)
+    pipeline = "parallelism.pipeline_model_parallel_size=2"
+    with pytest.raises(UserError, match="tied embeddings in a pipeline with the distributed optimizer is refused"):
+        resolve_run(load_run(DEMO, [pipeline, "parallelism.use_distributed_optimizer=true"]), world_size=4)
+    resolve_run(load_run(DEMO, [pipeline, "parallelism.use_distributed_optimizer=false"]), world_size=4)
 
 
 def test_virtual_stages_need_micro_batches_in_groups() -> None:

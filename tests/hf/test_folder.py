@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_nvlm.data.collate import build_micro_batch
-from megatron_nvlm.hf.companions import CODE_FILES
+from megatron_nvlm.hf.companions import CODE_FILES, SHARED_FILES
 from megatron_nvlm.hf.exported_code import configuration_nvlm
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES, config_of, pipeline_of, rows_of, write_folder
@@ -124,6 +125,8 @@ def test_saved_again_it_is_the_same(results: Path, variant: str) -> None:
     assert new["auto_map"]["AutoModelForCausalLM"] == old["auto_map"]["AutoModelForCausalLM"]
     for name in CODE_FILES:
         assert (after / name).read_text() == (HF_CODE / name).read_text()
+    for name, package in SHARED_FILES.items():
+        assert (after / name).read_text() == (files(package) / name).read_text()
     found = load_file(results / f"{variant}_results.safetensors")
     assert torch.equal(found["logits"], found["logits_again"])
 
@@ -132,15 +135,19 @@ def test_the_code_needs_no_more_than_it_says() -> None:
     """Files are copied as they stand; they import torch, numpy, Pillow, transformers, and each other."""
     import ast
 
-    assert {path.name for path in HF_CODE.glob("*.py")} == {*CODE_FILES, "__init__.py"}
+    assert {path.name for path in HF_CODE.glob("*.py")} == {*CODE_FILES, *SHARED_FILES, "__init__.py"}
     allowed = {"torch", "numpy", "PIL", "transformers", *sys.stdlib_module_names}
-    for name in CODE_FILES:
-        for node in ast.walk(ast.parse((HF_CODE / name).read_text())):
+    shared = [files(package) / name for name, package in SHARED_FILES.items()]
+    for path in [*(HF_CODE / name for name in CODE_FILES), *shared]:
+        name = path.name
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] in allowed for alias in node.names), name
             elif isinstance(node, ast.ImportFrom):
                 module = str(node.module)
-                assert f"{module}.py" in CODE_FILES if node.level else module.split(".")[0] in allowed, name
+                assert (
+                    f"{module}.py" in (*CODE_FILES, *SHARED_FILES) if node.level else module.split(".")[0] in allowed
+                ), name
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {

@@ -15,6 +15,9 @@ from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families import sizes as presets
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
+from megatron_nvlm.models.families.rope_scaling import LLAMA3, YARN, RopeScaling
 from megatron_nvlm.models.nvlm_model import NVLMModel as MegatronModel
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES, Prompt, pipeline_of, rows_of, write_folder
@@ -180,16 +183,42 @@ def test_llama_tied_and_the_other_encoder(
     world_of_one: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     """No biases, tied embeddings, and InternViT of the 300M family: LayerNorm and biases, no query/key norm."""
-    language = dataclasses.replace(presets.LANGUAGE_PRESETS["tiny"], qkv_bias=False, tied_embeddings=True)
+    language = dataclasses.replace(LANGUAGE_PRESETS["tiny"], family="llama", tied_embeddings=True)
     vision = dataclasses.replace(
         presets.VISION_PRESETS["tiny"], normalization="LayerNorm", qk_norm=False, qkv_bias=True
     )
-    monkeypatch.setitem(presets.LANGUAGE_PRESETS, "other", language)
+    monkeypatch.setitem(LANGUAGE_PRESETS, "other", language)
     monkeypatch.setitem(presets.VISION_PRESETS, "other", vision)
     config = dataclasses.replace(tiny_config(variant), language="other", vision="other")
     pair = make_pair(tmp_path / "folder", config, world_of_one)
     assert not hasattr(pair.theirs.language_model, "lm_head")
     test_logits(pair, "ragged batch", "left")
+
+
+# A row for each family, with what it alone has.
+FAMILIES: dict[str, LanguagePreset] = {
+    "llama 3.1": dataclasses.replace(
+        LANGUAGE_PRESETS["tiny"], family="llama", rope_scaling=RopeScaling(LLAMA3, 8.0, 16, 1.0, 4.0)
+    ),
+    "qwen2 with yarn": dataclasses.replace(LANGUAGE_PRESETS["tiny"], rope_scaling=RopeScaling(YARN, 4.0, 16)),
+    "mistral": dataclasses.replace(LANGUAGE_PRESETS["tiny"], family="mistral", kv_channels=48),
+    "qwen3": dataclasses.replace(LANGUAGE_PRESETS["tiny_qwen3"], tied_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families(
+    world_of_one: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, variant: str
+) -> None:
+    """Logits, and answers with a cache of keys and values."""
+    monkeypatch.setitem(LANGUAGE_PRESETS, "other", FAMILIES[family])
+    pair = make_pair(tmp_path / "folder", dataclasses.replace(tiny_config(variant), language="other"), world_of_one)
+    test_logits(pair, "ragged batch", "left")
+    prompts = [PROMPTS["two images"]]
+    pipeline = pipeline_of(variant)
+    expected = generate(pair.ours, [prompt.prepare(pipeline) for prompt in prompts], pipeline, -1, NEW_TOKENS)
+    assert answers_of(pair, prompts, eos_token_id=None) == expected
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
-from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, LanguagePreset, VisionPreset
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.languages import LANGUAGE_FAMILIES, LANGUAGE_PRESETS, family_of
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.sharding import cut, find_split
 from megatron_nvlm.models.weight_rows import (
@@ -35,7 +37,7 @@ def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def language_shapes(p: LanguagePreset) -> dict[str, tuple[int, ...]]:
-    head = p.hidden_size // p.num_attention_heads
+    head, family = p.head_size, family_of(p)
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (p.vocab_size, p.hidden_size),
         "model.norm.weight": (p.hidden_size,),
@@ -45,9 +47,11 @@ def language_shapes(p: LanguagePreset) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{n}."
         for part, heads in (("q", p.num_attention_heads), ("k", p.num_query_groups), ("v", p.num_query_groups)):
             shapes[f"{layer}self_attn.{part}_proj.weight"] = (heads * head, p.hidden_size)
-            if p.qkv_bias:
+            if family.qkv_bias:
                 shapes[f"{layer}self_attn.{part}_proj.bias"] = (heads * head,)
-        shapes[f"{layer}self_attn.o_proj.weight"] = (p.hidden_size, p.hidden_size)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (p.hidden_size, p.query_size)
+        if family.query_key_norm:
+            shapes |= {f"{layer}self_attn.{part}_norm.weight": (head,) for part in "qk"}
         shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (
             p.ffn_hidden_size,
             p.hidden_size,
@@ -69,7 +73,8 @@ def language_presets(draw: st.DrawFn) -> LanguagePreset:
         num_query_groups=groups,
         vocab_size=draw(st.integers(1, 20)),
         rotary_base=10_000,
-        qkv_bias=draw(st.booleans()),
+        family=draw(st.sampled_from(list(LANGUAGE_FAMILIES))),
+        kv_channels=draw(st.sampled_from([None, 2, 6])),
     )
 
 

@@ -19,8 +19,10 @@ from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.models.build import build_model
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
+from megatron_nvlm.models.families import languages
 from megatron_nvlm.models.families import sizes as presets
-from megatron_nvlm.models.families.sizes import LanguagePreset, VisionPreset
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.sizes import VisionPreset
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig
@@ -34,7 +36,7 @@ from megatron_nvlm.sequence.variants import NVLM_D
 from megatron_nvlm.training.step import loss_function
 
 IMAGE_TOKEN = 990
-LANGUAGE = LanguagePreset(4, 128, 352, 4, 2, 1024, 1_000_000, qkv_bias=True)
+LANGUAGE = LanguagePreset(4, 128, 352, 4, 2, 1024, 1_000_000, "qwen2")
 VISION = VisionPreset(3, 64, 160, 4, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56)
 ROWS = nvlm_rows(NVLM_D, LANGUAGE, VISION, CrossAttentionConfig())
 ABSOLUTE, LOSS, RELATIVE = 5e-5, 1e-5, 1e-4
@@ -54,7 +56,7 @@ def folder(reference: Path) -> Path:
 
 @pytest.fixture
 def model(folder: Path, world_of_one: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[NVLMModel]:
-    monkeypatch.setitem(presets.LANGUAGE_PRESETS, "reference", LANGUAGE)
+    monkeypatch.setitem(languages.LANGUAGE_PRESETS, "reference", LANGUAGE)
     monkeypatch.setitem(presets.VISION_PRESETS, "reference", VISION)
     built = build_model(
         ModelConfig("d", "reference", "reference"),
@@ -154,7 +156,7 @@ def test_where_each_epsilon_stands(model: NVLMModel, folder: Path) -> None:
 
 def test_a_wrong_epsilon_would_be_seen(folder: Path, world_of_one: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = dataclasses.replace(LANGUAGE, layernorm_epsilon=1e-5)
-    monkeypatch.setitem(presets.LANGUAGE_PRESETS, "reference", wrong)
+    monkeypatch.setitem(languages.LANGUAGE_PRESETS, "reference", wrong)
     monkeypatch.setitem(presets.VISION_PRESETS, "reference", VISION)
     model = build_model(
         ModelConfig("d", "reference", "reference"),

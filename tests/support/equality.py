@@ -20,7 +20,9 @@ from megatron_nvlm.models.build import build_chunks
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS, LanguagePreset, VisionPreset
+from megatron_nvlm.models.families.language_family import LanguagePreset
+from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
+from megatron_nvlm.models.families.sizes import VISION_PRESETS, VisionPreset
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
@@ -34,8 +36,8 @@ from tests.support.batches import step_samples
 from tests.support.tiny import micro_batch_of
 
 # Four groups, so that four tensor-parallel ranks have one each; three vision heads, which no even number of ranks divides.
-LANGUAGE_PRESETS["parity"] = LanguagePreset(4, 64, 96, 8, 4, 1024, 10_000, qkv_bias=True)
-LANGUAGE_PRESETS["parity_6_layers"] = LanguagePreset(6, 64, 96, 8, 4, 1024, 10_000, qkv_bias=True)
+LANGUAGE_PRESETS["parity"] = LanguagePreset(4, 64, 96, 8, 4, 1024, 10_000, "qwen2")
+LANGUAGE_PRESETS["parity_6_layers"] = LanguagePreset(6, 64, 96, 8, 4, 1024, 10_000, "qwen2")
 VISION_PRESETS["parity"] = VisionPreset(2, 48, 96, 3, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56)
 
 STEPS = 3

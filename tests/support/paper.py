@@ -2,7 +2,8 @@
 
 from megatron_nvlm.estimate.flops import Flops, ModelFlops, ModelSizes
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.sizes import LANGUAGE_PRESETS, VISION_PRESETS
+from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
+from megatron_nvlm.models.families.sizes import VISION_PRESETS
 from megatron_nvlm.sequence.variants import VARIANTS
 
 TABLE_3_ROWS = {"x": 1024, "h": 1280, "d": 2816}

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .rope_scaling import RopeScaling
+
 _LANGUAGE_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -90,7 +92,14 @@ class NVLMConfig(PretrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """What transformers' caches and generation ask of a language model."""
         language = self.llm_config
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        names = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+        )
         known = {name: getattr(language, name) for name in names if hasattr(language, name)}
         return PretrainedConfig(tie_word_embeddings=False, **known)
 
@@ -99,6 +108,26 @@ class NVLMConfig(PretrainedConfig):
         """Whether queries, keys and values have biases; Qwen2 does where nothing is said."""
         is_qwen2 = any("Qwen2" in name for name in getattr(self.llm_config, "architectures", None) or [])
         return bool(getattr(self.llm_config, "attention_bias", is_qwen2))
+
+    @property
+    def head_size(self) -> int:
+        """Of the language model's attention."""
+        language = self.llm_config
+        own = getattr(language, "head_dim", None)
+        return int(own or language.hidden_size // language.num_attention_heads)
+
+    @property
+    def query_key_norm(self) -> bool:
+        """Whether self-attention has an RMSNorm of each head of queries and keys, as Qwen3 does."""
+        return bool(getattr(self.llm_config, "query_key_norm", False))
+
+    @property
+    def rope_scaling_settings(self) -> RopeScaling | None:
+        """How the rotary embedding is scaled; the release's "dynamic" changes nothing up to max_position_embeddings."""
+        settings = getattr(self.llm_config, "rope_scaling", None)
+        if not settings or (settings.get("rope_type") or settings.get("type")) in ("default", "dynamic"):
+            return None
+        return RopeScaling.of(settings, getattr(self.llm_config, "max_position_embeddings", None))
 
     @property
     def tied_embeddings(self) -> bool:
@@ -138,7 +167,10 @@ class NVLMConfig(PretrainedConfig):
                 raise ValueError(
                     f"{section}: num_attention_heads {queries} must be a multiple of num_key_value_heads {groups}"
                 )
-        for section, part in (("llm_config", language), ("vision_config", vision)):
+        with_quotient = [("vision_config", vision)]
+        if getattr(language, "head_dim", None) is None:
+            with_quotient.append(("llm_config", language))
+        for section, part in with_quotient:
             if part.hidden_size % part.num_attention_heads:
                 raise ValueError(
                     f"{section}: hidden_size {part.hidden_size} must be a multiple of num_attention_heads "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .configuration_nvlm import NVLMConfig
+from .rope_scaling import RopeScaling
 from .vision_nvlm import RMSNorm
 
 KeyValue = tuple[Tensor, Tensor]
@@ -51,12 +52,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
     return output.transpose(1, 2).flatten(2)
 
 
-def rotation(positions: Tensor, head: int, base: float) -> tuple[Tensor, Tensor]:
+def rotation(positions: Tensor, head: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary embedding, [b, 1, r, d] in float32, of positions [b, r]."""
     exponent = torch.arange(0, head, 2, dtype=torch.float32, device=positions.device) / head
-    angles = positions[:, None, :, None].float() / base**exponent
+    if scaling is None:
+        angles = positions[:, None, :, None].float() / base**exponent
+    else:
+        angles = positions[:, None, :, None].float() * scaling.apply(1 / base**exponent, base)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    scale = 1.0 if scaling is None else scaling.attention_scale
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -73,19 +78,26 @@ class SelfAttention(nn.Module):
         language = config.llm_config
         self.layer = layer
         self.heads, self.groups = language.num_attention_heads, language.num_key_value_heads
-        self.head = language.hidden_size // self.heads
+        self.head = config.head_size
         hidden, bias = language.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, self.heads * self.head, bias=bias)
         self.k_proj = nn.Linear(hidden, self.groups * self.head, bias=bias)
         self.v_proj = nn.Linear(hidden, self.groups * self.head, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head, hidden, bias=False)
+        if config.query_key_norm:
+            self.q_norm = RMSNorm(self.head, language.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head, language.rms_norm_eps)
+        self.is_normed = config.query_key_norm
 
     def forward(
         self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, is_causal: bool, cache: Any
     ) -> Tensor:
         """[b, r, h] -> [b, r, h]; keys and values join those of the cache."""
-        query = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head)).transpose(1, 2), *turn)
-        key = rotate(self.k_proj(x).unflatten(-1, (self.groups, self.head)).transpose(1, 2), *turn)
+        query = self.q_proj(x).unflatten(-1, (self.heads, self.head))
+        key = self.k_proj(x).unflatten(-1, (self.groups, self.head))
+        if self.is_normed:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query.transpose(1, 2), *turn), rotate(key.transpose(1, 2), *turn)
         value = self.v_proj(x).unflatten(-1, (self.groups, self.head)).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
@@ -100,7 +112,7 @@ class CrossAttention(nn.Module):
         cross, language = config.cross_attention or {}, config.llm_config
         self.heads, self.groups = cross["num_attention_heads"], cross["num_key_value_heads"]
         hidden = language.hidden_size
-        self.head = hidden // language.num_attention_heads  # self-attention's, however many heads there are here
+        self.head = config.head_size  # self-attention's, however many heads there are here
         self.q_proj = nn.Linear(hidden, self.heads * self.head, bias=False)
         self.k_proj = nn.Linear(hidden, self.groups * self.head, bias=False)
         self.v_proj = nn.Linear(hidden, self.groups * self.head, bias=False)
@@ -180,7 +192,7 @@ class Decoder(nn.Module):
         super().__init__()
         language = config.llm_config
         self.rotary_base = float(language.rope_theta)
-        self.head = language.hidden_size // language.num_attention_heads
+        self.head, self.rope_scaling = config.head_size, config.rope_scaling_settings
         self.embed_tokens = nn.Embedding(language.vocab_size, language.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(language.num_hidden_layers))
         self.norm = RMSNorm(language.hidden_size, language.rms_norm_eps)
@@ -197,7 +209,7 @@ class Decoder(nn.Module):
         """Embeddings [b, r, h] -> (hidden states: what enters each layer and, last, the normed output; the keys and
         values of the context in each layer with cross-attention).
         """
-        turn = rotation(positions, self.head, self.rotary_base)
+        turn = rotation(positions, self.head, self.rotary_base, self.rope_scaling)
         mask, is_causal = causal_mask(x, attention_mask, 0 if cache is None else cache.get_seq_length())
         known = iter(key_values or ())
         states, kept = [x], []

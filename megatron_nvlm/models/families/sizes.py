@@ -4,23 +4,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_nvlm.errors import UserError
-
-
-@dataclass(frozen=True)
-class LanguagePreset:
-    """A language model of the Llama family: RMSNorm, rotary embedding, grouped queries, SwiGLU."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    vocab_size: int
-    """Rows of the embedding as stored, padding included."""
-    rotary_base: int
-    qkv_bias: bool
-    tied_embeddings: bool = False
-    layernorm_epsilon: float = 1e-6
+from megatron_nvlm.models.families.language_family import LanguagePreset
 
 
 @dataclass(frozen=True)
@@ -50,17 +34,10 @@ class VisionPreset:
         """Vision tokens of a tile after pixel shuffle."""
         return self.patches_per_tile // 4
 
+    def identity(self) -> str:
+        """The sizes as a checkpoint keeps them, where the model has no name."""
+        return str(self)
 
-LANGUAGE_PRESETS: dict[str, LanguagePreset] = {
-    # config.json of Qwen/Qwen2-72B-Instruct; NVLM's final models (paper, section 4.1)
-    "qwen2_72b": LanguagePreset(80, 8192, 29568, 64, 8, 152064, 1_000_000, qkv_bias=True),
-    # config.json of NousResearch/Nous-Hermes-2-Yi-34B; NVLM's ablations (paper, section 4.1)
-    "yi_34b": LanguagePreset(60, 7168, 20480, 56, 8, 64000, 5_000_000, qkv_bias=False, layernorm_epsilon=1e-5),
-    # config.json of Qwen/Qwen2-7B-Instruct; not a model of the paper
-    "qwen2_7b": LanguagePreset(28, 3584, 18944, 28, 4, 152064, 1_000_000, qkv_bias=True),
-    # ours, for the demo on a laptop: Qwen2's form with a vocabulary cut to 1024 tokens and room for special ones
-    "tiny": LanguagePreset(4, 128, 352, 4, 2, 1152, 10_000, qkv_bias=True),
-}
 
 VISION_PRESETS: dict[str, VisionPreset] = {
     # config.json of OpenGVLab/InternViT-6B-448px-V1-5 (paper, section 4.1)
@@ -87,4 +64,4 @@ def find_preset(presets: dict[str, Preset], name: str, key: str) -> Preset:
 
 def name_of(presets: dict[str, Preset], preset: Preset) -> str:
     """The name of a preset, or its sizes where it has none: what a checkpoint says it is of."""
-    return next((name for name, known in presets.items() if known == preset), str(preset))
+    return next((name for name, known in presets.items() if known == preset), preset.identity())
