@@ -23,7 +23,7 @@ from megatron_nvlm.evaluation.score_cases import Case
 from megatron_nvlm.evaluation.score_model import open_scored, score_case
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.parallel.device import Device
-from tests.support.folders import language_folder, vision_folder
+from tests.support.folders import FAMILIES, language_folder, vision_folder
 from tests.support.launch import environment
 
 ABSOLUTE, LOSS, RELATIVE = 5e-5, 1e-5, 1e-4
@@ -124,12 +124,31 @@ def small_vision(folder: Path, is_6b: bool, heads: int = 2, layers: int = 1) -> 
     return vision_folder(folder, is_6b, num_attention_heads=heads, num_hidden_layers=layers, **sizes)
 
 
-@settings(max_examples=10)
-@given(language_sizes(), st.sampled_from(["qwen2", "llama"]), st.booleans(), st.integers(1, 3), st.integers(1, 2))
+ROPE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0},
+}
+"""Kinds of rotary embedding, of a model that was trained on four tokens first."""
+
+
+@st.composite
+def language_models(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A family, and the settings of one of its models."""
+    settings: dict[str, Any] = {**draw(language_sizes()), "tie_word_embeddings": draw(st.booleans())}
+    scaling = ROPE[draw(st.sampled_from(list(ROPE)))]
+    if scaling:
+        settings["rope_parameters"] = {"rope_theta": 100.0, "original_max_position_embeddings": 4, **scaling}
+    return draw(st.sampled_from(list(FAMILIES))), settings
+
+
+@settings(max_examples=20)
+@given(language_models(), st.booleans(), st.integers(1, 3), st.integers(1, 2))
 def test_random_sizes_of_every_family(
-    sizes: dict[str, Any], family: str, is_6b: bool, vision_heads: int, vision_layers: int
+    model: tuple[str, dict[str, Any]], is_6b: bool, vision_heads: int, vision_layers: int
 ) -> None:
     """Made by transformers: logits and encoder features are theirs, and every tensor comes out as it went in."""
+    family, sizes = model
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
         language = language_folder(base / "language", family, **sizes)

@@ -163,6 +163,21 @@ def test_every_parameter_has_a_gradient_to_compare(reference_run: Reference) -> 
         assert len(gates) == (0 if case.variant == "d" else 2)
 
 
+OTHER_FAMILY = [
+    replace(MODELS["D"], language="parity_qwen3"),
+    replace(MODELS["H with query and key norms"], language="parity_qwen3"),
+    replace(MODELS["H"], language="parity_qwen3", trainable=PRETRAIN),
+]
+"""Tied embeddings over a pipeline, head norms over tensor-parallel ranks."""
+
+
+@pytest.mark.parametrize(
+    "name", ["TP2 with SP, selective recompute", "PP2 with two virtual stages", "TP2 with SP, PP2, full recompute"]
+)
+def test_tied_embeddings_and_head_norms(reference_run: Reference, name: str) -> None:
+    run_and_check(OTHER_FAMILY, name, reference_run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "PP2 with two virtual stages, uneven"])
 def test_every_layout_trains_every_model_frozen_or_not(reference_run: Reference, name: str) -> None:

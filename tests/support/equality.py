@@ -22,6 +22,7 @@ from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
+from megatron_nvlm.models.families.rope_scaling import YARN, RopeScaling
 from megatron_nvlm.models.families.sizes import VISION_PRESETS, VisionPreset
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
@@ -38,6 +39,20 @@ from tests.support.tiny import micro_batch_of
 # Four groups, so that four tensor-parallel ranks have one each; three vision heads, which no even number of ranks divides.
 LANGUAGE_PRESETS["parity"] = LanguagePreset(4, 64, 96, 8, 4, 1024, 10_000, "qwen2")
 LANGUAGE_PRESETS["parity_6_layers"] = LanguagePreset(6, 64, 96, 8, 4, 1024, 10_000, "qwen2")
+# Head norms, heads of 12 and not 64 / 8, an output layer that is the embedding, and a scaled rotary embedding.
+LANGUAGE_PRESETS["parity_qwen3"] = LanguagePreset(
+    4,
+    64,
+    96,
+    8,
+    4,
+    1024,
+    10_000,
+    "qwen3",
+    tied_embeddings=True,
+    kv_channels=12,
+    rope_scaling=RopeScaling(YARN, 4.0, 16),
+)
 VISION_PRESETS["parity"] = VisionPreset(2, 48, 96, 3, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56)
 
 STEPS = 3

@@ -7,14 +7,27 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
+
+OWN_KEYS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 6}}
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -30,7 +43,13 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 def language_folder(folder: Path, family: str, seed: int = 0, **sizes: Any) -> Any:
     """A language model saved by transformers; returns it, in evaluation mode."""
     config_class, model_class = FAMILIES[family]
-    given = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 256, **sizes}
+    given = {
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 256,
+        **OWN_KEYS.get(family, {}),
+        **sizes,
+    }
     model = model_class(config_class(**given)).float().eval()
     randomise(model, seed)
     model.save_pretrained(folder)
