@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_nvlm.estimate.flops import ModelSizes, Work
+from megatron_nvlm.models.families.languages import family_of
 from megatron_nvlm.models.padding import pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
 
@@ -115,7 +116,10 @@ class ActivationModel:
             attention += queries + keys  # queries and keys before rotation stand beside the values
         mlp = (4 + trains) * language.ffn_hidden_size  # both halves, activated, gated; and the second layer's input
         split = work.num_tokens * size * (attention + mlp) // self._tensor
-        return 2 * self._norm(work.num_tokens * language.hidden_size, self._shard, trains) + split
+        norms = 2 * self._norm(work.num_tokens * language.hidden_size, self._shard, trains)
+        if family_of(language).query_key_norm:
+            norms += self._norm(work.num_tokens * (queries + keys), self._tensor, trains)
+        return norms + split
 
     def _cross_attention(self, work: Work) -> int:
         language, cross, size = self.sizes.language, self.sizes.cross_attention, self.dtype.itemsize

@@ -49,9 +49,14 @@ class Kept:
 
 
 def keep(
-    device: Device, variant: str, trainable: tuple[str, ...], recompute: str, parallelism: ParallelismConfig
+    device: Device,
+    variant: str,
+    trainable: tuple[str, ...],
+    recompute: str,
+    parallelism: ParallelismConfig,
+    language: str = "tiny",
 ) -> Kept:
-    config = dataclasses.replace(tiny_config(variant), recompute=recompute)
+    config = dataclasses.replace(tiny_config(variant), recompute=recompute, language=language)
     model = tiny_model(config, device, parallelism, dtype=torch.bfloat16)
     freeze(model, trainable)
     parts = resolve_model(config)
@@ -70,6 +75,12 @@ def keep(
 @pytest.mark.parametrize("variant", "dxh")
 def test_estimate(variant: str, trainable: tuple[str, ...], recompute: str, world_of_one: Device) -> None:
     kept = keep(world_of_one, variant, trainable, recompute, ParallelismConfig())
+    assert kept.estimated == pytest.approx(kept.real, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("trainable", [RECIPES["sft"], RECIPES["pretrain"]], ids=["sft", "pretrain"])
+def test_estimate_with_head_norms(trainable: tuple[str, ...], world_of_one: Device) -> None:
+    kept = keep(world_of_one, "h", trainable, "none", ParallelismConfig(), "tiny_qwen3")
     assert kept.estimated == pytest.approx(kept.real, rel=TOLERANCE)
 
 

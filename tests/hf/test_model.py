@@ -202,7 +202,7 @@ FAMILIES: dict[str, LanguagePreset] = {
     ),
     "qwen2 with yarn": dataclasses.replace(LANGUAGE_PRESETS["tiny"], rope_scaling=RopeScaling(YARN, 4.0, 16)),
     "mistral": dataclasses.replace(LANGUAGE_PRESETS["tiny"], family="mistral", kv_channels=48),
-    "qwen3": dataclasses.replace(LANGUAGE_PRESETS["tiny_qwen3"], tied_embeddings=True),
+    "qwen3": LANGUAGE_PRESETS["tiny_qwen3"],
 }
 
 

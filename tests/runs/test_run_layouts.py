@@ -47,6 +47,19 @@ def test_a_checkpoint_passes_between_chunks_and_placements(one_rank: tuple[Path,
         assert row["tile_imbalance"] == 1
 
 
+def test_a_checkpoint_with_tied_embeddings_passes_between_pipelines(tmp_path: Path) -> None:
+    """Of Qwen3's form: its one embedding stands on both stages of a pipeline, and once in a checkpoint."""
+    path = write_run(tmp_path / "run", model={"language": "tiny_qwen3"}, training={"train_steps": STEPS})
+    base = ["--config", str(path), f"optimizer.decay_steps={STEPS}", *keys("use_distributed_optimizer=false")]
+    whole, passed = tmp_path / "whole", tmp_path / "passed"
+    launch(TRAIN, 1, *base, f"run_dir={whole}")
+    launch(TRAIN, 2, *base, f"run_dir={passed}", *keys("pipeline_model_parallel_size=2"), "training.train_steps=2")
+    launch(TRAIN, 2, *base, f"run_dir={passed}", *keys("tensor_model_parallel_size=2"), "training.train_steps=4")
+    launch(TRAIN, 2, *base, f"run_dir={passed}", *keys("pipeline_model_parallel_size=2"))
+    losses = [[row["loss"] for row in read_metrics(run_dir)] for run_dir in (whole, passed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_ranks_that_share_tiles_agree_on_broken_images(tmp_path: Path) -> None:
     """Each is decoded by one rank, or by two; all drop it, and write down what one process does."""
     samples = good_samples(24)

@@ -16,7 +16,7 @@ QWEN3 = LanguageFamily(
         "qwen3_0.6b": LanguagePreset(
             28, 1024, 3072, 16, 8, 151936, 1_000_000, "qwen3", tied_embeddings=True, kv_channels=128
         ),
-        # ours, for trials on a laptop: heads of 48, not 128 / 4
-        "tiny_qwen3": LanguagePreset(4, 128, 352, 4, 2, 1152, 10_000, "qwen3", kv_channels=48),
+        # ours, for trials on a laptop: tied embeddings as in the small models, heads of 48, not 128 / 4
+        "tiny_qwen3": LanguagePreset(4, 128, 352, 4, 2, 1152, 10_000, "qwen3", tied_embeddings=True, kv_channels=48),
     },
 )
