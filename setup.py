@@ -63,6 +63,7 @@ setup(
             "pytest>=8.2",
             "pytest-timeout>=2.3",
             "ruff>=0.8",
+            "sentencepiece>=0.2",
             "transformers>=4.46,<6",
             "types-PyYAML",
             "types-tqdm",

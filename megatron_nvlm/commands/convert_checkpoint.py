@@ -4,6 +4,7 @@
   export   --checkpoint CKPT --out DIR
   inspect  CKPT|DIR ...
   verify   A B
+  tokenizer FILE --out FILE            a tokenizer.model of SentencePiece -> a tokenizer.json
 
 Every tensor is accounted for on both sides, or nothing is written and the full list is printed. Weights pass through one
 at a time. Interrupted, the same command goes on. CKPT is the folder of a run or a checkpoint below its checkpoints/.
@@ -25,7 +26,7 @@ from megatron_nvlm.hf.open_weights import inspect, open_any, open_pair
 from megatron_nvlm.models.weight_rows import CensusError
 from megatron_nvlm.parallel.groups import stop_groups
 from megatron_nvlm.runs.export_run import export_folder
-from megatron_nvlm.runs.import_folders import ImportRequest, import_folders
+from megatron_nvlm.runs.import_folders import ImportRequest, import_folders, open_tokenizer, write_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIGABYTE = 10**9
@@ -44,7 +45,7 @@ class Progress:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The four commands."""
+    """The commands."""
     top = argparse.ArgumentParser(
         prog="python -m tools.convert_checkpoint",
         description=__doc__,
@@ -53,11 +54,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="Hugging Face folders -> a checkpoint").add_argument
     add("--hf", type=Path, metavar="DIR", help="a whole NVLM folder")
-    add("--language-model", type=Path, metavar="DIR", help="a Qwen2 or Llama folder")
+    add("--language-model", type=Path, metavar="DIR", help="a folder of any supported family")
     add("--vision-model", type=Path, metavar="DIR", help="an InternViT folder")
     add("--variant", choices=("d", "x", "h"), required=True)
     add("--out", type=Path, required=True, metavar="CKPT", help="a folder to make")
-    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, if the folders have none")
+    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json or tokenizer.model, if the folders have none")
     add("--dtype", choices=("keep", *DTYPES), default="keep", help="of the weights (default keep)")
     add("--seed", type=int, default=1234, help="of new weights, as training.seed (default 1234)")
     add("overrides", nargs="*", help="model.key=value, such as model.cross_attention.interval=8")
@@ -72,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     add = commands.add_parser("verify", help="compare two of them, number by number").add_argument
     add("first", type=Path)
     add("second", type=Path)
+    add = commands.add_parser("tokenizer", help="a tokenizer.model -> a tokenizer.json").add_argument
+    add("file", type=Path)
+    add("--out", type=Path, required=True, metavar="FILE", help="a file to make")
     return top
 
 
@@ -106,6 +110,9 @@ def run(options: argparse.Namespace) -> int:
     elif options.command == "inspect":
         for path in options.paths:
             print(inspect(path, open_any(path)))
+    elif options.command == "tokenizer":
+        write_tokenizer(options.file, options.out)
+        print(f"{options.out}: {open_tokenizer(options.out).vocab_size} ids")
     else:
         return verify(options.first, options.second)
     return 0

@@ -25,6 +25,7 @@ from megatron_nvlm.models.families.language_json import language_preset_of
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.families.sizes import VISION_PRESETS, name_of
 from megatron_nvlm.runs.components import make_identity
+from megatron_nvlm.text.sentencepiece_model import SENTENCEPIECE_FILE, convert_sentencepiece
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 
@@ -58,11 +59,11 @@ def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Do
     source = imported_source(run.model, ours, request.seed, request.dtype)
     tokenizer = _find_tokenizer(request)
     checkpoint = request.out / "checkpoints" / STEP
-    identity = make_identity(resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None)
+    identity = make_identity(resolve_model(run.model), open_tokenizer(tokenizer) if tokenizer else None)
     mark = {"model": dataclasses.asdict(run.model), "seed": request.seed, "dtype": str(request.dtype)}
     write_import(checkpoint, source, ours, identity, mark, progress(source))
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, request.out / "tokenizer.json")
+        write_tokenizer(tokenizer, request.out / "tokenizer.json")
     kept = dataclasses.replace(run.model, weights=None, language_weights=None, vision_weights=None)
     (request.out / "config.yaml").write_text(dump_run(dataclasses.replace(run, model=kept)))
     write_latest(checkpoint.parent, checkpoint.name)
@@ -156,7 +157,27 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def _find_tokenizer(request: ImportRequest) -> Path | None:
+    """The one that was named, or the folder's: its tokenizer.json, else its tokenizer.model."""
     if request.tokenizer is not None:
         return request.tokenizer
-    places = [folder / "tokenizer.json" for folder in (request.whole, request.language) if folder is not None]
+    folders = [folder for folder in (request.whole, request.language) if folder is not None]
+    places = [folder / name for folder in folders for name in ("tokenizer.json", SENTENCEPIECE_FILE)]
     return next((path for path in places if path.is_file()), None)
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json, or a tokenizer.model of SentencePiece; UserError if it is neither."""
+    return Tokenizer(convert_sentencepiece(file)) if _is_sentencepiece(file) else Tokenizer.load(file)
+
+
+def write_tokenizer(file: Path, target: Path) -> None:
+    """Write it as a tokenizer.json, which is copied as it is."""
+    open_tokenizer(file)
+    if _is_sentencepiece(file):
+        convert_sentencepiece(file).save(str(target))
+    else:
+        shutil.copyfile(file, target)
+
+
+def _is_sentencepiece(file: Path) -> bool:
+    return file.suffix == Path(SENTENCEPIECE_FILE).suffix

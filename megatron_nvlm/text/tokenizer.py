@@ -29,6 +29,11 @@ class Tokenizer:
         """Read a tokenizer.json; UserError if it is missing or is none."""
         if not Path(path).is_file():
             raise UserError(f"there is no tokenizer at {path}; set data.tokenizer to a tokenizer.json")
+        if Path(path).suffix == ".model":
+            raise UserError(
+                f"{path} is a SentencePiece model; make a tokenizer.json of it with nvlm-convert-checkpoint tokenizer "
+                f"{path} --out tokenizer.json"
+            )
         try:
             return cls(FastTokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception

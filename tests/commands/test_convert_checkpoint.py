@@ -19,12 +19,15 @@ from torch import Tensor
 
 from megatron_nvlm.commands import convert_checkpoint
 from megatron_nvlm.commands import score as score_tool
+from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.score_cases import Case
 from megatron_nvlm.evaluation.score_model import open_scored, score_case
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.parallel.device import Device
+from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.support.folders import FAMILIES, language_folder, vision_folder
 from tests.support.launch import environment
+from tests.text.test_sentencepiece_model import train as train_sentencepiece
 
 ABSOLUTE, LOSS, RELATIVE = 5e-5, 1e-5, 1e-4
 
@@ -247,7 +250,7 @@ def test_verify_says_what_differs(
     [
         ({"drop": "model.layers.1.mlp.up_proj.weight"}, "lacks 1 tensors, model.layers.1.mlp.up_proj.weight"),
         ({"add": "model.layers.0.self_attn.rotary"}, "1 tensors of .* belong to nothing"),
-        ({"config": {"tie_word_embeddings": True}}, "ties its embeddings"),
+        ({"config": {"tie_word_embeddings": True}}, "lm_head.weight among them"),
         ({"config": {"vocab_size": 48}}, "tensors of other shapes, language_model.embedding"),
         ({"config": {"num_hidden_layers": 3}}, "lacks 12 tensors"),
         (
@@ -351,3 +354,21 @@ def test_killed_halfway_it_goes_on(tmp_path: Path) -> None:
     assert convert(*export) == 0
     assert convert("verify", run, tmp_path / "out") == 0
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".") or "conversion" in path.name]
+
+
+def test_a_folder_with_a_sentencepiece_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    pytest.importorskip("sentencepiece")
+    language_folder(tmp_path / "language", "llama", vocab_size=700, **sizes)
+    small_vision(tmp_path / "vision", is_6b=True)
+    model = train_sentencepiece(tmp_path / "language")
+    parts = ("--language-model", tmp_path / "language", "--vision-model", tmp_path / "vision")
+    assert convert("import", *parts, "--variant", "d", "--out", tmp_path / "run") == 0
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").vocab_size == 700
+    assert convert("tokenizer", model, "--out", tmp_path / "alone.json") == 0
+    assert (tmp_path / "alone.json").read_text() == (tmp_path / "run" / "tokenizer.json").read_text()
+    assert "700 ids" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nvlm-convert-checkpoint tokenizer"):
+        Tokenizer.load(model)
