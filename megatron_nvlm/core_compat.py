@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import inspect
 import multiprocessing
+import re
 import signal
 from collections.abc import Callable, Mapping
 from multiprocessing.managers import SyncManager
@@ -116,10 +117,10 @@ def keep_checkpoint_process() -> None:
 
 
 def core_version() -> str:
-    """The release of Megatron-core that runs."""
+    """The release of Megatron-core that runs, without the commit that 0.19 appends of whatever repository is around it."""
     import megatron.core
 
-    return str(megatron.core.__version__)
+    return str(megatron.core.__version__).partition("+")[0]
 
 
 def is_newer_than_core(release: str) -> bool:
@@ -128,8 +129,9 @@ def is_newer_than_core(release: str) -> bool:
 
 
 def minor_release(release: str) -> tuple[int, ...]:
-    """(0, 19) of 0.19.2."""
-    return tuple(int(part) for part in release.split(".")[:2])
+    """(0, 19) of 0.19.2, and of 0.19rc1."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def own_checkpoint_writer() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from megatron_nvlm.checkpoint.save_load import (
     write_identity,
 )
 from megatron_nvlm.commands import convert_checkpoint
-from megatron_nvlm.core_compat import core_version
+from megatron_nvlm.core_compat import core_version, is_newer_than_core
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.parallel.device import Device
@@ -104,3 +104,12 @@ def test_training_is_told_what_to_install_and_the_weights_can_be_exported(
     assert f"error: the checkpoint {checkpoint} was written by Megatron-core 99.1.0 in a form that" in done.stderr
     assert "install megatron-core>=99.1 " in done.stderr
     assert weights and export(run_dir, tmp_path / "after") == weights
+
+
+@pytest.mark.parametrize(
+    ("release", "newer"),
+    [("0.16.1", False), ("0.15.0", False), ("99.0rc1", True), ("99.1.2+a5c2210", True), ("", False)],
+)
+def test_releases_are_compared_however_they_are_written(release: str, newer: bool) -> None:
+    assert is_newer_than_core(release) == newer
+    assert "+" not in core_version()
