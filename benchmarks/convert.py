@@ -33,7 +33,7 @@ from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
-from megatron_nvlm.models.families.sizes import VISION_PRESETS
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 
 
 def make_folder(folder: Path, layers: int, vision_layers: int) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from megatron_nvlm.estimate.flops import ModelSizes, Work
 from megatron_nvlm.models.families.languages import family_of
+from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.padding import pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
 
@@ -135,7 +136,7 @@ class ActivationModel:
     def _projector(self, work: Work) -> int:
         language, size = self.sizes.language, self.dtype.itemsize
         tokens = work.tiles * self.sizes.vision.tokens_per_tile
-        inputs = 4 * self.sizes.vision.hidden_size
+        inputs = self.sizes.vision.shuffled_size
         trains = self._trains("vision_projection")
         if not trains and not self._trains("vision_model"):
             return 0
@@ -169,7 +170,7 @@ class ActivationModel:
             return 0
         vision, size = self.sizes.vision, self.dtype.itemsize
         ranks = self._tensor if self._split_encoder else 1
-        rows = tiles * (vision.patches_per_tile + 1)
+        rows = tiles * vision_family_of(vision).tower_tokens(vision)
         width = rows * vision.hidden_size
         heads = pad_evenly(vision.num_attention_heads, ranks).padded * width // vision.num_attention_heads // ranks
         norms = 2 * self._norm(width, 1, True) + 2 * vision.qk_norm * self._norm(heads, 1, True)
@@ -186,7 +187,7 @@ class ActivationModel:
         """Tiles that pass the encoder at once, and the features of a micro-batch before and behind pixel shuffle."""
         vision, size = self.sizes.vision, self.dtype.itemsize
         tiles = self._tiles_at_once(work)
-        rows = tiles * (vision.patches_per_tile + 1)
+        rows = tiles * vision_family_of(vision).tower_tokens(vision)
         layer = size * rows * (2 * vision.hidden_size + max(4 * vision.hidden_size, 2 * vision.ffn_hidden_size))
         return layer + (self._encoder(tiles) if self._ahead else 2 * self._features(work.tiles))
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.ops.interval_attention import segments
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 from megatron_nvlm.sequence.variants import Variant
@@ -204,13 +205,14 @@ def _with_recompute(linears: Flops, core_attention: Flops, recompute: str) -> Fl
 def _vision(sizes: ModelSizes, tiles: int, trains: bool) -> Flops:
     preset = sizes.vision
     width, patches = preset.hidden_size, preset.patches_per_tile
-    tokens = tiles * (patches + 1)  # with the class token
+    in_tower = vision_family_of(preset).tower_tokens(preset)
+    tokens = tiles * in_tower
     layer = _sum(
         linear(tokens, width, 3 * width, trains, trains),
         linear(tokens, width, width, trains, trains),
         linear(tokens, width, preset.ffn_hidden_size, trains, trains),
         linear(tokens, preset.ffn_hidden_size, width, trains, trains),
-        attention(tiles * (patches + 1) ** 2, width, trains),
+        attention(tiles * in_tower**2, width, trains),
     )
     convolution = linear(tiles * patches, 3 * preset.patch_size**2, width, trains, input_has_gradient=False)
     once = convolution + layer.times(preset.num_layers)
@@ -218,7 +220,7 @@ def _vision(sizes: ModelSizes, tiles: int, trains: bool) -> Flops:
 
 
 def _projector(sizes: ModelSizes, vision_tokens: int, trains: frozenset[str]) -> Flops:
-    inputs, hidden = 4 * sizes.vision.hidden_size, sizes.language.hidden_size
+    inputs, hidden = sizes.vision.shuffled_size, sizes.language.hidden_size
     own, encoder = "vision_projection" in trains, "vision_model" in trains
     if sizes.variant.projector == "linear":
         return linear(vision_tokens, inputs, hidden, own, input_has_gradient=encoder)

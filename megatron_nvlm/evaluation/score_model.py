@@ -18,7 +18,7 @@ from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, check_model, resolve_model
-from megatron_nvlm.models.families.folder_sizes import read_config
+from megatron_nvlm.models.families.config_file import read_config
 from megatron_nvlm.models.initialise import named_parameters, split_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig

@@ -7,9 +7,9 @@ from typing import Any
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, NORMS
+from megatron_nvlm.models.families.config_file import CONFIG_FILE
 from megatron_nvlm.models.families.language_json import describe_language
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.visions import describe_vision
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
 
 
@@ -87,7 +87,7 @@ def describe_folder(model: ResolvedModel, max_tiles: int, tag_format: str, templ
         "tie_word_embeddings": language.tied_embeddings,
         "torch_dtype": dtype,
         "use_thumbnail": True,
-        "vision_config": _describe_vision(vision, dtype),
+        "vision_config": describe_vision(vision, dtype),
     }
     if variant.needs_cross_attention:
         config["cross_attention"] = {
@@ -97,25 +97,3 @@ def describe_folder(model: ResolvedModel, max_tiles: int, tag_format: str, templ
             "qk_norm": cross_attention.qk_norm,
         }
     return config
-
-
-def _describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["InternVisionModel"],
-        "hidden_act": "gelu",
-        "hidden_size": preset.hidden_size,
-        "image_size": preset.tile_size,
-        "initializer_factor": preset.layer_scale_init,
-        "intermediate_size": preset.ffn_hidden_size,
-        "layer_norm_eps": preset.layernorm_epsilon,
-        "model_type": "intern_vit_6b",
-        "norm_type": next(name for name, norm in NORMS.items() if norm == preset.normalization),
-        "num_attention_heads": preset.num_attention_heads,
-        "num_channels": 3,
-        "num_hidden_layers": preset.num_layers,
-        "patch_size": preset.patch_size,
-        "qk_normalization": preset.qk_norm,
-        "qkv_bias": preset.qkv_bias,
-        "torch_dtype": dtype,
-        "use_flash_attn": True,
-    }

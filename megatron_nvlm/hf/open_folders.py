@@ -14,10 +14,11 @@ from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.folder_sizes import read_config, vision_preset_of
+from megatron_nvlm.models.families.config_file import read_config
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.language_json import language_preset_of
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import find_vision_family, vision_family_of, vision_preset_of
 from megatron_nvlm.models.initialise import component_of
 from megatron_nvlm.models.weight_rows import CensusError, Row, check_their_names
 
@@ -87,14 +88,14 @@ def expected_names(model: ModelConfig, parts: ResolvedModel) -> list[str]:
 
 
 def folder_rows(folder: Path) -> list[Row]:
-    """The rows of a folder by its own config.json: a whole NVLM, an InternViT, or a language model."""
+    """The rows of a folder by its own config.json: a whole NVLM, a vision model, or a language model."""
     config = read_config(folder)
     if is_whole_folder(config):
         variant, cross = variant_of(config, folder), cross_attention_of(config, folder)
         language, vision = language_preset_of(folder), vision_preset_of(folder)
         return nvlm_rows(variant, language, vision, cross, padding_heads_of(config))
-    if str(config.get("model_type", "")).startswith("intern_vit"):
-        return vision_rows(vision_preset_of(folder))
+    if find_vision_family(config) is not None:
+        return _vision(folder, vision_preset_of(folder))[0]
     return language_rows(language_preset_of(folder))
 
 
@@ -122,7 +123,12 @@ def _language(folder: Path, preset: LanguagePreset) -> tuple[list[Row], TensorSo
 
 def _vision(folder: Path, preset: VisionPreset) -> tuple[list[Row], TensorSource, str]:
     _same_vision(folder, preset)
-    return _part(folder, partial(vision_rows, preset), "vision_model.")
+    if is_whole_folder(read_config(folder)):
+        return _part(folder, partial(vision_rows, preset), "vision_model.")
+    family, source = vision_family_of(preset), SafetensorsFolder(folder)
+    used = [name for name in source.infos if not name.startswith(family.unused_names or ("\0",))]
+    prefix = family.own_prefix if any(name.startswith(family.own_prefix) for name in used) else ""
+    return vision_rows(preset, prefix), _Some(source, used), str(folder)
 
 
 def _part(folder: Path, rows: Callable[[str], list[Row]], prefix: str) -> tuple[list[Row], TensorSource, str]:

@@ -8,7 +8,7 @@ from megatron_nvlm.checkpoint.tensor_source import AsOurs, TensorInfo, TensorSou
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.open_folders import folder_rows
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
-from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, read_config
+from megatron_nvlm.models.families.config_file import CONFIG_FILE, read_config
 
 
 def is_folder(path: Path) -> bool:

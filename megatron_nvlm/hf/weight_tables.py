@@ -3,14 +3,12 @@
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import family_of
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.weight_rows import (
     ByGroup,
     Direct,
-    DropFirstAxis,
     GateAndUp,
-    InterleaveHeads,
-    RealWidth,
     Row,
     expand,
 )
@@ -58,50 +56,12 @@ def language_rows(preset: LanguagePreset, theirs: str = "") -> list[Row]:
 
 
 def vision_rows(preset: VisionPreset, theirs: str = "", padding_heads: int = 0) -> list[Row]:
-    """InternViT of either family.
+    """A vision model of any family, below the prefix `theirs` of the folder's names.
 
     Args:
         padding_heads: heads of zeros that their tensors have behind the real ones. Any number is read; so many are written.
     """
-    ours = "vision_model.decoder.layers.*"
-    layer = f"{theirs}encoder.layers.*"
-    width = preset.hidden_size
-    head = width // preset.num_attention_heads
-    stored = preset.num_attention_heads + padding_heads
-    heads = InterleaveHeads(preset.num_attention_heads, head, stored)
-    rows = [
-        Row("vision_model.class_token", (f"{theirs}embeddings.class_embedding",), Direct()),
-        Row("vision_model.position_embeddings.weight", (f"{theirs}embeddings.position_embedding",), DropFirstAxis()),
-        *(
-            Row(f"vision_model.conv1.{kind}", (f"{theirs}embeddings.patch_embedding.{kind}",), Direct())
-            for kind in ("weight", "bias")
-        ),
-        Row(f"{ours}.self_attn_bda.scale", (f"{layer}.ls1",), Direct()),
-        Row(f"{ours}.mlp_bda.scale", (f"{layer}.ls2",), Direct()),
-        Row(f"{ours}.self_attention.linear_qkv.weight", (f"{layer}.attn.qkv.weight",), heads),
-        Row(
-            f"{ours}.self_attention.linear_proj.weight",
-            (f"{layer}.attn.proj.weight",),
-            RealWidth(width, 1, stored * head),
-        ),
-        Row(f"{ours}.self_attention.linear_proj.bias", (f"{layer}.attn.proj.bias",), Direct()),
-        *(
-            Row(f"{ours}.mlp.linear_{fc}.{kind}", (f"{layer}.mlp.{fc}.{kind}",), Direct())
-            for fc in ("fc1", "fc2")
-            for kind in ("weight", "bias")
-        ),
-    ]
-    norm_parts = ("weight",) if preset.normalization == "RMSNorm" else ("weight", "bias")
-    for kind in norm_parts:
-        rows.append(Row(f"{ours}.input_layernorm.{kind}", (f"{layer}.norm1.{kind}",), Direct()))
-        rows.append(Row(f"{ours}.pre_mlp_layernorm.{kind}", (f"{layer}.norm2.{kind}",), Direct()))
-    if preset.qkv_bias:
-        rows.append(Row(f"{ours}.self_attention.linear_qkv.bias", (f"{layer}.attn.qkv.bias",), heads))
-    if preset.qk_norm:
-        for part in "qk":
-            name = f"{ours}.self_attention.full_{part}_layernorm.weight"
-            rows.append(Row(name, (f"{layer}.attn.{part}_norm.weight",), RealWidth(width, 0, stored * head)))
-    return expand(rows, range(preset.num_layers))
+    return vision_family_of(preset).rows(preset, theirs, padding_heads)
 
 
 # Projector -> its rows. NVLM-X has one linear layer, the others what the release has.

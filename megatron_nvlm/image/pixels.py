@@ -1,15 +1,26 @@
 """Bytes of an image file to RGB pixels, and the statistics that normalise them."""
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_nvlm.errors import UserError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of the release's image processor."""
+
+@dataclass(frozen=True)
+class PixelStatistics:
+    """Mean and deviation of each channel, for values from 0 to 1, by which a vision model's pixels are normalised."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""InternViT's, by the release's image processor."""
+HALVES = PixelStatistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""SigLIP's, by its preprocessor_config.json."""
 
 MAX_PIXELS = 178_956_970
 """Twice Pillow's warning threshold, where Pillow itself takes an image for a decompression bomb."""

@@ -16,14 +16,14 @@ from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_mode
 from megatron_nvlm.models.core_config import language_config, projector_config, vision_config
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import family_of
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL
-from megatron_nvlm.models.intern_vit import Holder, InternViTModel
-from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec
+from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec, norm_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.padding import Padding, pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.projector import LinearProjector, MLPProjector
+from megatron_nvlm.models.vision_model import Holder, VisionModel
 
 
 def build_model(
@@ -70,7 +70,7 @@ def build_model(
             vision_model = build_vision(config, parts.vision, parallelism, groups, single_rank_groups, dtype, on_cpu)
         if first:
             projector = projector_config(config, parts.language, parallelism, dtype, on_cpu)
-            vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, 4 * parts.vision.hidden_size)
+            vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, parts.vision.shuffled_size)
     return NVLMModel(
         language_model,
         vision_model,
@@ -173,7 +173,7 @@ def build_vision(
     single_rank_groups: ProcessGroupCollection,
     dtype: torch.dtype,
     on_cpu: bool,
-) -> InternViTModel:
+) -> VisionModel:
     """This rank's encoder, or its part of one."""
     heads, backend = vision_heads(preset, parallelism), get_backend(config.backend)
     own_groups = single_rank_groups
@@ -182,11 +182,10 @@ def build_vision(
         own_groups = ProcessGroupCollection(tp=groups.tp, cp=alone.cp, pp=alone.pp, dp=alone.dp, dp_cp=alone.dp_cp)
     vision = vision_config(config, preset, dtype, on_cpu, 1 if heads is None else groups.tp.size())
     layers = [get_vision_layer_spec(backend, vision, preset)] * preset.num_layers
-    return InternViTModel(
+    return VisionModel(
         vision,
-        TransformerBlockSubmodules(layer_specs=layers),
-        preset.tile_size,
-        preset.patch_size,
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(backend, preset.normalization)),
+        preset,
         own_groups,
         Holder(
             heads,

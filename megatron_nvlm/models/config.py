@@ -8,11 +8,12 @@ from typing import Any
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.folder_sizes import vision_preset_of
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.language_json import language_preset_of
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
-from megatron_nvlm.models.families.sizes import VISION_PRESETS, Preset, VisionPreset, find_preset
+from megatron_nvlm.models.families.presets import Preset, find_preset
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import VISION_PRESETS, vision_preset_of
 from megatron_nvlm.models.parallelism import ParallelismConfig, check_parallelism
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
 

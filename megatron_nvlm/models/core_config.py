@@ -1,21 +1,36 @@
 """Megatron-core's configurations of decoder, encoder and projector, from sizes and settings."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_nvlm.models.config import RECOMPUTE, ModelConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import family_of
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.padding import pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
 
 # Two settings of core that give wrong numbers without an error over gloo, which matches messages in order: batched
 # messages between two interleaved stages go both ways to one peer, and an overlapped send may read a freed output.
 SAFE_COMMUNICATION: dict[str, Any] = dict(batch_p2p_comm=False, overlap_p2p_comm=False)
+
+
+def gelu_by_tanh(x: Tensor) -> Tensor:
+    """GELU in its approximation by tanh."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+# Names of Hugging Face -> functions.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_pytorch_tanh": gelu_by_tanh,
+}
 
 
 def language_config(
@@ -73,7 +88,7 @@ def vision_config(
         add_bias_linear=True,
         add_qkv_bias=preset.qkv_bias,
         gated_linear_unit=False,
-        activation_func=torch.nn.functional.gelu,
+        activation_func=ACTIVATIONS[vision_family_of(preset).activation],
         attention_dropout=0.0,
         hidden_dropout=0.0,
         hetereogenous_dist_checkpoint=True,

@@ -12,9 +12,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_nvlm.models.backends import Backend, without_bias
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig, GroupedQueryCrossAttention, TanhGatedAdd
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.head_norm import HeadNormSelfAttention
-from megatron_nvlm.models.intern_vit import FullWidthNormSelfAttention, LayerScaleAdd
+from megatron_nvlm.models.vision_model import FullWidthNormSelfAttention, LayerScaleAdd
+
+
+def norm_of(backend: Backend, normalization: str) -> type:
+    """The backend's RMSNorm or LayerNorm."""
+    return backend.rms_norm if normalization == "RMSNorm" else backend.layer_norm
 
 
 def get_mlp_spec(backend: Backend) -> ModuleSpec:
@@ -76,16 +82,15 @@ def get_decoder_layer_spec(
 
 
 def get_vision_layer_spec(backend: Backend, config: TransformerConfig, preset: VisionPreset) -> ModuleSpec:
-    """A pre-norm encoder layer with layer-scale; the 6B family also normalises queries and keys over the full width."""
-    norm = backend.rms_norm if config.normalization == "RMSNorm" else backend.layer_norm
-    scale = ModuleSpec(
-        module=LayerScaleAdd,
-        params={
-            "hidden_size": config.hidden_size,
-            "dtype": config.params_dtype,
-            "init": preset.layer_scale_init,
-        },
-    )
+    """A pre-norm encoder layer, with layer-scales where the family has them.
+
+    InternViT-6B also normalises queries and keys over the full width.
+    """
+    norm = norm_of(backend, config.normalization)
+    add: Any = get_bias_dropout_add
+    if vision_family_of(preset).has_layer_scale:
+        scale = {"hidden_size": config.hidden_size, "dtype": config.params_dtype, "init": preset.layer_scale_init}
+        add = ModuleSpec(module=LayerScaleAdd, params=scale)
     column = backend.column_parallel_linear
     submodules = SelfAttentionSubmodules(
         # add_bias_linear covers the whole layer; the 6B family has biases everywhere but in QKV.
@@ -103,9 +108,9 @@ def get_vision_layer_spec(backend: Backend, config: TransformerConfig, preset: V
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
-            self_attn_bda=scale,
+            self_attn_bda=add,
             pre_mlp_layernorm=norm,
             mlp=get_mlp_spec(backend),
-            mlp_bda=scale,
+            mlp_bda=add,
         ),
     )

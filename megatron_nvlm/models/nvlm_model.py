@@ -16,10 +16,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD
-from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.image.pixels import IMAGENET, PixelStatistics
 from megatron_nvlm.models.padding import Padding
 from megatron_nvlm.models.vision_clock import VisionClock
+from megatron_nvlm.models.vision_model import VisionModel
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
 from megatron_nvlm.sequence.micro_batch import MicroBatch
@@ -44,7 +44,7 @@ class NVLMModel(MegatronModule):
     def __init__(
         self,
         language_model: GPTModel,
-        vision_model: InternViTModel | None,
+        vision_model: VisionModel | None,
         vision_projection: torch.nn.Module | None,
         has_context: bool,
         vision_heads: Padding | None = None,
@@ -119,7 +119,7 @@ class NVLMModel(MegatronModule):
         if tiles.shape[0] == 0:
             return tiles[:0]
         with self.vision_clock:
-            return pixel_shuffle(self.encode_patches(normalise(tiles, self.config.params_dtype)))
+            return pixel_shuffle(self.encode_patches(self._normalise(tiles)))
 
     def project(self, features: Tensor) -> Tensor:
         """Pixel-shuffled features [t, tokens per tile, 4 v] -> vision tokens [t * tokens per tile, h]."""
@@ -132,7 +132,7 @@ class NVLMModel(MegatronModule):
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """uint8 tiles [t, 3, S, S] of this rank alone -> pixel-shuffled features [t, tokens per tile, 4 v]."""
-        return pixel_shuffle(self._encode_own(normalise(tiles, self.config.params_dtype)))
+        return pixel_shuffle(self._encode_own(self._normalise(tiles)))
 
     def encode_patches(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> patch features [t, patches, vision hidden] of all tiles on every rank.
@@ -150,6 +150,10 @@ class NVLMModel(MegatronModule):
         else:  # fewer tiles than ranks; the encoder stays in the graph, so that every rank runs the same backward
             own = self.vision_model(pixels[:1])[:0]
         return gather_tiles(own, len(pixels), group)
+
+    def _normalise(self, tiles: Tensor) -> Tensor:
+        assert self.vision_model is not None
+        return normalise(tiles, self.config.params_dtype, self.vision_model.family.pixels)
 
     def _encode_own(self, pixels: Tensor) -> Tensor:
         assert self.vision_model is not None
@@ -212,13 +216,13 @@ def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:
     return torch.where((index >= 0)[:, None, None], chosen, embedded)
 
 
-def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [t, 3, S, S] -> ImageNet-normalised pixels of `dtype` (the release's transform); floats are such already."""
+def normalise(tiles: Tensor, dtype: torch.dtype, statistics: PixelStatistics = IMAGENET) -> Tensor:
+    """uint8 [t, 3, S, S] -> normalised pixels of `dtype` (the release's transform); floats are such already."""
     if tiles.is_floating_point():
         return tiles.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    mean = torch.tensor(IMAGENET_MEAN, dtype=wide, device=tiles.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, dtype=wide, device=tiles.device).view(3, 1, 1)
+    mean = torch.tensor(statistics.mean, dtype=wide, device=tiles.device).view(3, 1, 1)
+    std = torch.tensor(statistics.std, dtype=wide, device=tiles.device).view(3, 1, 1)
     return ((tiles.to(wide) / 255 - mean) / std).to(dtype)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.families.language_family import LanguagePreset
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.pipeline_layout import chunk_layers
 
 VISION_PLACEMENTS = ("first_stage", "replicated", "tensor_parallel")

@@ -7,20 +7,25 @@ from torch import Tensor
 def pixel_shuffle(features: Tensor) -> Tensor:
     """Join each 2x2 block of patches on the channels, in the order of the release's `ps_version` v2.
 
+    An odd grid gets zeros on the right and below first (our choice; SigLIP's grid of 27 x 27 becomes 28 x 28).
+
     Args:
         features: [tiles, side * side, width], patches row-major, class token removed.
 
     Returns:
-        [tiles, (side / 2) ** 2, 4 * width], tokens row-major; channels are top-left, top-right, bottom-left,
+        [tiles, ceil(side / 2) ** 2, 4 * width], tokens row-major; channels are top-left, top-right, bottom-left,
         bottom-right.
 
     Raises:
-        ValueError: the number of patches is not the square of an even side.
+        ValueError: the number of patches is no square.
     """
     tiles, patches, width = features.shape
     side = int(patches**0.5)
-    if side * side != patches or side % 2:
-        raise ValueError(f"pixel shuffle needs an even square of patches; got {patches} a tile")
+    if side * side != patches:
+        raise ValueError(f"pixel shuffle needs a square of patches; got {patches} a tile")
+    if side % 2:
+        grid = features.view(tiles, side, side, width)
+        features, side = torch.nn.functional.pad(grid, (0, 0, 0, 1, 0, 1)), side + 1
     half = side // 2
     blocks = features.view(tiles, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
     return blocks.reshape(tiles, half * half, 4 * width)

@@ -92,7 +92,7 @@ class SpreadVision:
     def _empty(self) -> Tensor:
         vision = self.model.vision_model
         assert vision is not None
-        shape = (0, vision.patches_per_side**2 // 4, 4 * vision.config.hidden_size)
+        shape = (0, vision.preset.tokens_per_tile, vision.preset.shuffled_size)
         return torch.zeros(shape, dtype=self.model.config.params_dtype, device=self.device)
 
     def _to_first_stage(self, own: Tensor) -> Tensor | None:

@@ -15,7 +15,8 @@ from megatron_nvlm.models.build import build_chunks, build_model
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
-from megatron_nvlm.models.families.sizes import VISION_PRESETS, name_of
+from megatron_nvlm.models.families.presets import name_of
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig

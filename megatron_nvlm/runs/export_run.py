@@ -20,7 +20,7 @@ from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.hf.convert import Done, export_source, write_export
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.models.config import resolve_model
-from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE
+from megatron_nvlm.models.families.config_file import CONFIG_FILE
 from megatron_nvlm.runs.components import make_identity
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.tokenizer import Tokenizer

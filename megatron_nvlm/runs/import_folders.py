@@ -20,10 +20,11 @@ from megatron_nvlm.hf.config_json import cross_attention_of, is_whole_folder
 from megatron_nvlm.hf.convert import Done, imported_source, write_import
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.models.config import resolve_model
-from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, read_config, vision_preset_of
+from megatron_nvlm.models.families.config_file import CONFIG_FILE, read_config
 from megatron_nvlm.models.families.language_json import language_preset_of
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
-from megatron_nvlm.models.families.sizes import VISION_PRESETS, name_of
+from megatron_nvlm.models.families.presets import name_of
+from megatron_nvlm.models.families.visions import VISION_PRESETS, vision_preset_of
 from megatron_nvlm.runs.components import make_identity
 from megatron_nvlm.text.sentencepiece_model import SENTENCEPIECE_FILE, convert_sentencepiece
 from megatron_nvlm.text.templates import TEMPLATES

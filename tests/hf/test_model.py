@@ -14,7 +14,7 @@ from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Mo
 from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families import sizes as presets
+from megatron_nvlm.models.families import visions as presets
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.families.rope_scaling import LLAMA3, YARN, RopeScaling
@@ -219,6 +219,16 @@ def test_families(
     pipeline = pipeline_of(variant)
     expected = generate(pair.ours, [prompt.prepare(pipeline) for prompt in prompts], pipeline, -1, NEW_TOKENS)
     assert answers_of(pair, prompts, eos_token_id=None) == expected
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_siglip(world_of_one: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """A grid of 3 x 3 patches of 18 pixels, filled up to 4 x 4, and two pixels of each edge that are not seen."""
+    vision = dataclasses.replace(presets.VISION_PRESETS["tiny_siglip"], tile_size=56, patch_size=18)
+    monkeypatch.setitem(presets.VISION_PRESETS, "other", vision)
+    pair = make_pair(tmp_path / "folder", dataclasses.replace(tiny_config(variant), vision="other"), world_of_one)
+    assert pair.processor.image_processor.image_mean == [0.5, 0.5, 0.5]
+    test_logits(pair, "ragged batch", "left")
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)

@@ -10,7 +10,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_FAMILIES, LANGUAGE_PRESETS, family_of
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.sharding import cut, find_split
 from megatron_nvlm.models.weight_rows import (

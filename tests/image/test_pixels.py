@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageCms
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.pixels import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, decode_image, to_array
+from megatron_nvlm.image.pixels import IMAGENET, MAX_PIXELS, decode_image, to_array
 from megatron_nvlm.image.tiling import Grid, choose_grid, cut_tiles
 from megatron_nvlm.models.nvlm_model import normalise
 
@@ -44,7 +44,7 @@ def test_tiles_equal_the_rule(size: tuple[int, int], mode: str) -> None:
     ]
     if len(pictures) > 1:
         pictures.append(image.convert("RGB").resize((tile_size, tile_size), Image.Resampling.BICUBIC))
-    rule = np.stack([(np.asarray(p, dtype=np.float64) / 255 - IMAGENET_MEAN) / IMAGENET_STD for p in pictures])
+    rule = np.stack([(np.asarray(p, dtype=np.float64) / 255 - IMAGENET.mean) / IMAGENET.std for p in pictures])
     assert ours.shape == (grid.num_pictures, 3, tile_size, tile_size)
     np.testing.assert_allclose(ours.numpy(), rule.transpose(0, 3, 1, 2), atol=1e-12)
 

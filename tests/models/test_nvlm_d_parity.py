@@ -20,9 +20,9 @@ from megatron_nvlm.models.build import build_model
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families import languages
-from megatron_nvlm.models.families import sizes as presets
+from megatron_nvlm.models.families import visions as presets
 from megatron_nvlm.models.families.language_family import LanguagePreset
-from megatron_nvlm.models.families.sizes import VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig

@@ -12,11 +12,12 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_nvlm.models.build import build_vision, vision_heads
 from megatron_nvlm.models.config import ModelConfig
-from megatron_nvlm.models.families.sizes import VISION_PRESETS, VisionPreset
-from megatron_nvlm.models.intern_vit import InternViTModel
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.padding import Padding, pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape, gather_parts, join
+from megatron_nvlm.models.vision_model import VisionModel
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, start_groups
 from tests.support.ranks import run_ranks
@@ -49,7 +50,7 @@ def parallelism_of(placement: str, ranks: int) -> ParallelismConfig:
     return ParallelismConfig(tensor_model_parallel_size=ranks, vision_placement=placement)
 
 
-def make_encoder(preset: VisionPreset, placement: str, seed: int | None) -> InternViTModel:
+def make_encoder(preset: VisionPreset, placement: str, seed: int | None) -> VisionModel:
     """With weights that are a function of their name; `seed` None leaves them at 7."""
     groups = get_groups()
     parallelism = parallelism_of(placement, groups.tp.size())
@@ -71,7 +72,7 @@ def make_encoder(preset: VisionPreset, placement: str, seed: int | None) -> Inte
     return encoder
 
 
-def whole(encoder: InternViTModel, heads: Padding | None, of: str) -> dict[str, torch.Tensor]:
+def whole(encoder: VisionModel, heads: Padding | None, of: str) -> dict[str, torch.Tensor]:
     """Weights or gradients of all ranks together, by name."""
     group, found = parallel_state.get_tensor_model_parallel_group(), {}
     for name, parameter in encoder.named_parameters():

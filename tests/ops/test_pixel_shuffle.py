@@ -27,6 +27,12 @@ def test_each_token_is_a_block_of_four() -> None:
         assert patches == [corner, corner + 1, corner + side, corner + side + 1]
 
 
-def test_odd_sides_are_refused() -> None:
-    with pytest.raises(ValueError, match="even square"):
-        pixel_shuffle(torch.zeros(1, 9, 4))
+def test_an_odd_grid_is_filled_up_with_zeros() -> None:
+    """Patches 1 to 9 of a grid of 3 x 3."""
+    tokens = pixel_shuffle(torch.arange(1, 10).view(1, 9, 1))
+    assert tokens[0].tolist() == [[1, 2, 4, 5], [3, 0, 6, 0], [7, 8, 0, 0], [9, 0, 0, 0]]
+
+
+def test_what_is_no_square_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a square of patches; got 8 a tile"):
+        pixel_shuffle(torch.zeros(1, 8, 4))

@@ -178,6 +178,13 @@ def test_tied_embeddings_and_head_norms(reference_run: Reference, name: str) -> 
     run_and_check(OTHER_FAMILY, name, reference_run)
 
 
+@pytest.mark.parametrize(
+    "name", ["TP2, encoder tensor parallel", "PP2, tiles of the step shared", "TP2 with SP, selective recompute"]
+)
+def test_another_encoder(reference_run: Reference, name: str) -> None:
+    run_and_check([replace(MODELS[variant], vision="parity_siglip") for variant in "XH"], name, reference_run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "PP2 with two virtual stages, uneven"])
 def test_every_layout_trains_every_model_frozen_or_not(reference_run: Reference, name: str) -> None:

@@ -23,7 +23,8 @@ from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.families.rope_scaling import YARN, RopeScaling
-from megatron_nvlm.models.families.sizes import VISION_PRESETS, VisionPreset
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
@@ -53,6 +54,10 @@ LANGUAGE_PRESETS["parity_qwen3"] = LanguagePreset(
     kv_channels=12,
     rope_scaling=RopeScaling(YARN, 4.0, 16),
 )
+# An odd grid, filled up before pixel shuffle.
+VISION_PRESETS["parity_siglip"] = VisionPreset(
+    2, 48, 96, 3, "LayerNorm", qk_norm=False, qkv_bias=True, tile_size=56, patch_size=18, family="siglip"
+)
 VISION_PRESETS["parity"] = VisionPreset(2, 48, 96, 3, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56)
 
 STEPS = 3
@@ -73,6 +78,7 @@ class Case:
     offset: int | None = None
     precision: str = "fp64"
     language: str = "parity"
+    vision: str = "parity"
 
     @property
     def file_name(self) -> str:
@@ -120,7 +126,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
     config = ModelConfig(
         case.variant,
         case.language,
-        "parity",
+        case.vision,
         cross_attention=CrossAttentionConfig(interval=case.interval, offset=case.offset, qk_norm=case.qk_norm),
         init_std=0.06,
         recompute=own.recompute,

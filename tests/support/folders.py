@@ -16,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
@@ -51,6 +53,14 @@ def language_folder(folder: Path, family: str, seed: int = 0, **sizes: Any) -> A
         **sizes,
     }
     model = model_class(config_class(**given)).float().eval()
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def siglip_folder(folder: Path, seed: int = 0, **sizes: Any) -> Any:
+    """A SigLIP saved by transformers, with the pooling head that NVLM has no use for; returns it, in evaluation mode."""
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes)).float().eval()
     randomise(model, seed)
     model.save_pretrained(folder)
     return model

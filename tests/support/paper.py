@@ -3,7 +3,7 @@
 from megatron_nvlm.estimate.flops import Flops, ModelFlops, ModelSizes
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
-from megatron_nvlm.models.families.sizes import VISION_PRESETS
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.sequence.variants import VARIANTS
 
 TABLE_3_ROWS = {"x": 1024, "h": 1280, "d": 2816}

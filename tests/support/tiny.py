@@ -8,7 +8,7 @@ import torch
 from megatron_nvlm.models.build import build_model
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.sizes import VISION_PRESETS
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig

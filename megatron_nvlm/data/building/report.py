@@ -22,7 +22,7 @@ PAPER_LENGTHS = {"d": 3200, "x": 1024, "h": 1280}
 MOST_SAMPLES_LOOKED_AT = 100_000
 """Larger sets are predicted from so many, evenly spaced."""
 _PIXELS_PER_TOKEN_EDGE = 28
-"""InternViT's patches have 14 pixels along an edge, and pixel shuffle joins 2x2 of them."""
+"""Patches of the encoders have 14 pixels along an edge, and pixel shuffle joins 2x2 of them."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def predict(index: Index, plan: TrainingPlan) -> list[Prediction]:
     """For each variant; needs text that was counted when the shards were built."""
     step = -(-len(index.samples) // MOST_SAMPLES_LOOKED_AT)
     numbers = np.arange(0, len(index.samples), step)
-    tokens_per_tile = (plan.tiling.tile_size // _PIXELS_PER_TOKEN_EDGE) ** 2
+    tokens_per_tile = (-(-plan.tiling.tile_size // _PIXELS_PER_TOKEN_EDGE)) ** 2
     predictions = []
     for name in plan.variants:
         length = plan.sequence_length or PAPER_LENGTHS[name]

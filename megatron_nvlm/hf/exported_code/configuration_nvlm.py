@@ -148,7 +148,7 @@ class NVLMConfig(PretrainedConfig):
     @property
     def tokens_per_tile(self) -> int:
         """Vision tokens of a tile."""
-        return (self.tile_size // self.vision_config.patch_size) ** 2 // 4
+        return ((self.tile_size // self.vision_config.patch_size + 1) // 2) ** 2
 
     def check(self) -> None:
         """Refuse what the model cannot be built from.
@@ -178,10 +178,10 @@ class NVLMConfig(PretrainedConfig):
                 )
         if vision.norm_type not in ("rms_norm", "layer_norm"):
             raise ValueError(f"vision_config.norm_type is {vision.norm_type!r}; it must be rms_norm or layer_norm")
-        if self.tile_size != vision.image_size or self.tile_size % (2 * vision.patch_size):
+        if self.tile_size != vision.image_size or self.tile_size < vision.patch_size:
             raise ValueError(
-                f"force_image_size {self.tile_size} must equal vision_config.image_size {vision.image_size} and be an "
-                f"even number of patches of {vision.patch_size} pixels"
+                f"force_image_size {self.tile_size} must equal vision_config.image_size {vision.image_size} and hold a "
+                f"patch of {vision.patch_size} pixels"
             )
         if self.downsample_ratio != 0.5 or self.ps_version != "v2":
             raise ValueError("downsample_ratio must be 0.5 and ps_version v2, the pixel shuffle that NVLM has")

@@ -32,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nvlm import NVLM_D_Config, NVLM_H_Config, NVLM_X_Config, NVLMConfig
 from .decoder_nvlm import Context, CrossAttention, KeyValue, LanguageModel
+from .siglip_nvlm import SiglipModel
 from .vision_nvlm import RMSNorm, VisionEmbeddings, VisionLayer, VisionModel, pixel_shuffle
 
 TILES_AT_ONCE = 8
@@ -63,7 +64,8 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         config.check()
         super().__init__(config)
         hidden, width = config.llm_config.hidden_size, 4 * config.vision_config.hidden_size
-        self.vision_model = VisionModel(config)
+        is_siglip = getattr(config.vision_config, "model_type", "").startswith("siglip")
+        self.vision_model = SiglipModel(config) if is_siglip else VisionModel(config)
         self.mlp1: nn.Module
         if config.variant == "x":
             self.mlp1 = nn.Linear(width, hidden, bias=False)

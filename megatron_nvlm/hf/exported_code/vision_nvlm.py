@@ -5,7 +5,7 @@ Shapes: t tiles, p patches of a tile, v vision hidden, n heads, d head size.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .configuration_nvlm import NVLMConfig
 
@@ -135,9 +135,12 @@ class VisionModel(nn.Module):
 def pixel_shuffle(features: Tensor) -> Tensor:
     """[t, p, v] -> [t, p / 4, 4 v]: each 2x2 block of patches becomes one token, row by row (`ps_version` v2).
 
-    Channels are top-left, top-right, bottom-left, bottom-right.
+    Channels are top-left, top-right, bottom-left, bottom-right. An odd grid gets zeros on the right and below first.
     """
     tiles, patches, width = features.shape
-    half = int(patches**0.5) // 2
+    side = int(patches**0.5)
+    if side % 2:
+        features, side = pad(features.view(tiles, side, side, width), (0, 0, 0, 1, 0, 1)), side + 1
+    half = side // 2
     blocks = features.view(tiles, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
     return blocks.reshape(tiles, half * half, 4 * width)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.families.folder_sizes import CONFIG_FILE, number_of, read_config
+from megatron_nvlm.models.families.config_file import CONFIG_FILE, number_of, read_config
 from megatron_nvlm.models.families.language_family import LanguageFamily, LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_FAMILIES, family_of
 from megatron_nvlm.models.families.rope_scaling import RopeScaling

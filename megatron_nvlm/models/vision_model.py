@@ -1,7 +1,6 @@
-"""InternViT: tiles to patch features (paper, section 4.1; sizes in families/sizes.py).
+"""The vision model: tiles to patch features (paper, section 4.1), a tower of Megatron-core layers.
 
-Two families share one tower of Megatron-core layers: 6B (RMSNorm, RMSNorm over the full width of queries and keys, no
-QKV bias) and 300M (LayerNorm, QKV bias, no query/key norm). Both scale each residual branch by a vector.
+What a tower has is said by its family's record (families/): class token, layer-scales, norms, activation.
 Shapes: t tiles, p patches of a tile, v vision hidden, n heads, d head size.
 """
 
@@ -19,6 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_nvlm.models.families.vision_family import VisionPreset
+from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.gradient_marks import mark, mark_whole_copy
 from megatron_nvlm.models.padding import Padding, SplitRMSNorm, shard_evenly, shard_heads
 from megatron_nvlm.models.sharding import find_split
@@ -92,13 +93,13 @@ class Holder:
     sum_gradients_over: str | None
 
 
-class InternViTModel(MegatronModule):
-    """Patch embedding, class token, learned positions and a tower of layers; no norm before or after the tower.
+class VisionModel(MegatronModule):
+    """Patch embedding, learned positions and a tower of layers; class token and last norm where the family has them.
 
     Args:
         config: of the tower.
-        layer_submodules: the tower's layers.
-        tile_size: pixels along an edge of a tile. patch_size: pixels along an edge of a patch.
+        layer_submodules: the tower's layers, and its last norm.
+        preset: its sizes.
         groups: process groups of the tower; of size one where each rank holds it whole.
         holder: what this rank holds.
     """
@@ -107,21 +108,26 @@ class InternViTModel(MegatronModule):
         self,
         config: TransformerConfig,
         layer_submodules: TransformerBlockSubmodules,
-        tile_size: int,
-        patch_size: int,
+        preset: VisionPreset,
         groups: ProcessGroupCollection,
         holder: Holder,
     ) -> None:
         super().__init__(config=config)
-        self.patches_per_side = tile_size // patch_size
+        self.preset, self.family = preset, vision_family_of(preset)
         self.holder = holder
-        positions = self.patches_per_side**2 + 1
-        dtype = config.params_dtype
-        self.conv1 = torch.nn.Conv2d(3, config.hidden_size, patch_size, stride=patch_size, dtype=dtype)
-        self.class_token = torch.nn.Parameter(torch.empty(1, 1, config.hidden_size, dtype=dtype))
+        positions = self.family.tower_tokens(preset)
+        dtype, patch = config.params_dtype, preset.patch_size
+        self.conv1 = torch.nn.Conv2d(3, config.hidden_size, patch, stride=patch, dtype=dtype)
+        if self.family.has_class_token:
+            self.class_token = torch.nn.Parameter(torch.empty(1, 1, config.hidden_size, dtype=dtype))
         self.position_embeddings = torch.nn.Embedding(positions, config.hidden_size, dtype=dtype)
         self.decoder = TransformerBlock(
-            config, layer_submodules, post_layer_norm=False, pg_collection=groups, pre_process=True, post_process=False
+            config,
+            layer_submodules,
+            post_layer_norm=self.family.has_final_norm,
+            pg_collection=groups,
+            pre_process=True,
+            post_process=self.family.has_final_norm,
         )
         for parameter in self.parameters():
             mark_whole_copy(parameter, is_first=holder.stage == 0)
@@ -129,16 +135,17 @@ class InternViTModel(MegatronModule):
                 mark(parameter, holder.sum_gradients_over)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [t, 3, S, S] -> embeddings [t, 1 + p, v], the class token first."""
-        patches = self.conv1(pixels).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(pixels), -1, -1), patches], dim=1)
+        """Normalised pixels [t, 3, S, S] -> embeddings [t, 1 + p, v], the class token first; [t, p, v] without one."""
+        tokens: Tensor = self.conv1(pixels).flatten(2).transpose(1, 2)
+        if self.family.has_class_token:
+            tokens = torch.cat([self.class_token.expand(len(pixels), -1, -1), tokens], dim=1)
         return tokens + self.position_embeddings.weight
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> features of the last layer without the class token, [t, p, v]."""
         hidden = self.embed(pixels).transpose(0, 1).contiguous()
         hidden = self.decoder(hidden, attention_mask=None)
-        return hidden[1:].transpose(0, 1)
+        return hidden[int(self.family.has_class_token) :].transpose(0, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

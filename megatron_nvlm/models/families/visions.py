@@ -1,0 +1,67 @@
+"""The families of vision models: a line each."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.families.config_file import CONFIG_FILE, read_config
+from megatron_nvlm.models.families.intern_vit import INTERN_VIT
+from megatron_nvlm.models.families.siglip import SIGLIP
+from megatron_nvlm.models.families.vision_family import VisionFamily, VisionPreset
+
+VISION_FAMILIES: dict[str, VisionFamily] = {
+    family.name: family
+    for family in (
+        INTERN_VIT,
+        SIGLIP,
+    )
+}
+
+VISION_PRESETS: dict[str, VisionPreset] = {
+    name: preset for family in VISION_FAMILIES.values() for name, preset in family.presets.items()
+}
+
+
+def vision_family_of(preset: VisionPreset) -> VisionFamily:
+    """The family that a model is of."""
+    return VISION_FAMILIES[preset.family]
+
+
+def find_vision_family(config: Mapping[str, Any]) -> VisionFamily | None:
+    """The family of the vision model that a config.json describes, alone or within another model's; None if it is none."""
+    kind = str(config.get("vision_config", config).get("model_type", ""))
+    return next((family for family in VISION_FAMILIES.values() if kind.startswith(family.model_type)), None)
+
+
+def vision_preset_of(folder: Path) -> VisionPreset:
+    """Sizes of the vision model in a folder: its own, or the one within another model's.
+
+    Raises:
+        UserError: there is none, or it computes something that ours does not.
+    """
+    config = read_config(folder)
+    inner, family = config.get("vision_config", config), find_vision_family(config)
+    if family is None:
+        known = ", ".join(f"{known.name} (model_type {known.model_type})" for known in VISION_FAMILIES.values())
+        raise UserError(
+            f"{folder / CONFIG_FILE}: the vision model is of {inner.get('model_type')!r}, which is not supported; use one "
+            f"of {known}"
+        )
+    return family.read(config, inner, str(folder / CONFIG_FILE))
+
+
+def describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:
+    """The keys of a config.json of that model."""
+    return {
+        "hidden_size": preset.hidden_size,
+        "image_size": preset.tile_size,
+        "intermediate_size": preset.ffn_hidden_size,
+        "layer_norm_eps": preset.layernorm_epsilon,
+        "num_attention_heads": preset.num_attention_heads,
+        "num_channels": 3,
+        "num_hidden_layers": preset.num_layers,
+        "patch_size": preset.patch_size,
+        "torch_dtype": dtype,
+        **vision_family_of(preset).describe(preset),
+    }
