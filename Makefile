@@ -1,5 +1,6 @@
 # make demo [VARIANT=d|x|h]   train on two CPU cores, evaluate, write report.html
 # make test                   the tests that every change must pass; make test-all (nightly) has the slow ones too
+# make test-gpu               the tests that need a GPU
 # make test-newest            the tests of what stands on Megatron-core, with the newest core (NEWEST_CORE)
 VARIANT ?= h
 PYTHON ?= python3
@@ -8,10 +9,10 @@ NEWEST_CORE := 0.19.2
 NEWEST_VENV := .venv-newest
 NEWEST_ROOMS := models ops parallel checkpoint training runs inference hf commands/test_convert_checkpoint.py
 
-.PHONY: help demo test test-all test-newest lint format clean
+.PHONY: help demo test test-all test-newest test-gpu lint format clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile | sed 's/NEWEST_CORE/$(NEWEST_CORE)/'; echo 'make lint | format | clean'
+	@sed -n '1,4s/^# //p' Makefile | sed 's/NEWEST_CORE/$(NEWEST_CORE)/'; echo 'make lint | format | clean'
 
 # torch comes first and by exact version: a plain resolve takes a build with gigabytes of CUDA libraries
 $(VENV)/installed: setup.py requirements-ci.txt
@@ -44,6 +45,10 @@ test-newest: $(NEWEST_VENV)/installed-$(NEWEST_CORE)
 	@$(NEWEST_VENV)/bin/python -c 'from importlib.metadata import version as v; import platform; \
 	print("Python", platform.python_version(), "torch", v("torch"), "megatron-core", v("megatron-core"))'
 	$(NEWEST_VENV)/bin/python -m pytest -m "not slow and not gpu" $(addprefix tests/,$(NEWEST_ROOMS))
+
+# On a machine with an NVIDIA GPU, in an environment that has torch for it (PYTHON=...)
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
