@@ -19,7 +19,8 @@ def environment() -> dict[str, str]:
     """This process's without its own world of one, with the package importable and one thread a rank."""
     own_world = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     inherited = {name: value for name, value in os.environ.items() if name not in own_world}
-    return {**inherited, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), inherited.get("PYTHONPATH", ""))))
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def launch(
