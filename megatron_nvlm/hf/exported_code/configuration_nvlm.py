@@ -146,6 +146,12 @@ class NVLMConfig(PretrainedConfig):
         return int(self.force_image_size or self.vision_config.image_size)
 
     @property
+    def vision_depth(self) -> int:
+        """Layers of the vision model up to `select_layer`, which counts from the end where it is negative."""
+        layers = int(self.vision_config.num_hidden_layers)
+        return self.select_layer + (layers + 1 if self.select_layer < 0 else 0)
+
+    @property
     def tokens_per_tile(self) -> int:
         """Vision tokens of a tile."""
         return ((self.tile_size // self.vision_config.patch_size + 1) // 2) ** 2

@@ -6,9 +6,10 @@ Shapes: t tiles, p patches of a tile, v vision hidden, n heads, d head size.
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .configuration_nvlm import NVLMConfig
+from .vision_nvlm import VisionEncoder, VisionMLP
 
 
 class SiglipEmbeddings(nn.Module):
@@ -42,20 +43,6 @@ class SiglipAttention(nn.Module):
         return self.out_proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class SiglipMLP(nn.Module):
-    """Linear, GELU by tanh, linear."""
-
-    def __init__(self, config: NVLMConfig) -> None:
-        super().__init__()
-        vision = config.vision_config
-        self.fc1 = nn.Linear(vision.hidden_size, vision.intermediate_size)
-        self.fc2 = nn.Linear(vision.intermediate_size, vision.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[t, p, v] -> [t, p, v]."""
-        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
-
-
 class SiglipLayer(nn.Module):
     """Pre-norm attention and MLP."""
 
@@ -63,7 +50,7 @@ class SiglipLayer(nn.Module):
         super().__init__()
         vision = config.vision_config
         self.self_attn = SiglipAttention(config)
-        self.mlp = SiglipMLP(config)
+        self.mlp = VisionMLP(config, approximate="tanh")
         self.layer_norm1 = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
 
@@ -73,20 +60,6 @@ class SiglipLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class SiglipEncoder(nn.Module):
-    """The tower."""
-
-    def __init__(self, config: NVLMConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.vision_config.num_hidden_layers))
-
-    def forward(self, x: Tensor, depth: int) -> Tensor:
-        """[t, p, v] through the first `depth` layers."""
-        for layer in self.layers[:depth]:
-            x = layer(x)
-        return x
-
-
 class SiglipModel(nn.Module):
     """Tiles to patch features of layer `select_layer`; the last layer's are normed."""
 
@@ -94,11 +67,10 @@ class SiglipModel(nn.Module):
         super().__init__()
         vision = config.vision_config
         self.embeddings = SiglipEmbeddings(config)
-        self.encoder = SiglipEncoder(config)
+        self.encoder = VisionEncoder(config, SiglipLayer)
         self.post_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
-        layers = vision.num_hidden_layers
-        self.depth = config.select_layer + (layers + 1 if config.select_layer < 0 else 0)
-        self.is_whole = self.depth == layers
+        self.depth = config.vision_depth
+        self.is_whole = self.depth == vision.num_hidden_layers
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> [t, p, v]."""

@@ -3,6 +3,8 @@
 Shapes: t tiles, p patches of a tile, v vision hidden, n heads, d head size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -69,17 +71,17 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, GELU (exact, or approximated by tanh), linear."""
 
-    def __init__(self, config: NVLMConfig) -> None:
+    def __init__(self, config: NVLMConfig, approximate: str = "none") -> None:
         super().__init__()
-        vision = config.vision_config
+        vision, self.approximate = config.vision_config, approximate
         self.fc1 = nn.Linear(vision.hidden_size, vision.intermediate_size)
         self.fc2 = nn.Linear(vision.intermediate_size, vision.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, p, v] -> [t, p, v]."""
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class VisionLayer(nn.Module):
@@ -104,11 +106,11 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The tower; no norm before or after it."""
+    """A tower of layers of one kind; no norm before or after it."""
 
-    def __init__(self, config: NVLMConfig) -> None:
+    def __init__(self, config: NVLMConfig, layer: Callable[[NVLMConfig], nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_config.num_hidden_layers))
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.vision_config.num_hidden_layers))
 
     def forward(self, x: Tensor, depth: int) -> Tensor:
         """[t, p, v] through the first `depth` layers."""
@@ -123,9 +125,8 @@ class VisionModel(nn.Module):
     def __init__(self, config: NVLMConfig) -> None:
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config)
-        layers = config.vision_config.num_hidden_layers
-        self.depth = config.select_layer + (layers + 1 if config.select_layer < 0 else 0)
+        self.encoder = VisionEncoder(config, VisionLayer)
+        self.depth = config.vision_depth
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> [t, p, v]."""
