@@ -14,7 +14,7 @@ from typing import Any
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.models.families.visions import find_vision_family
+from megatron_nvlm.models.families.visions import read_vision, vision_family_of
 from megatron_nvlm.text.conversation import find_template
 from megatron_nvlm.text.templates import Template
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -100,8 +100,8 @@ def write_companions(
     form = find_template(template)
     if tiling.tag_format not in TAG_FORMATS:
         raise UserError(f"tiling.tag_format is {tiling.tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
-    vision, family = config["vision_config"], find_vision_family(config)
-    assert family is not None, "config.json is ours"
+    vision = read_vision(config, str(folder / "config.json"))
+    pixels = vision_family_of(vision).pixels
     tokenizer = Tokenizer.load(tokenizer_file)
     marks = (mark for speech in form.roles.values() for mark in (speech.start, speech.end))
     for name in {form.begin, form.turn_end, *marks} - {""}:
@@ -121,8 +121,8 @@ def write_companions(
             "image_processor_type": "NVLMImageProcessor",
             "tile_size": config["force_image_size"],
             "max_tiles": tiling.max_tiles,
-            "image_mean": list(family.pixels.mean),
-            "image_std": list(family.pixels.std),
+            "image_mean": list(pixels.mean),
+            "image_std": list(pixels.std),
         },
         "processor_config.json": {
             "auto_map": {"AutoProcessor": AUTO_MAP_OF_PROCESSORS["AutoProcessor"]},
@@ -132,7 +132,7 @@ def write_companions(
             "system": system,
             "tag_format": tiling.tag_format,
             "thumbnail_tag": tiling.thumbnail_tag,
-            "tokens_per_tile": family.read(config, vision, "config.json").tokens_per_tile,
+            "tokens_per_tile": vision.tokens_per_tile,
             "img_context_token_id": place_id,
         },
     }

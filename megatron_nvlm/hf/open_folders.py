@@ -95,7 +95,7 @@ def folder_rows(folder: Path) -> list[Row]:
         language, vision = language_preset_of(folder), vision_preset_of(folder)
         return nvlm_rows(variant, language, vision, cross, padding_heads_of(config))
     if find_vision_family(config) is not None:
-        return _vision(folder, vision_preset_of(folder))[0]
+        return _own_vision(folder, vision_preset_of(folder))[0]
     return language_rows(language_preset_of(folder))
 
 
@@ -125,8 +125,13 @@ def _vision(folder: Path, preset: VisionPreset) -> tuple[list[Row], TensorSource
     _same_vision(folder, preset)
     if is_whole_folder(read_config(folder)):
         return _part(folder, partial(vision_rows, preset), "vision_model.")
+    return _own_vision(folder, preset)
+
+
+def _own_vision(folder: Path, preset: VisionPreset) -> tuple[list[Row], TensorSource, str]:
+    """A vision model in a folder of its own, without what NVLM has no use for."""
     family, source = vision_family_of(preset), SafetensorsFolder(folder)
-    used = [name for name in source.infos if not name.startswith(family.unused_names or ("\0",))]
+    used = [name for name in source.infos if not name.startswith(family.unused_names)]
     prefix = family.own_prefix if any(name.startswith(family.own_prefix) for name in used) else ""
     return vision_rows(preset, prefix), _Some(source, used), str(folder)
 

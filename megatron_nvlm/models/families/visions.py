@@ -40,15 +40,25 @@ def vision_preset_of(folder: Path) -> VisionPreset:
     Raises:
         UserError: there is none, or it computes something that ours does not.
     """
-    config = read_config(folder)
+    return read_vision(read_config(folder), str(folder / CONFIG_FILE))
+
+
+def read_vision(config: Mapping[str, Any], where: str) -> VisionPreset:
+    """Sizes of the vision model that a config.json describes, alone or within another model's.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        UserError: there is none, or it computes something that ours does not.
+    """
     inner, family = config.get("vision_config", config), find_vision_family(config)
     if family is None:
         known = ", ".join(f"{known.name} (model_type {known.model_type})" for known in VISION_FAMILIES.values())
         raise UserError(
-            f"{folder / CONFIG_FILE}: the vision model is of {inner.get('model_type')!r}, which is not supported; use one "
-            f"of {known}"
+            f"{where}: the vision model is of {inner.get('model_type')!r}, which is not supported; use one of {known}"
         )
-    return family.read(config, inner, str(folder / CONFIG_FILE))
+    return family.read(config, inner, where)
 
 
 def describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:
