@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
-from megatron_nvlm.estimate.flops import Flops, ModelSizes, count_flops, count_work
+from megatron_nvlm.estimate.flops import ModelSizes, count_flops, count_work, whole_model
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
@@ -68,13 +68,9 @@ def measure(model: ResolvedModel, options: argparse.Namespace, device: Device, p
         if step >= WARM_UP_STEPS:
             seconds.append(time.monotonic() - began)
     sizes = ModelSizes(model.variant, model.language, model.vision, model.config.cross_attention, "none")
-    counted = count_flops(sizes, work, trainable)
-    parts = [counted.vision, counted.projector, counted.output_layer]
-    parts.append(counted.decoder(model.language.num_layers, len(sizes.cross_attention_layers)))
-    total = sum(parts, Flops())
+    flops = whole_model(sizes, count_flops(sizes, work, trainable)).model
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.torch_device.type == "cuda" else 0.0
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    flops = total.model
     return Timing(parameters, statistics.median(seconds), work.num_tokens, work.tiles, flops, peak)
 
 

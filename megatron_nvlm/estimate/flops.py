@@ -178,6 +178,12 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
     )
 
 
+def whole_model(sizes: ModelSizes, flops: ModelFlops) -> Flops:
+    """All parts together, on whatever ranks they are."""
+    decoder = flops.decoder(sizes.language.num_layers, len(sizes.cross_attention_layers))
+    return flops.vision + flops.projector + decoder + flops.output_layer
+
+
 def linear(tokens: int, inputs: int, outputs: int, trains: bool, input_has_gradient: bool = True) -> Flops:
     """A linear layer over `tokens`."""
     products = 2 * tokens * inputs * outputs

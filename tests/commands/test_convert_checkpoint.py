@@ -26,7 +26,7 @@ from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.support.folders import FAMILIES, language_folder, siglip_folder, vision_folder
-from tests.support.launch import environment
+from tests.support.launch import environment, run_command
 from tests.text.test_sentencepiece_model import train as train_sentencepiece
 
 ABSOLUTE, LOSS, RELATIVE = 5e-5, 1e-5, 1e-4
@@ -46,14 +46,7 @@ def keep_groups(monkeypatch: pytest.MonkeyPatch, world_of_one: Device) -> None:
 
 
 def run_score(*arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_nvlm.commands.score", *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_command("megatron_nvlm.commands.score", *arguments)
 
 
 def check_scores(folder: Path, found: dict[str, Tensor]) -> None:

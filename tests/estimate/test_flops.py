@@ -6,13 +6,13 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_nvlm.estimate.flops import Flops, ModelSizes, attention, count_flops, count_work, linear
+from megatron_nvlm.estimate.flops import Flops, ModelSizes, attention, count_flops, count_work, linear, whole_model
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.training.step import loss_function
 from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
-from tests.support.paper import TABLE_3_ROWS, paper_sizes, whole_model
+from tests.support.paper import TABLE_3_ROWS, paper_sizes
 from tests.support.tiny import VISION, micro_batch_of, plain_samples, tiny_config, tiny_model
 
 TOLERANCE = 0.02

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes, micro_batches_in_flight
-from megatron_nvlm.estimate.flops import count_flops, count_work
+from megatron_nvlm.estimate.flops import count_flops, count_work, whole_model
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.step_time import Hardware, StepWork, bubble_fraction, predict_step
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.training.trainable import RECIPES
-from tests.support.paper import paper_sizes, whole_model
+from tests.support.paper import paper_sizes
 
 counts = st.integers(1, 64)
 

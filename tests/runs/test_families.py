@@ -1,22 +1,17 @@
-"""The other families by the real commands: trained, exported, opened by transformers, imported again, bit for bit."""
+"""The other families by the real commands: trained, exported and imported again, bit for bit."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.launch import environment, launch
+from tests.support.launch import launch, run_command
 from tests.support.shards import read_metrics, write_run
 
 pytestmark = pytest.mark.distributed
 
 
 def convert(*arguments: object) -> str:
-    command = [sys.executable, "-m", "megatron_nvlm.commands.convert_checkpoint", *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_command("megatron_nvlm.commands.convert_checkpoint", *arguments)
 
 
 @pytest.mark.parametrize(

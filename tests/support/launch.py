@@ -34,6 +34,14 @@ def launch(
     return done
 
 
+def run_command(module: str, *arguments: object) -> str:
+    """A command line to its end, without a launcher; returns what it printed, and a failure shows its errors."""
+    command_line = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command_line, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def start(module: str, ranks: int, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
     """Run in the background, in a process group of its own, with Ctrl-C heard even if this process ignores it."""
     with log.open("wb") as file:

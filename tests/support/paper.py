@@ -1,6 +1,6 @@
 """The paper's models as sizes, for counting."""
 
-from megatron_nvlm.estimate.flops import Flops, ModelFlops, ModelSizes
+from megatron_nvlm.estimate.flops import ModelSizes
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.families.visions import VISION_PRESETS
@@ -19,9 +19,3 @@ def paper_sizes(variant: str, recompute: str = "none") -> ModelSizes:
         CrossAttentionConfig(interval=6),
         recompute,
     )
-
-
-def whole_model(sizes: ModelSizes, flops: ModelFlops) -> Flops:
-    """All parts together."""
-    decoder = flops.decoder(sizes.language.num_layers, len(sizes.cross_attention_layers))
-    return flops.vision + flops.projector + decoder + flops.output_layer
