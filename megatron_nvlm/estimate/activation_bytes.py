@@ -169,14 +169,22 @@ class ActivationModel:
         if not self._trains("vision_model"):
             return 0
         vision, size = self.sizes.vision, self.dtype.itemsize
+        family = vision_family_of(vision)
         ranks = self._tensor if self._split_encoder else 1
-        rows = tiles * vision_family_of(vision).tower_tokens(vision)
+        rows = tiles * family.tower_tokens(vision)
         width = rows * vision.hidden_size
         heads = pad_evenly(vision.num_attention_heads, ranks).padded * width // vision.num_attention_heads // ranks
-        norms = 2 * self._norm(width, 1, True) + 2 * vision.qk_norm * self._norm(heads, 1, True)
-        # Both scaled branches; queries, keys, values, output of attention; before and behind the activation.
-        others = size * (2 * width + 4 * heads + rows * 2 * vision.ffn_hidden_size // ranks)
-        return vision.num_layers * (norms + others)
+        norms = 2 * self._vision_norm(width) + 2 * vision.qk_norm * self._vision_norm(heads)
+        # Both branches where they are scaled; queries, keys, values, output of attention; before and after the activation.
+        others = size * (2 * family.has_layer_scale * width + 4 * heads + rows * 2 * vision.ffn_hidden_size // ranks)
+        last = size * width * family.has_final_norm  # its input; the projector counts its output
+        return vision.num_layers * (norms + others) + last
+
+    def _vision_norm(self, elements: int) -> int:
+        """A norm of a trained encoder; LayerNorm keeps its input as it is, in both backends."""
+        if self.sizes.vision.normalization == "LayerNorm":
+            return 2 * self.dtype.itemsize * elements
+        return self._norm(elements, 1, True)
 
     def _features(self, tiles: int) -> int:
         """Of so many tiles, as they leave the encoder."""

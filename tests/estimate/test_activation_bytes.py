@@ -10,13 +10,14 @@ from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes
 from megatron_nvlm.estimate.flops import ModelSizes, count_work
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import resolve_model
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.training.step import loss_function
 from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
 from tests.support.ranks import run_ranks
-from tests.support.tiny import VISION, tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_model
 
 TOLERANCE = 0.12
 """Left out of the estimate are indices, masks, rotary angles and statistics of norms, which count in a tiny model."""
@@ -55,15 +56,17 @@ def keep(
     recompute: str,
     parallelism: ParallelismConfig,
     language: str = "tiny",
+    vision: str = "tiny",
 ) -> Kept:
-    config = dataclasses.replace(tiny_config(variant), recompute=recompute, language=language)
+    config = dataclasses.replace(tiny_config(variant), recompute=recompute, language=language, vision=vision)
     model = tiny_model(config, device, parallelism, dtype=torch.bfloat16)
     freeze(model, trainable)
     parts = resolve_model(config)
     sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, recompute)
-    micro_batch = make_micro_batch(SampleShape(512, 6, 5), parts.variant, VISION.tokens_per_tile, 1)
-    micro_batch = dataclasses.replace(micro_batch, tiles=torch.zeros(7, 3, 56, 56, dtype=torch.uint8))
-    work = count_work(micro_batch, VISION.tokens_per_tile)
+    size, tokens = parts.vision.tile_size, parts.vision.tokens_per_tile
+    micro_batch = make_micro_batch(SampleShape(512, 6, 5), parts.variant, tokens, 1)
+    micro_batch = dataclasses.replace(micro_batch, tiles=torch.zeros(7, 3, size, size, dtype=torch.uint8))
+    work = count_work(micro_batch, tokens)
     estimate = ActivationModel(sizes, parallelism, torch.bfloat16, trainable, "local").chunk(
         ChunkSizes(4, len(sizes.cross_attention_layers), True, True, True), work
     )
@@ -81,6 +84,23 @@ def test_estimate(variant: str, trainable: tuple[str, ...], recompute: str, worl
 @pytest.mark.parametrize("trainable", [RECIPES["sft"], RECIPES["pretrain"]], ids=["sft", "pretrain"])
 def test_estimate_with_head_norms(trainable: tuple[str, ...], world_of_one: Device) -> None:
     kept = keep(world_of_one, "h", trainable, "none", ParallelismConfig(), "tiny_qwen3")
+    assert kept.estimated == pytest.approx(kept.real, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("vision", ["tiny_siglip", "tiny_layer_norm"])
+@pytest.mark.parametrize("variant", "dxh")
+def test_estimate_of_other_encoders(
+    vision: str, variant: str, world_of_one: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder trains and has most of the layers: SigLIP, and InternViT in the form of the 300M model."""
+    monkeypatch.setitem(
+        VISION_PRESETS,
+        "tiny_layer_norm",
+        dataclasses.replace(VISION_PRESETS["tiny"], normalization="LayerNorm", qk_norm=False, qkv_bias=True),
+    )
+    deep = dataclasses.replace(VISION_PRESETS[vision], num_layers=24)
+    monkeypatch.setitem(VISION_PRESETS, vision, deep)
+    kept = keep(world_of_one, variant, COMPONENTS, "none", ParallelismConfig(), vision=vision)
     assert kept.estimated == pytest.approx(kept.real, rel=TOLERANCE)
 
 
