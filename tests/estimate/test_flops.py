@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,6 +47,23 @@ def test_counted_operations(variant: str, trainable: tuple[str, ...], recompute:
         expected = whole_model(sizes, count_flops(sizes, work, trainable))
         assert expected.forward == pytest.approx(forward, rel=TOLERANCE), name
         assert expected.executed == pytest.approx(counter.get_total_flops(), rel=TOLERANCE), name
+
+
+@pytest.mark.parametrize("variant", "dxh")
+def test_counted_operations_of_siglip(variant: str, world_of_one: Device) -> None:
+    """Every component trains; tiles of 70 pixels are 25 patches, and 9 tokens after pixel shuffle."""
+    config = dataclasses.replace(tiny_config(variant), vision="tiny_siglip")
+    model = tiny_model(config, world_of_one)
+    parts = resolve_model(config)
+    tokens = parts.vision.tokens_per_tile
+    sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, "none")
+    micro_batch = make_micro_batch(SampleShape(96, 3, 2), parts.variant, tokens, 1)
+    micro_batch = dataclasses.replace(micro_batch, tiles=torch.zeros(4, 3, 70, 70, dtype=torch.uint8))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss_function(micro_batch, model(micro_batch))[0].backward()
+    expected = whole_model(sizes, count_flops(sizes, count_work(micro_batch, tokens, dense_attention=True), COMPONENTS))
+    assert tokens == 9
+    assert expected.executed == pytest.approx(counter.get_total_flops(), rel=TOLERANCE)
 
 
 def test_real_work_is_less_than_dense() -> None:

@@ -26,6 +26,10 @@ from tests.support.ranks import run_ranks
 PRESETS = {
     "6B family": VisionPreset(2, 40, 48, 5, "RMSNorm", qk_norm=True, qkv_bias=False, tile_size=56),
     "300M family": VisionPreset(2, 40, 48, 5, "LayerNorm", qk_norm=False, qkv_bias=True, tile_size=56),
+    # 3 x 3 patches of 18 pixels
+    "SigLIP": VisionPreset(
+        2, 40, 48, 5, "LayerNorm", qk_norm=False, qkv_bias=True, tile_size=56, patch_size=18, family="siglip"
+    ),
 }
 CONFIG = ModelConfig("d", "tiny", "tiny")
 
@@ -113,6 +117,7 @@ def one_rank() -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     ("family", "ranks"),
     [
         ("6B family", 2),
+        ("SigLIP", 2),
         pytest.param("6B family", 3, marks=pytest.mark.slow),
         pytest.param("6B family", 4, marks=pytest.mark.slow),
         pytest.param("6B family", 8, marks=pytest.mark.slow),
