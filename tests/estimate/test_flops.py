@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_nvlm.estimate.flops import Flops, ModelSizes, attention, count_flops, count_work, linear, whole_model
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import resolve_model
+from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.training.step import loss_function
 from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
@@ -50,20 +51,25 @@ def test_counted_operations(variant: str, trainable: tuple[str, ...], recompute:
 
 
 @pytest.mark.parametrize("variant", "dxh")
-def test_counted_operations_of_siglip(variant: str, world_of_one: Device) -> None:
-    """Every component trains; tiles of 70 pixels are 25 patches, and 9 tokens after pixel shuffle."""
+def test_counted_operations_of_siglip(variant: str, world_of_one: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ten more layers cost in training; tiles of 70 pixels are 25 patches, and 9 tokens after pixel shuffle."""
     config = dataclasses.replace(tiny_config(variant), vision="tiny_siglip")
-    model = tiny_model(config, world_of_one)
-    parts = resolve_model(config)
-    tokens = parts.vision.tokens_per_tile
-    sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, "none")
-    micro_batch = make_micro_batch(SampleShape(96, 3, 2), parts.variant, tokens, 1)
-    micro_batch = dataclasses.replace(micro_batch, tiles=torch.zeros(4, 3, 70, 70, dtype=torch.uint8))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss_function(micro_batch, model(micro_batch))[0].backward()
-    expected = whole_model(sizes, count_flops(sizes, count_work(micro_batch, tokens, dense_attention=True), COMPONENTS))
-    assert tokens == 9
-    assert expected.executed == pytest.approx(counter.get_total_flops(), rel=TOLERANCE)
+    preset, real, expected = VISION_PRESETS["tiny_siglip"], [], []
+    assert preset.tokens_per_tile == 9
+    for layers in (2, 12):
+        monkeypatch.setitem(VISION_PRESETS, "tiny_siglip", dataclasses.replace(preset, num_layers=layers))
+        model = tiny_model(config, world_of_one)
+        parts = resolve_model(config)
+        sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, "none")
+        micro_batch = make_micro_batch(SampleShape(96, 3, 2), parts.variant, 9, 1)
+        micro_batch = dataclasses.replace(micro_batch, tiles=torch.zeros(4, 3, 70, 70, dtype=torch.uint8))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            loss_function(micro_batch, model(micro_batch))[0].backward()
+        work = count_work(micro_batch, 9, dense_attention=True)
+        real.append(counter.get_total_flops())
+        expected.append(whole_model(sizes, count_flops(sizes, work, COMPONENTS)).executed)
+    assert expected[1] == pytest.approx(real[1], rel=TOLERANCE)
+    assert expected[1] - expected[0] == pytest.approx(real[1] - real[0], rel=0.002)
 
 
 def test_real_work_is_less_than_dense() -> None:
