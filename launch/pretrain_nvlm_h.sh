@@ -4,7 +4,7 @@
 #   sbatch --nodes=16 launch/pretrain_nvlm_h.sh configs/pretrain_nvlm_h_72b.yaml [section.key=value ...]
 #
 # Before its time limit, or when the job is requeued, the run saves and stops; the job then puts itself back into the queue
-# and goes on from its last checkpoint, until RUN_DIR/finished is there. See launch/README.md.
+# and goes on from its last checkpoint, until a start ends well and leaves RUN_DIR/finished. See launch/README.md.
 #SBATCH --job-name=pretrain_nvlm_h
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -36,7 +36,9 @@ port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one host must not meet
 processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NNODES nodes x $processes processes, $run_dir"
 
+asked=no
 ask_to_stop() {
+    asked=yes
     echo "asked to stop: saving at the end of the step"
     touch "$run_dir/stop"
 }
@@ -54,9 +56,10 @@ while kill -0 $srun_pid 2>/dev/null; do # a trapped signal ends `wait` early
     wait $srun_pid || status=$?
 done
 
-if [ -e "$run_dir/finished" ]; then
-    echo "the run is finished"
-elif [ -e "$run_dir/stop" ]; then
+# A start that succeeds removes the markers of earlier ends, so they count only if this one ended well.
+if [ $status -eq 0 ] && [ -e "$run_dir/finished" ]; then
+    echo "the run is finished after step $(cat "$run_dir/finished")"
+elif [ $asked = yes ] || { [ $status -eq 0 ] && [ -e "$run_dir/stopped" ]; }; then
     echo "stopped before the end; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 else

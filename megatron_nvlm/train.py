@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
@@ -9,29 +10,33 @@ from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.parallel.groups import world_size_from_environment
 from megatron_nvlm.runs.components import make_identity, open_data
-from megatron_nvlm.runs.entry import global_rank, say, user_errors_end_the_process
-from megatron_nvlm.runs.processes import joined, prepare_run_dir
+from megatron_nvlm.runs.entry import say, user_errors_end_the_process
+from megatron_nvlm.runs.processes import joined, mark_end, prepare_run_dir
 from megatron_nvlm.runs.resolve import resolve_run
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.runs.start import find_start, load_start
 from megatron_nvlm.runs.trainer import make_trainer
 from megatron_nvlm.training.faults import StopRequest, stop_with_launcher
 from megatron_nvlm.training.loop import Reports, train
 from megatron_nvlm.training.metrics import MetricsWriter
+from megatron_nvlm.training.optimizer import config_in_force
 from megatron_nvlm.training.sample_files import SampleWriter
 
 
 def run_training(config: RunConfig) -> None:
     """Train a run from where it stands: from its last checkpoint if there is one."""
+    stop = StopRequest(RunDir.named(config.run_dir))  # first: a request while starting counts
     stop_with_launcher()
     run = resolve_run(config, world_size_from_environment())
     data = open_data(run)
-    identity = make_identity(run.model, data.pipeline.tokenizer)
+    identity = make_identity(config, run.model, data.pipeline.tokenizer)
     with joined(run) as device:
         start = find_start(run, identity)
-        prepare_run_dir(run)
-        stop = StopRequest(run.run_dir)
         trainer = make_trainer(run, data, device)
         progress = load_start(start, trainer)
+        config = replace(config, optimizer=config_in_force(config.optimizer, trainer.optimizer, trainer.scheduler))
+        identity = make_identity(config, run.model, data.pipeline.tokenizer)
+        prepare_run_dir(run.run_dir, config)
         saver = CheckpointSaver(
             run.run_dir, config.checkpoint, identity, trainer.bare_model, trainer.optimizer, trainer.scheduler
         )
@@ -42,11 +47,10 @@ def run_training(config: RunConfig) -> None:
         outcome = train(trainer, progress, reports, stop, saver)
         reports.close()
         trainer.loader.close()
+        mark_end(run.run_dir, outcome.progress.step, outcome.finished)
         if not outcome.finished:
             say(f"stopped after step {outcome.progress.step}, saved; the same command resumes from there")
         else:
-            if global_rank() == 0:
-                run.run_dir.finished.write_text(f"{outcome.progress.step}\n")
             say(f"finished after step {outcome.progress.step}; everything is in {run.run_dir}")
 
 

@@ -7,7 +7,7 @@ is written under another name and renamed when every rank is done (async_save.py
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ METADATA_FILE = "metadata.json"
 """Of core."""
 COMMON_FILE = "common.pt"
 """What is no tensor; older cores read nothing without it, newer ones (0.19) write none and read both."""
+_CONSTANTS = ("max_lr", "min_lr", "betas", "eps")
+"""Of every parameter group alike; rate and weight decay follow from the schedule."""
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +50,8 @@ class CheckpointConfig:
     """What is checked of a checkpoint before it is loaded: size of its files, or checksum, which reads them all."""
     initial_weights: str | None = None
     """Run folder or checkpoint whose weights a new run starts with (SFT after pretraining); null for random weights."""
+    keep_schedule: bool = False
+    """Go on with the checkpoint's learning rates, weight decay, Adam constants and steps of the cosine, not the file's."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Identity:
     vision: str
     tokenizer: str
     """Fingerprint."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Every key of the run in force, as `settings_of` (runs/changes.py) gives them; checkpoints of before have none."""
 
 
 def checkpoint_to_resume(run_dir: RunDir, verify: str) -> Path | None:
@@ -148,12 +154,12 @@ def read_identity(path: Path) -> Identity:
 def check_identity(path: Path, identity: Identity) -> None:
     """Refuse a checkpoint of another model, naming the first difference."""
     found = read_identity(path)
-    for field, what in (("variant", "NVLM"), ("language", "language model"), ("vision", "vision model")):
-        theirs, ours = getattr(found, field), getattr(identity, field)
+    for name, what in (("variant", "NVLM"), ("language", "language model"), ("vision", "vision model")):
+        theirs, ours = getattr(found, name), getattr(identity, name)
         if theirs != ours:
             raise UserError(
                 f"the checkpoint {path} is of {what} {theirs!r} and this run is of {ours!r}; "
-                f"set model.{field}={theirs} or choose another run_dir"
+                f"set model.{name}={theirs} or choose another run_dir"
             )
     if found.tokenizer and found.tokenizer != identity.tokenizer:  # weights may have come without one
         raise UserError(
@@ -217,9 +223,18 @@ def load_model(path: Path, model: NVLMModel | ModelChunks) -> Progress:
 
 
 def load(
-    path: Path, model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+    path: Path,
+    model: NVLMModel | ModelChunks,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    keep_schedule: bool = False,
 ) -> Progress:
-    """Model, optimizer, schedule and position, into any layout."""
+    """Model, optimizer, step of the schedule and position, into any layout.
+
+    Args:
+        keep_schedule: take the checkpoint's schedule and constants of Adam too, instead of those that were built.
+    """
+    built = [{key: group[key] for key in _CONSTANTS if key in group} for group in optimizer.param_groups[:1]]
     trains = _has_parameters(optimizer)
     for part in getattr(optimizer, "chained_optimizers", [optimizer] if trains else []):
         # Core's distributed optimizer can only receive state that is there; it makes none by itself before a first step.
@@ -234,8 +249,15 @@ def load(
     model.load_state_dict(loaded["model"])
     if trains:
         optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made
-    scheduler.load_state_dict(loaded["scheduler"])
+    if keep_schedule:
+        scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made
+        scheduler.load_state_dict(loaded["scheduler"])
+    else:
+        # Core's optimizer has taken the stored constants with the moments, and its schedule reads the groups' rates.
+        for group in optimizer.param_groups:
+            group.update(*built)
+        scheduler.num_steps = loaded["scheduler"]["num_steps"]
+    scheduler.step(increment=0)  # core itself would apply a weight decay of before to the first update
     return Progress.from_plain(loaded["progress"])
 
 

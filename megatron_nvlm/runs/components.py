@@ -6,6 +6,7 @@ import torch
 
 from megatron_nvlm.checkpoint.save_load import Identity
 from megatron_nvlm.config.rules import check_data, check_files
+from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.data.loading.builder import OpenedData
 from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.prepare import SamplePipeline
@@ -22,6 +23,7 @@ from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import Precision
 from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups
+from megatron_nvlm.runs.changes import settings_of
 from megatron_nvlm.runs.resolve import ResolvedRun
 from megatron_nvlm.text.tokenizer import Tokenizer
 
@@ -67,10 +69,11 @@ def make_pipeline(run: ResolvedRun, tokenizer: Tokenizer) -> SamplePipeline:
     )
 
 
-def make_identity(model: ResolvedModel, tokenizer: Tokenizer | None) -> Identity:
-    """What a checkpoint of this model is of; weights that came without a tokenizer are of none."""
+def make_identity(config: RunConfig, model: ResolvedModel, tokenizer: Tokenizer | None) -> Identity:
+    """What a checkpoint of this run is of; weights that came without a tokenizer are of none."""
     language, vision = name_of(LANGUAGE_PRESETS, model.language), name_of(VISION_PRESETS, model.vision)
-    return Identity(model.variant.name, language, vision, tokenizer.fingerprint if tokenizer else "")
+    fingerprint = tokenizer.fingerprint if tokenizer else ""
+    return Identity(model.variant.name, language, vision, fingerprint, settings_of(config, model))
 
 
 def make_model(

@@ -54,7 +54,7 @@ def export_folder(
     run, checkpoint = open_run(path, overrides)
     tokenizer = _find_tokenizer(run, checkpoint)
     save_load.check_identity(
-        checkpoint, make_identity(resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None)
+        checkpoint, make_identity(run, resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None)
     )
     ours = CheckpointWeights(checkpoint)
     source = export_source(run.model, ours, describe_our_model(run.model), dtype, str(checkpoint))

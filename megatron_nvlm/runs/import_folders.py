@@ -60,7 +60,7 @@ def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Do
     source = imported_source(run.model, ours, request.seed, request.dtype)
     tokenizer = _find_tokenizer(request)
     checkpoint = request.out / "checkpoints" / STEP
-    identity = make_identity(resolve_model(run.model), open_tokenizer(tokenizer) if tokenizer else None)
+    identity = make_identity(run, resolve_model(run.model), open_tokenizer(tokenizer) if tokenizer else None)
     mark = {"model": dataclasses.asdict(run.model), "seed": request.seed, "dtype": str(request.dtype)}
     write_import(checkpoint, source, ours, identity, mark, progress(source))
     if tokenizer is not None:

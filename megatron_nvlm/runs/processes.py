@@ -6,11 +6,13 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from megatron_nvlm.config.load import dump_run
+from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.core_compat import keep_checkpoint_process
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.runs.entry import global_rank
 from megatron_nvlm.runs.resolve import ResolvedRun
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.training.faults import lock_run
 
 
@@ -37,10 +39,18 @@ def start(run: ResolvedRun) -> Device:
     return device
 
 
-def prepare_run_dir(run: ResolvedRun) -> None:
-    """Write the resolved configuration and forget an old request to stop; every rank calls it, once nothing is refused."""
+def prepare_run_dir(run_dir: RunDir, config: RunConfig) -> None:
+    """Write the configuration in force and remove marks of earlier ends, once the start has succeeded; all ranks call it."""
     if dist.get_rank() == 0:
-        run.run_dir.config.write_text(dump_run(run.config))
-        run.run_dir.stop.unlink(missing_ok=True)
+        run_dir.config.write_text(dump_run(config))
+        run_dir.finished.unlink(missing_ok=True)
+        run_dir.stopped.unlink(missing_ok=True)
     dist.barrier()
     keep_checkpoint_process()
+
+
+def mark_end(run_dir: RunDir, step: int, finished: bool) -> None:
+    """Say in the run directory how the run ended and after which step; a request to stop is then carried out."""
+    if dist.get_rank() == 0:
+        (run_dir.finished if finished else run_dir.stopped).write_text(f"{step}\n")
+        run_dir.stop.unlink(missing_ok=True)

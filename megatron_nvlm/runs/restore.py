@@ -59,7 +59,7 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     resolved = resolve_run(run, world_size)
     tokenizer = load_tokenizer(resolved)
     path = save_load.find_checkpoint(checkpoint or run_dir)
-    save_load.check_identity(path, make_identity(resolved.model, tokenizer))
+    save_load.check_identity(path, make_identity(run, resolved.model, tokenizer))
     device = start(resolved)
     model = make_model(
         resolved.model, run.parallelism, resolved.precision, device.torch_device, run.training.seed

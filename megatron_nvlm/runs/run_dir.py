@@ -50,12 +50,17 @@ class RunDir:
 
     @property
     def stop(self) -> Path:
-        """A request to stop: whoever creates this file has the run save and end."""
+        """A request to stop: whoever creates this file has the run save, remove the file and end."""
         return self.path / "stop"
 
     @property
+    def stopped(self) -> Path:
+        """There once a request to stop was carried out, until the next start; holds the step that was saved."""
+        return self.path / "stopped"
+
+    @property
     def finished(self) -> Path:
-        """There once the last step is done."""
+        """There once the last step is done, until the run is given more; holds that step."""
         return self.path / "finished"
 
     @property

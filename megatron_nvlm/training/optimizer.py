@@ -1,6 +1,6 @@
 """AdamW with a warm-up and a cosine, through Megatron-core's optimizers and scheduler."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -79,3 +79,21 @@ def build_optimizer(
     )
     scheduler.step(increment=1)  # the first update has the rate of step 1, not 0
     return optimizer, scheduler
+
+
+def config_in_force(
+    config: OptimizerConfig, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> OptimizerConfig:
+    """The section as optimizer and schedule carry it out, which differs where a checkpoint's schedule was kept."""
+    constants: dict[str, float] = {}
+    for group in optimizer.param_groups[:1]:
+        constants = {"adam_beta1": group["betas"][0], "adam_beta2": group["betas"][1], "adam_eps": group["eps"]}
+    return replace(
+        config,
+        max_lr=scheduler.max_lr,
+        min_lr=scheduler.min_lr,
+        warmup_steps=scheduler.lr_warmup_steps,
+        decay_steps=scheduler.lr_decay_steps,
+        weight_decay=scheduler.start_wd,
+        **constants,
+    )
