@@ -34,8 +34,9 @@ def run_training(config: RunConfig) -> None:
         start = find_start(run, identity)
         trainer = make_trainer(run, data, device)
         progress = load_start(start, trainer)
-        config = replace(config, optimizer=config_in_force(config.optimizer, trainer.optimizer, trainer.scheduler))
-        identity = make_identity(config, run.model, data.pipeline.tokenizer)
+        if start.checkpoint is not None and start.keep_schedule:
+            config = replace(config, optimizer=config_in_force(config.optimizer, trainer.optimizer, trainer.scheduler))
+            identity = make_identity(config, run.model, data.pipeline.tokenizer)
         prepare_run_dir(run.run_dir, config)
         saver = CheckpointSaver(
             run.run_dir, config.checkpoint, identity, trainer.bare_model, trainer.optimizer, trainer.scheduler

@@ -60,6 +60,8 @@ def test_rates_and_steps_follow_the_new_file(stopped: Path, run_dir: Path) -> No
     assert rates[STEPS:] == pytest.approx([cosine(step, 1e-2, 1e-4, 2, 8) for step in range(5, 9)])
     says = json.loads((run_dir / "checkpoints" / "step_00000008" / "nvlm.json").read_text())["model"]["settings"]
     assert says["optimizer.max_lr"] == 1e-2 and says["training.train_steps"] == 8
+    # Still null: extended from its own config.yaml, the run gets a cosine over the new steps as well.
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["optimizer"]["decay_steps"] is None
 
 
 def test_the_schedule_of_the_checkpoint_is_kept_by_name_alone(stopped: Path, run_dir: Path) -> None:
