@@ -29,14 +29,14 @@ def run_training(config: RunConfig) -> None:
     stop_with_launcher()
     run = resolve_run(config, world_size_from_environment())
     data = open_data(run)
-    identity = make_identity(config, run.model, data.pipeline.tokenizer)
+    identity = make_identity(config, run.model, data.pipeline.tokenizer, data)
     with joined(run) as device:
         start = find_start(run, identity)
         trainer = make_trainer(run, data, device)
         progress = load_start(start, trainer)
         if start.checkpoint is not None and start.keep_schedule:
             config = replace(config, optimizer=config_in_force(config.optimizer, trainer.optimizer, trainer.scheduler))
-            identity = make_identity(config, run.model, data.pipeline.tokenizer)
+            identity = make_identity(config, run.model, data.pipeline.tokenizer, data)
         prepare_run_dir(run.run_dir, config)
         saver = CheckpointSaver(
             run.run_dir, config.checkpoint, identity, trainer.bare_model, trainer.optimizer, trainer.scheduler

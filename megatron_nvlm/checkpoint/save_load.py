@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_nvlm.checkpoint.census import refuse_unused_weights
 from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, find_damage
 from megatron_nvlm.checkpoint.retention import LATEST_FILE, candidates, read_latest
 from megatron_nvlm.core_compat import core_version, is_newer_than_core, minor_release
@@ -52,6 +53,8 @@ class CheckpointConfig:
     """Run folder or checkpoint whose weights a new run starts with (SFT after pretraining); null for random weights."""
     keep_schedule: bool = False
     """Go on with the checkpoint's learning rates, weight decay, Adam constants and steps of the cosine, not the file's."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys that may differ from the checkpoint's though its weights or its order of samples rest on them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Identity:
     """Fingerprint."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Every key of the run in force, as `settings_of` (runs/changes.py) gives them; checkpoints of before have none."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the order of samples, as `data_fingerprint` gives it; checkpoints without a run's data have none."""
 
 
 def checkpoint_to_resume(run_dir: RunDir, verify: str) -> Path | None:
@@ -263,6 +268,7 @@ def load(
 
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     check_core(path)
+    refuse_unused_weights(path, state["model"])
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
         return loaded

@@ -7,6 +7,7 @@ import torch
 from megatron_nvlm.checkpoint.save_load import Identity
 from megatron_nvlm.config.rules import check_data, check_files
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.data.fingerprint import data_fingerprint
 from megatron_nvlm.data.loading.builder import OpenedData
 from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.prepare import SamplePipeline
@@ -69,11 +70,14 @@ def make_pipeline(run: ResolvedRun, tokenizer: Tokenizer) -> SamplePipeline:
     )
 
 
-def make_identity(config: RunConfig, model: ResolvedModel, tokenizer: Tokenizer | None) -> Identity:
-    """What a checkpoint of this run is of; weights that came without a tokenizer are of none."""
+def make_identity(
+    config: RunConfig, model: ResolvedModel, tokenizer: Tokenizer | None, data: OpenedData | None = None
+) -> Identity:
+    """What a checkpoint of this run is of; weights that came without a tokenizer or data are of none."""
     language, vision = name_of(LANGUAGE_PRESETS, model.language), name_of(VISION_PRESETS, model.vision)
     fingerprint = tokenizer.fingerprint if tokenizer else ""
-    return Identity(model.variant.name, language, vision, fingerprint, settings_of(config, model))
+    order = data_fingerprint(config.data, data.sets, data.pipeline) if data else {}
+    return Identity(model.variant.name, language, vision, fingerprint, settings_of(config, model), order)
 
 
 def make_model(

@@ -12,10 +12,12 @@ from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.parallel.groups import world_size_from_environment
+from megatron_nvlm.runs.changes import refuse_changes
 from megatron_nvlm.runs.components import load_tokenizer, make_identity, make_model, make_pipeline
 from megatron_nvlm.runs.processes import start
 from megatron_nvlm.runs.resolve import resolve_run
 from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.runs.start import changed_settings
 
 # Before the user's overrides: the depth in one stage, however it was trained.
 WHOLE_DEPTH = (
@@ -59,7 +61,9 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     resolved = resolve_run(run, world_size)
     tokenizer = load_tokenizer(resolved)
     path = save_load.find_checkpoint(checkpoint or run_dir)
-    save_load.check_identity(path, make_identity(run, resolved.model, tokenizer))
+    identity = make_identity(run, resolved.model, tokenizer)
+    save_load.check_identity(path, identity)
+    refuse_changes(path, changed_settings(path, identity), run.checkpoint.allow_changes)
     device = start(resolved)
     model = make_model(
         resolved.model, run.parallelism, resolved.precision, device.torch_device, run.training.seed

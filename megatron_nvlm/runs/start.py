@@ -1,7 +1,7 @@
 """What a run starts with: its last checkpoint, the weights of another run, Hugging Face folders, or new weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,18 @@ from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.open_folders import FolderWeights
 from megatron_nvlm.models.config import resolve_model
-from megatron_nvlm.runs.changes import SCHEDULE_KEYS, differences, no_effect, settings_of
+from megatron_nvlm.runs.changes import (
+    describe_effect,
+    differences,
+    order_changes,
+    refuse_changes,
+    refuse_other_order,
+    settings_of,
+)
 from megatron_nvlm.runs.components import open_weights
 from megatron_nvlm.runs.entry import say
 from megatron_nvlm.runs.resolve import ResolvedRun
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.training.loop import Trainer
 
 
@@ -32,6 +40,8 @@ class Start:
     """Hugging Face folders whose weights a new run starts with."""
     keep_schedule: bool
     """Whether the checkpoint's schedule goes on, whatever the run file says."""
+    new_order: bool
+    """Whether the order of samples is another one than the checkpoint's, and begins at its first sample."""
 
 
 def find_start(run: ResolvedRun, identity: Identity) -> Start:
@@ -47,29 +57,44 @@ def find_start(run: ResolvedRun, identity: Identity) -> Start:
         if settings.initial_weights is not None:
             initial = save_load.find_checkpoint(Path(settings.initial_weights), settings.verify)
         folders = open_weights(run.model)
+    new_order = False
     for path in (checkpoint, initial):
         if path is not None:
             save_load.check_identity(path, identity)
             save_load.check_core(path)  # a load does so too, but only once the model is built
+            changed = changed_settings(path, identity)
+            refuse_changes(path, changed, settings.allow_changes, goes_on=path == checkpoint)
     if checkpoint is not None:
-        say_changes(_settings_before(checkpoint, run), identity.settings, settings.keep_schedule)
-    return Start(checkpoint, initial, folders, settings.keep_schedule)
+        new_order = _begins_new_order(checkpoint, identity, settings.allow_changes)
+        say_changes(changed_settings(checkpoint, identity), settings.keep_schedule)
+    return Start(checkpoint, initial, folders, settings.keep_schedule, new_order)
 
 
-def _settings_before(checkpoint: Path, run: ResolvedRun) -> Mapping[str, Any]:
-    """Of the checkpoint or, for one of an earlier version, of the config.yaml beside it; nothing if neither says."""
-    settings = save_load.read_identity(checkpoint).settings
-    if settings or not run.run_dir.config.is_file():
-        return settings
-    before = load_run(run.run_dir.config)
-    return settings_of(before, resolve_model(before.model))
+def changed_settings(checkpoint: Path, identity: Identity) -> dict[str, tuple[Any, Any]]:
+    """By key, the checkpoint's value and this run's.
+
+    A checkpoint of an earlier version does not say its settings; the config.yaml of its run does, if that is there.
+    """
+    before = save_load.read_identity(checkpoint).settings
+    file = RunDir(checkpoint.parent.parent).config
+    if not before and file.is_file():
+        config = load_run(file)
+        before = settings_of(config, resolve_model(config.model))
+    return differences(before, identity.settings)
 
 
-def say_changes(before: Mapping[str, Any], now: Mapping[str, Any], keep_schedule: bool) -> None:
+def _begins_new_order(checkpoint: Path, identity: Identity, allowed: Sequence[str]) -> bool:
+    keys = order_changes(save_load.read_identity(checkpoint).data, identity.data)
+    refuse_other_order(checkpoint, keys, allowed)
+    if keys:
+        say(f"another order of samples by {', '.join(keys)} (allowed); it is read from its first sample on")
+    return bool(keys)
+
+
+def say_changes(changed: Mapping[str, tuple[Any, Any]], keep_schedule: bool) -> None:
     """List what the run file changes in a run that goes on."""
-    for key, (old, new) in differences(before, now).items():
-        kept = keep_schedule and key in SCHEDULE_KEYS
-        effect = " (kept at the old value by checkpoint.keep_schedule)" if kept else no_effect(key)
+    for key, (old, new) in changed.items():
+        effect = describe_effect(key, keep_schedule)
         say(f"changed since the checkpoint: {key}: {json.dumps(old)} -> {json.dumps(new)}{effect}")
 
 
@@ -80,7 +105,7 @@ def load_start(start: Start, trainer: Trainer) -> Progress:
             start.checkpoint, trainer.bare_model, trainer.optimizer, trainer.scheduler, start.keep_schedule
         )
         say(f"resuming from step {progress.step} ({start.checkpoint})")
-        return progress
+        return Progress(progress.step, DataPosition()) if start.new_order else progress
     if start.initial is not None:
         save_load.load_model(start.initial, trainer.bare_model)
         say(f"starting with the weights of {start.initial}")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.support.launch import launch
-from tests.support.shards import read_metrics, write_run
+from tests.support.shards import good_samples, read_metrics, write_run, write_samples
 
 pytestmark = pytest.mark.distributed
 
@@ -40,6 +40,11 @@ def go_on(stopped: Path, run_dir: Path, *overrides: str, check: bool = True) -> 
 def files(run_dir: Path) -> dict[str, bytes]:
     """What a failed start must leave as it is."""
     return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def last_block(printed: str) -> str:
+    """The launcher's own report, which is the end of what a user reads."""
+    return printed.rpartition("Root Cause")[2]
 
 
 def cosine(step: int, max_lr: float, min_lr: float, warmup: int, decay: int) -> float:
@@ -74,11 +79,56 @@ def test_the_schedule_of_the_checkpoint_is_kept_by_name_alone(stopped: Path, run
 
 
 def test_a_failed_start_leaves_the_run_as_it_was(stopped: Path, run_dir: Path) -> None:
+    # A checkpoint that does not say its settings: core refuses the missing tensors, which is the last thing that can fail.
+    (run_dir / "config.yaml").unlink()
+    identity = run_dir / "checkpoints" / f"step_{STEPS:08d}" / "nvlm.json"
+    says = json.loads(identity.read_text())
+    says["model"] = {name: value for name, value in says["model"].items() if name not in ("settings", "data")}
+    identity.write_text(json.dumps(says).ljust(identity.stat().st_size))
     before = files(run_dir)
-    # Core refuses the missing tensors when it loads: the last thing that can fail.
     status, printed = go_on(stopped, run_dir, "model.cross_attention.qk_norm=true", check=False)
     assert status != 0 and "cannot be loaded" in printed
     assert files(run_dir) == before
+
+
+def test_cross_attention_that_was_trained_is_not_left_out(stopped: Path, run_dir: Path, tmp_path: Path) -> None:
+    """Nor is it missed: in a run that goes on, in one that begins with its weights, and in one that answers."""
+    fewer = "model.cross_attention.interval=4"
+    before = files(run_dir)
+    for arguments in (
+        (TRAIN, 1, "--config", str(stopped), f"run_dir={run_dir}", fewer),
+        (TRAIN, 1, "--config", str(stopped), f"run_dir={tmp_path}/new", fewer, f"checkpoint.initial_weights={run_dir}"),
+        ("megatron_nvlm.generate", 1, "--run-dir", str(run_dir), "--question", "What?", fewer),
+    ):
+        done = launch(*arguments, check=False)
+        assert done.returncode != 0
+        assert "error: model.cross_attention.interval was 2 when the checkpoint" in last_block(done.stderr)
+    assert files(run_dir) == before
+
+
+def test_another_order_of_samples_begins_only_if_it_is_allowed(stopped: Path, run_dir: Path, tmp_path: Path) -> None:
+    """A set that was built again under the same name is another order, one that has moved is none."""
+    moved = shutil.copytree(stopped.parent / "shards", tmp_path / "moved")
+    blend = f"data.train=[{{path: {moved}, weight: 3.0}}]"
+    _, printed = go_on(stopped, run_dir, blend, "training.train_steps=5")
+    assert "another order" not in printed and read_metrics(run_dir)[-1]["consumed_samples"] == 20
+    shutil.rmtree(moved)
+    write_samples(moved, good_samples(9))
+    status, printed = go_on(stopped, run_dir, blend, "training.train_steps=6", check=False)
+    assert status != 0 and "data.train give another order of samples than the checkpoint" in last_block(printed)
+    _, printed = go_on(stopped, run_dir, blend, "training.train_steps=6", "checkpoint.allow_changes=[data.train]")
+    assert "another order of samples by data.train (allowed)" in printed
+    assert read_metrics(run_dir)[-1]["consumed_samples"] == 4
+    go_on(stopped, run_dir, blend, "training.train_steps=7", "checkpoint.allow_changes=[data.train]")
+    assert read_metrics(run_dir)[-1]["consumed_samples"] == 8
+
+
+def test_optimizer_state_of_another_form_is_refused(stopped: Path, run_dir: Path) -> None:
+    status, printed = go_on(stopped, run_dir, "parallelism.use_distributed_optimizer=false", check=False)
+    assert status != 0 and "and the optimizer's state has the form of the former" in last_block(printed)
+    go_on(stopped, run_dir, "recipe.trainable=[vision_projection]", "training.train_steps=6")
+    status, printed = go_on(stopped, run_dir, "training.train_steps=8", check=False)
+    assert status != 0 and "recipe lets cross_attention, language_model, vision_model train" in last_block(printed)
 
 
 def test_a_request_to_stop_while_starting_counts(stopped: Path, run_dir: Path) -> None:
