@@ -22,7 +22,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_nvlm.checkpoint.integrity import find_damage, write_manifest, write_sums_of_rank
-from megatron_nvlm.checkpoint.retention import remove_checkpoint, remove_old, step_folder, sync_folder, write_latest
+from megatron_nvlm.checkpoint.retention import (
+    candidates,
+    remove_checkpoint,
+    remove_old,
+    step_folder,
+    sync_folder,
+    write_latest,
+)
 from megatron_nvlm.checkpoint.save_load import (
     CheckpointConfig,
     Identity,
@@ -31,6 +38,7 @@ from megatron_nvlm.checkpoint.save_load import (
     state_to_save,
     write_identity,
 )
+from megatron_nvlm.checkpoint.soundness import refuse_unsound
 from megatron_nvlm.core_compat import deaf_and_not_alone, own_checkpoint_writer
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
@@ -71,15 +79,33 @@ class CheckpointSaver:
         self._waited = 0.0
 
     def save(self, progress: Progress, wait: bool = False) -> None:
-        """Begin a checkpoint, after the one in flight; with `wait`, or without `checkpoint.asynchronous`, end it too."""
+        """Begin a checkpoint, after the one in flight; with `wait`, or without `checkpoint.asynchronous`, end it too.
+
+        Raises:
+            UserError: it could not be written, or weights or optimizer hold values that are not finite.
+        """
         began = time.monotonic()
         try:
             self._finish()
+            model, optimizer, _ = self._state
+            refuse_unsound(progress.step, model, optimizer, self.way_back)
             self._begin(progress)
             if wait or not self.config.asynchronous:
                 self._finish()
         finally:
             self._waited += time.monotonic() - began
+
+    @property
+    def way_back(self) -> str:
+        """What a run that has diverged can go on from, and how; call it with no save in flight."""
+        newest = next(iter(candidates(self._folder)), None)
+        lower = "lower optimizer.max_lr or optimizer.clip_grad"
+        if newest is None:
+            return f"the run has no checkpoint yet: {lower}, and start again"
+        return (
+            f"the newest sound checkpoint is {newest}, from which the same command goes on; unchanged, the run would meet "
+            f"the same again, so {lower} first"
+        )
 
     @property
     def in_flight(self) -> bool:

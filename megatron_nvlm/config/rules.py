@@ -117,10 +117,26 @@ def packs_are_micro_batches(run: RunConfig, model: ResolvedModel, world_size: in
         )
 
 
+def something_trains(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """The recipe names a component that this variant has."""
+    trainable = run.recipe.trainable_components()
+    if set(trainable) == {"cross_attention"} and not model.variant.needs_cross_attention:
+        raise UserError(
+            f"recipe.trainable is {list(trainable)} and NVLM-{model.variant.name.upper()} has no "
+            "cross-attention, so nothing would train; name vision_projection, language_model or vision_model"
+        )
+
+
 def shares_are_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
-    """Loader limits are valid."""
+    """Shares lie between their bounds, and the loader's limits are valid."""
     if not 0 <= run.data.max_bad_fraction <= 1:
         raise UserError(f"data.max_bad_fraction is {run.data.max_bad_fraction}; it must lie between 0 and 1")
+    for name, share in (
+        ("model.hidden_dropout", run.model.hidden_dropout),
+        ("model.attention_dropout", run.model.attention_dropout),
+    ):
+        if not 0 <= share < 1:
+            raise UserError(f"{name} is {share}; it must be at least 0 and below 1")
     for name, value in (("data.num_workers", run.data.num_workers), ("data.cache.retries", run.data.cache.retries)):
         if value < 0:
             raise UserError(f"{name} is {value}; it must be at least 0")
@@ -196,6 +212,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     names_are_known,
     counts_are_positive,
     packs_are_micro_batches,
+    something_trains,
     shares_are_possible,
     weights_come_from_one_place,
     schedule_is_possible,
@@ -221,6 +238,8 @@ def check_data(run: RunConfig, model: ResolvedModel, tokenizer: Tokenizer, sets:
             f"the tokenizer {run.data.tokenizer} has {tokenizer.vocab_size} ids and {run.model.language} embeds "
             f"{model.language.vocab_size}; use the tokenizer of that language model"
         )
+    for name in TEMPLATES[run.data.template].special_tokens:
+        tokenizer.special_id(name)
     if not sets:
         raise UserError("data.train names no shards; add a path and a weight")
     for shards in sets:

@@ -32,8 +32,8 @@ class Effect(Enum):
     """Decides the form of the optimizer's state."""
     MEANING = auto()
     """Decides what the weights were trained to read."""
-    PRECISION = auto()
-    """Decides the numbers in which the run is trained."""
+    TRAINING = auto()
+    """Decides the form of the text, or of the numbers, in which the run is trained."""
     ORDER = auto()
     """Decides which sample comes when, as `data_fingerprint` says: refused unless allowed; then the order begins anew."""
 
@@ -53,7 +53,7 @@ REFUSALS = {
     Effect.SHAPES: Refusal("the weights have the shapes of the former", can_be_allowed=False, of_weights=True),
     Effect.STATE: Refusal("the optimizer's state has the form of the former", can_be_allowed=False, of_weights=False),
     Effect.MEANING: Refusal("the weights were trained with the former", can_be_allowed=True, of_weights=True),
-    Effect.PRECISION: Refusal("the run was trained with the former", can_be_allowed=True, of_weights=False),
+    Effect.TRAINING: Refusal("the run was trained with the former", can_be_allowed=True, of_weights=False),
 }
 
 
@@ -98,8 +98,8 @@ EFFECTS: dict[str, Effect] = {
             "tiling.tile_size",
         ],
         Effect.STATE: ["parallelism.use_distributed_optimizer"],
-        Effect.MEANING: ["tiling.tag_format", "tiling.thumbnail_tag", "data.template"],
-        Effect.PRECISION: ["training.precision"],
+        Effect.MEANING: ["tiling.tag_format", "tiling.thumbnail_tag"],
+        Effect.TRAINING: ["data.template", "training.precision"],
         Effect.ORDER: [
             *_keys("data.", "train seed shuffle_window_shards"),
             *_keys("data.packing.", "enabled window_samples"),

@@ -38,6 +38,13 @@ class Template:
         """The special token that ends an answer."""
         return self.roles["assistant"].end
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """All that a tokenizer must have."""
+        speeches = self.roles.values()
+        names = {self.begin, *(speech.start for speech in speeches), *(speech.end for speech in speeches)}
+        return sorted(names - {""})
+
 
 def _chatml(behind: str) -> dict[str, Speech]:
     return {role: Speech("<|im_start|>", f"{role}\n", "<|im_end|>", behind) for role in ("system", "user", "assistant")}

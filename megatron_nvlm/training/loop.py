@@ -1,6 +1,7 @@
 """The loop, and nothing else: step, write down, save, stop."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from megatron_nvlm.data.config import DataConfig
 from megatron_nvlm.data.loading.loader import Loader
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.training.bad_share import is_over
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metric import MetricReducer
 from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, step_totals
@@ -133,11 +135,7 @@ def _train(
         reports.metrics.write(record)
         bad_samples += totals.bad_samples
         seen += totals.samples + totals.bad_samples
-        try:
-            _check(totals, progress, bad_samples, seen, trainer.data.max_bad_fraction)
-        except UserError:  # on every rank, so all can end the save that is in flight
-            saver.finish()
-            raise
+        _check(totals, progress, (bad_samples, seen), trainer.data.max_bad_fraction, saver)
         watchdog.beat(number, "saving a checkpoint")
         saver.poll()
         done = progress.step == trainer.config.train_steps
@@ -180,19 +178,26 @@ def _record(
     return record
 
 
-def _check(totals: StepTotals, progress: Progress, bad_samples: int, seen: int, max_bad_fraction: float) -> None:
-    """Stop a run that has gone wrong; all ranks see the same totals.
+def _check(
+    totals: StepTotals, progress: Progress, bad_of_seen: tuple[int, int], limit: float, saver: CheckpointSaver
+) -> None:
+    """Stop a run that has gone wrong; all ranks see the same totals, and end the save in flight first, of weights before.
 
     Args:
-        bad_samples, seen: since this process began.
+        bad_of_seen: samples since this process began.
+        limit: `data.max_bad_fraction`.
     """
-    if totals.loss != totals.loss or totals.loss in (float("inf"), float("-inf")):
+    named = (("loss", totals.loss), ("gradient norm", totals.grad_norm))
+    unsound = next(
+        (f"{what} of step {progress.step} is {value}" for what, value in named if not math.isfinite(value)), ""
+    )
+    over = is_over(*bad_of_seen, limit)
+    if unsound or over:
+        saver.finish()
+    if unsound:
+        raise UserError(f"the {unsound}; {saver.way_back}")
+    if over:
         raise UserError(
-            f"the loss of step {progress.step} is {totals.loss}; lower optimizer.max_lr or optimizer.clip_grad and go on "
-            "from the last checkpoint"
-        )
-    if bad_samples > max(max_bad_fraction * seen, 1):
-        raise UserError(
-            f"{bad_samples} of {seen} samples were bad, over data.max_bad_fraction of {max_bad_fraction}; "
+            f"{bad_of_seen[0]} of {bad_of_seen[1]} samples were bad, over data.max_bad_fraction of {limit}; "
             "quarantine.jsonl in the run's folder names them"
         )

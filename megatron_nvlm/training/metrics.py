@@ -1,6 +1,7 @@
 """What a step is worth knowing: one JSON object a step, TensorBoard, and a line or a bar for whoever watches."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def rank_metrics(result: StepResult, bad_samples: int, model: NVLMModel | ModelC
     metrics = [
         Metric("most_encoded_tiles", result.encoded_tiles, Reduce.MAX),
         Metric("vision_seconds", result.vision_seconds, Reduce.MAX),
+        Metric("unsound_norms", not math.isfinite(result.grad_norm), Reduce.SUM),
     ]
     first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     if first_tensor_rank and model.post_process:
@@ -92,7 +94,7 @@ def step_totals(merged: dict[str, float], grad_norm: float) -> StepTotals:
     per_rank = merged["tiles_per_rank"]
     return StepTotals(
         loss=merged["loss_sum"] / max(merged["targets"], 1),
-        grad_norm=grad_norm,
+        grad_norm=math.nan if merged["unsound_norms"] and math.isfinite(grad_norm) else grad_norm,
         targets=round(merged["targets"]),
         samples=round(merged["samples"]),
         tokens=round(merged["tokens"]),

@@ -1,5 +1,6 @@
 """AdamW with a warm-up and a cosine, through Megatron-core's optimizers and scheduler."""
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron.core.distributed import DistributedDataParallel
@@ -37,6 +38,15 @@ def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
         raise UserError(
             f"optimizer.warmup_steps {config.warmup_steps} must be fewer than the {decay} steps of the cosine"
         )
+    for name, value, possible, range_ in (
+        ("adam_beta1", config.adam_beta1, 0 <= config.adam_beta1 < 1, "at least 0 and below 1"),
+        ("adam_beta2", config.adam_beta2, 0 <= config.adam_beta2 < 1, "at least 0 and below 1"),
+        ("adam_eps", config.adam_eps, config.adam_eps > 0, "above 0"),
+        ("weight_decay", config.weight_decay, 0 <= config.weight_decay < math.inf, "0 or a positive number"),
+        ("clip_grad", config.clip_grad, 0 <= config.clip_grad < math.inf, "0 for none, or a positive number"),
+    ):
+        if not possible:
+            raise UserError(f"optimizer.{name} is {value}; it must be {range_}")
 
 
 def build_optimizer(

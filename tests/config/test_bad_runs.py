@@ -60,6 +60,11 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("recipe.trainable=[vision]", "name at least one of vision_model"),
         ("optimizer.min_lr=1", "optimizer.min_lr 1.0 must lie between 0 and optimizer.max_lr"),
         ("optimizer.warmup_steps=100000", "must be fewer than"),
+        ("optimizer.adam_beta2=1.0", "optimizer.adam_beta2 is 1.0; it must be at least 0 and below 1"),
+        ("optimizer.adam_eps=0", "optimizer.adam_eps is 0.0; it must be above 0"),
+        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1; it must be 0 or a positive number"),
+        ("optimizer.clip_grad=.nan", "optimizer.clip_grad is nan; it must be 0 for none, or a positive number"),
+        ("model.hidden_dropout=1.5", "model.hidden_dropout is 1.5; it must be at least 0 and below 1"),
         ("checkpoint.save_every_steps=0", "checkpoint.save_every_steps is 0"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
         ("checkpoint.keep_every_steps=0", "checkpoint.keep_every_steps is 0"),
@@ -72,6 +77,12 @@ def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
     single = "parallelism.tensor_model_parallel_size=1"
     with pytest.raises(UserError, match=says):
         resolve_run(load_run(DEMO, [single, override]), world_size=1)
+
+
+def test_something_must_train() -> None:
+    overrides = ["parallelism.tensor_model_parallel_size=1", "model.variant=d", "recipe.trainable=[cross_attention]"]
+    with pytest.raises(UserError, match="NVLM-D has no cross-attention, so nothing would train"):
+        resolve_run(load_run(DEMO, overrides), world_size=1)
 
 
 def test_ranks_must_be_whole_replicas() -> None:

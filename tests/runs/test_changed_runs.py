@@ -131,6 +131,16 @@ def test_optimizer_state_of_another_form_is_refused(stopped: Path, run_dir: Path
     assert status != 0 and "recipe lets cross_attention, language_model, vision_model train" in last_block(printed)
 
 
+def test_a_run_that_diverged_goes_on_from_sound_weights(stopped: Path, run_dir: Path) -> None:
+    """And the advice that is printed helps."""
+    keys = ["training.train_steps=6"]
+    status, printed = go_on(stopped, run_dir, *keys, "optimizer.max_lr=1e37", check=False)
+    newest = run_dir / "checkpoints" / f"step_{STEPS:08d}"
+    assert status != 0 and f"the newest sound checkpoint is {newest}, from which" in last_block(printed)
+    _, printed = go_on(stopped, run_dir, *keys, "optimizer.max_lr=1e-4")
+    assert f"resuming from step {STEPS}" in printed and math.isfinite(read_metrics(run_dir)[-1]["loss"])
+
+
 def test_a_request_to_stop_while_starting_counts(stopped: Path, run_dir: Path) -> None:
     (run_dir / "stop").touch()
     _, printed = go_on(stopped, run_dir, "training.train_steps=8")
