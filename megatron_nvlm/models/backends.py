@@ -6,6 +6,7 @@ Shapes: s decoder tokens, b batch, n query heads, g key/value groups, d head siz
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ from megatron_nvlm.ops.causal_attention import causal_attention
 from megatron_nvlm.ops.interval_attention import interval_attention
 
 BACKENDS = ("local", "te")
+
+
+def check_backend_is_installed(backend: str) -> None:
+    """Raise UserError if the classes of a backend cannot be had on this machine."""
+    if backend == "te" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "model.backend is te and Transformer Engine is not installed; install transformer-engine, or set "
+            "model.backend=local"
+        )
 
 
 class RMSNorm(torch.nn.Module):

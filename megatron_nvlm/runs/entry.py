@@ -1,5 +1,6 @@
 """What entry points share: one sentence for a user's mistake, and one rank that speaks."""
 
+import errno
 import functools
 import json
 import os
@@ -10,6 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_nvlm.errors import UserError
+
+_MENDS = {
+    errno.ENOSPC: "make room and start again",
+    errno.EDQUOT: "make room and start again",
+    errno.EROFS: "name a folder that can be written to",
+    errno.EACCES: "have its permissions changed, or name another one",
+    errno.EPERM: "have its permissions changed, or name another one",
+    errno.EEXIST: "move it away, or name another one",
+    errno.ENOTDIR: "a part of the path is no folder; name another one",
+    errno.EISDIR: "name a file",
+    errno.ENOENT: "correct the path",
+}
+"""What a user can do about an error of the file system."""
 
 
 def global_rank() -> int:
@@ -24,7 +38,7 @@ def say(text: str) -> None:
 
 
 def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]:
-    """A `main` that returns 0, or 2 with one sentence on stderr for a mistake that the user can mend.
+    """A `main` that returns 0, or 2 with one sentence on stderr for a mistake or a file system that the user can mend.
 
     Every rank reads the same files and meets the same mistake; all but rank 0 say their rank.
     """
@@ -33,14 +47,26 @@ def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]
     def wrapped(arguments: list[str] | None = None) -> int:
         try:
             main(arguments)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            sentence = str(error) if isinstance(error, UserError) else _file_system_sentence(error)
+            if not sentence:
+                raise
             prefix = "" if global_rank() == 0 else f"rank {global_rank()}: "
-            print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
-            _tell_launcher(str(error))
+            print(f"error: {prefix}{sentence}", file=sys.stderr, flush=True)
+            _tell_launcher(sentence)
             return 2
         return 0
 
     return wrapped
+
+
+def _file_system_sentence(error: OSError) -> str:
+    """What was met, where, and how to mend it; nothing for an error that is not the file system's."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails does not say where
+    if error.errno not in _MENDS or (error.filename is None and not is_full):
+        return ""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}; {_MENDS[error.errno]}"
 
 
 def _tell_launcher(sentence: str) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron_nvlm.config.load import dump_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.core_compat import keep_checkpoint_process
+from megatron_nvlm.models.backends import check_backend_is_installed
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.runs.entry import global_rank
@@ -33,6 +34,7 @@ def joined(run: ResolvedRun) -> Iterator[Device]:
 
 def start(run: ResolvedRun) -> Device:
     """Take this process's device and start the process groups of the run."""
+    check_backend_is_installed(run.model.config.backend)
     device = use_device()
     training = run.config.training
     start_groups(run.config.parallelism, device, training.seed, training.timeout_seconds)
