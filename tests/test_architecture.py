@@ -39,7 +39,7 @@ DATA_LAYERS = (
     {"shards"},
     {"order"},
     {"prepare", "config"},
-    {"collate"},
+    {"collate", "fingerprint"},
     {"building", "loading"},
 )
 WITHOUT_CORE = ("image", "text", "sequence", "data", "ops", "hf.exported_code")
