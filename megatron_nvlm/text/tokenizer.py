@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_nvlm.errors import UserError
@@ -12,10 +13,18 @@ _LONGEST_KEPT, _MOST_KEPT = 32, 4096
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizer.json`. Text is only ever text: specials come from `special_id`, never from a string."""
+    """A Hugging Face `tokenizer.json`. Text is only ever text: specials come from `special_id`, never from a string.
+
+    Truncation, padding and dropout that the file stores are switched off: they would cut answers, teach padding and make
+    the ids of a text random.
+    """
 
     def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        if getattr(self._fast.model, "dropout", None) is not None:
+            self._fast.model.dropout = None
         # A user's text that spells "<|im_end|>" must not end a turn.
         self._fast.encode_special_tokens = True
         self._kept: dict[str, list[int]] = {}
@@ -40,18 +49,34 @@ class Tokenizer:
             raise UserError(f"{path} is no tokenizer.json ({error})") from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; nothing is added."""
+        """Ids of ordinary text; nothing is added.
+
+        Raises:
+            UserError: the text holds a lone surrogate.
+        """
         if len(text) > _LONGEST_KEPT:
-            return list(self._fast.encode(text, add_special_tokens=False).ids)
+            return list(self._encode(text).ids)
         if text not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            self._kept[text] = list(self._fast.encode(text, add_special_tokens=False).ids)
+            self._kept[text] = list(self._encode(text).ids)
         return list(self._kept[text])
+
+    def _encode(self, text: str) -> Encoding:
+        try:
+            return self._fast.encode(text, add_special_tokens=False)
+        except TypeError as error:  # what the library raises on text that has no UTF-8
+            place = next((place for place, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+            if place is None:
+                raise
+            raise UserError(
+                f"a text holds the lone surrogate U+{ord(text[place]):04X} at character {place}, which no UTF-8 text can "
+                "hold; write that character again"
+            ) from error
 
     def encode_joined(self, left: str, right: str) -> tuple[list[int], list[int]]:
         """Ids of `left + right` as one text, parted where `right` begins; a token that spans both is the left's."""
-        encoded = self._fast.encode(left + right, add_special_tokens=False)
+        encoded = self._encode(left + right)
         starts_left = sum(start < len(left) for start, _ in encoded.offsets)
         return encoded.ids[:starts_left], encoded.ids[starts_left:]
 

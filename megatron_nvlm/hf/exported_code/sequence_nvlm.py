@@ -58,6 +58,8 @@ class Encoder:
         self._fast = copy.deepcopy(backend)
         self._fast.no_padding()
         self._fast.no_truncation()
+        if getattr(self._fast.model, "dropout", None) is not None:
+            self._fast.model.dropout = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added."""
