@@ -37,7 +37,9 @@ _BYTES_AT_ONCE = 64 << 20
 
 
 class SafetensorsFolder:
-    """All tensors of a folder. `read` gives views of the mapped files: only pages that are used come into memory.
+    """All tensors of a folder, from the files that transformers reads.
+
+    `read` gives views of the mapped files: only pages that are used come into memory.
 
     Raises:
         UserError: there are no safetensors files, one is broken or missing, or a tensor is in two of them.
@@ -61,21 +63,30 @@ class SafetensorsFolder:
         self._check_index()
 
     def _paths(self) -> list[Path]:
-        if (self.folder / INDEX_FILE).is_file():
-            paths = [self.folder / name for name in sorted(set(self._index().values()))]
-        else:
-            paths = sorted(self.folder.glob("*.safetensors"))
-        if not paths:
-            found = "only .bin files, which are not read; " if list(self.folder.glob("*.bin")) else ""
+        """The files that transformers reads: model.safetensors, else those that the index names, and no others."""
+        if (self.folder / SINGLE_FILE).is_file():
+            return [self.folder / SINGLE_FILE]
+        if not (self.folder / INDEX_FILE).is_file():
             raise UserError(
-                f"{self.folder} holds no safetensors files; {found}name a folder with {INDEX_FILE} or model.safetensors"
+                f"{self.folder} {self._what_else_is_there()}name a folder with {SINGLE_FILE} or {INDEX_FILE}"
             )
+        paths = [self.folder / name for name in sorted(set(self._index().values()))]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise UserError(
                 f"{self.folder / INDEX_FILE} names {len(missing)} files that are not there, {missing[0]} among them"
             )
         return paths
+
+    def _what_else_is_there(self) -> str:
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if others:
+            return (
+                f"holds {others[0]} and no {INDEX_FILE} that names it, so transformers reads none of it; fetch the index, "
+                f"rename a single file to {SINGLE_FILE}, or "
+            )
+        found = "only .bin files, which are not read; " if list(self.folder.glob("*.bin")) else ""
+        return f"holds no safetensors files; {found}"
 
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX_FILE
@@ -85,7 +96,7 @@ class SafetensorsFolder:
             raise UserError(f"{path} is no index of safetensors files ({error}); fetch it again") from error
 
     def _check_index(self) -> None:
-        if (self.folder / INDEX_FILE).is_file():
+        if not (self.folder / SINGLE_FILE).is_file():
             missing = sorted(set(self._index()) - set(self.infos))
             if missing:
                 raise UserError(
