@@ -15,6 +15,7 @@ __all__ = [
     "ImagePiece",
     "TextPiece",
     "Turn",
+    "check_turns",
     "encode_conversation",
     "find_template",
     "read_turns",
@@ -31,6 +32,18 @@ class Turn:
 
     role: str
     text: str
+    is_learned: bool = True
+    """False for an answer that is given and not learned; of other roles nothing is learned in any case."""
+
+    @property
+    def parts(self) -> list[str]:
+        """The text around its images. `<image>` is the place of one in a user's turn alone; elsewhere it is text."""
+        return self.text.split(IMAGE_PLACEHOLDER) if self.role == "user" else [self.text]
+
+    @property
+    def num_images(self) -> int:
+        """Places of images."""
+        return len(self.parts) - 1
 
 
 @dataclass(frozen=True)
@@ -49,10 +62,14 @@ class ImagePiece:
 
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_LEARNING_FIELDS = ("loss", "weight", "train")
+"""Fields by which a turn says whether it is learned: ms-swift's, OpenAI's and Axolotl's."""
 
 
 def read_turns(record: Mapping[str, Any]) -> list[Turn]:
     """The turns of a sample's JSON: `conversation` (or `conversations`), each with `from`/`value` or `role`/`content`.
+
+    A turn with `loss`, `weight` or `train` of false or 0 is not learned. A field that is null is absent.
 
     Raises:
         UserError: there is no conversation, or a turn is not of that form.
@@ -62,12 +79,56 @@ def read_turns(record: Mapping[str, Any]) -> list[Turn]:
         raise UserError("its JSON has no conversation; expected a list under the key 'conversation'")
     turns = []
     for number, item in enumerate(raw):
-        role = item.get("from", item.get("role")) if isinstance(item, Mapping) else None
-        text = item.get("value", item.get("content")) if isinstance(item, Mapping) else None
-        if role not in _ROLES or not isinstance(text, str):
+        fields = item if isinstance(item, Mapping) else {}
+        role, text = _present(fields, "from", "role"), _present(fields, "value", "content")
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
             raise UserError(f"turn {number} of its conversation needs 'from' (one of {', '.join(_ROLES)}) and 'value'")
-        turns.append(Turn(_ROLES[role], text))
+        turns.append(Turn(_ROLES[role], text, _is_learned(fields, number)))
     return turns
+
+
+def _present(fields: Mapping[str, Any], *names: str) -> Any:
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def _is_learned(fields: Mapping[str, Any], number: int) -> bool:
+    said = {name: fields[name] for name in _LEARNING_FIELDS if fields.get(name) is not None}
+    for name, value in said.items():
+        if value not in (0, 1):  # true and false are equal to these
+            raise UserError(f"turn {number} of its conversation has {name!r} {value!r}; it must be true, false, 1 or 0")
+    return all(said.values())
+
+
+def check_places(turns: Sequence[Turn]) -> None:
+    """Refuse `<image>` outside a user's turn: no model is to learn to write it.
+
+    Raises:
+        UserError: naming the turn.
+    """
+    for number, turn in enumerate(turns):
+        if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
+            raise UserError(
+                f"turn {number} of its conversation, of the {turn.role}, says {IMAGE_PLACEHOLDER}, which is the place of "
+                "an image and stands in a user's turn alone; move it there or write it otherwise"
+            )
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Refuse turns that must not be learned: no answer, an empty one, `<image>` outside a user's turn.
+
+    Raises:
+        UserError: naming the turn.
+    """
+    check_places(turns)
+    learned = [(number, turn) for number, turn in enumerate(turns) if turn.role == "assistant" and turn.is_learned]
+    if not any(turn.text.strip() for _, turn in learned):
+        raise UserError("it has no answer, so there is nothing to learn")
+    for number, turn in learned:
+        if not turn.text.strip():
+            raise UserError(
+                f"turn {number} of its conversation is an empty answer, by which only the end would be learned; "
+                "write one, leave the turn out or give it 'loss': false"
+            )
 
 
 def find_template(name: str) -> Template:
@@ -89,7 +150,7 @@ def encode_conversation(
     """Turns to text and image pieces.
 
     Args:
-        num_images: images of the sample; each stands where the text says `<image>`.
+        num_images: images of the sample; each stands where a user's turn says `<image>`.
         template: a name of templates.py.
         system: put in front unless the turns begin with a system turn or the template takes none; None for none.
         open_answer: end with the start of an assistant's turn, for the model to write on.
@@ -97,12 +158,17 @@ def encode_conversation(
             the text before; None where only lengths matter, which it does not change.
 
     Raises:
-        UserError: placeholders and images differ in number, or the template is unknown.
+        UserError: placeholders and images differ in number, `<image>` is to be learned, or the template is unknown.
     """
     form = find_template(template)
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if not open_answer:  # what a model has said already may be anything, and is text
+        check_places(turns)
+    placeholders = sum(turn.num_images for turn in turns)
     if placeholders != num_images:
-        raise UserError(f"its conversation has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} images")
+        raise UserError(
+            f"its conversation has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} images (those in turns of a user "
+            "count)"
+        )
     if system is not None and form.takes_system and turns and turns[0].role != "system":
         turns = [Turn("system", system), *turns]
     tags = iter(first_tags if first_tags is not None else ["<"] * num_images)
@@ -110,13 +176,13 @@ def encode_conversation(
     image = 0
     for turn in turns:
         speech = form.roles[turn.role]
-        learned = turn.role == "assistant"
+        learned = turn.role == "assistant" and turn.is_learned
         header = speech.header
         pieces.append(TextPiece(_special(speech.start, tokenizer), False))
-        if learned:  # the header is given, only what follows is written by the model
+        if turn.role == "assistant":  # the header is given, only what follows is written by the model
             pieces.append(TextPiece(tokenizer.encode(header), False))
             header = ""
-        *parts, last = turn.text.split(IMAGE_PLACEHOLDER)
+        *parts, last = turn.parts
         before = header
         for part in parts:
             text = before + part + form.before_image

@@ -105,7 +105,7 @@ def test_every_form_is_read(material: Path, tokenizer: Path) -> None:
         [("human", "What is 2 + 2?"), ("gpt", "4")],
         [("gpt", "Only words.")],
         [("human", "<image>\nSee"), ("gpt", "Yes")],
-        [("system", "Be brief."), ("human", "This\n<image>"), ("gpt", "Yes")],
+        [("system", "Be brief."), ("human", "This<image>"), ("gpt", "Yes")],
     ]
     assert records[0]["id"] == "a/b.c" and shards.read(0).key == "set-000000000"
     assert [len(record["images"]) for record in records[:6]] == [1, 2, 1, 1, 0, 0]
@@ -256,7 +256,7 @@ def test_bad_inputs_are_each_named(material: Path, capsys: pytest.CaptureFixture
         ('{"image": "0.png", "caption": " "}', "its 'caption' or 'text' is empty"),
         ('{"image": "0.png"', "its JSON is broken"),
         ("[1, 2]", "its JSON is no object"),
-        ('{"picture": "0.png"}', "none of the fields that tell a form"),
+        ('{"words": "x"}', "none of the fields that tell a form"),
         (json.dumps({"image": "0.png", "conversations": turns}), "its text has 2 <image> and it has 1 images"),
         (json.dumps({"conversations": turns[:1]}), "it has no answer"),
         ('{"question": "q", "answer": 4}', "its 'answer' is empty or no text"),

@@ -114,10 +114,11 @@ def prompts(draw: st.DrawFn) -> Prompt:
     turns, sizes = [], []
     for number in range(draw(st.sampled_from([1, 1, 3]))):
         said = ""
+        role = "assistant" if number % 2 else "user"
         for part in draw(st.lists(word, max_size=4)):
-            sizes += [part] if isinstance(part, tuple) else []
+            sizes += [part] if isinstance(part, tuple) and role == "user" else []
             said += "<image>" if isinstance(part, tuple) else part.replace("<image>", "")
-        turns.append(("assistant" if number % 2 else "user", said))
+        turns.append((role, said))
     return Prompt(tuple(turns), tuple(sizes))
 
 
@@ -242,6 +243,7 @@ def test_without_a_free_id_the_index_says_it_all(tmp_path: Path) -> None:
         (None, "<|im_start|>user\na<|im_end|>\nb", "goes on with 'b'"),
         (None, [{"role": "robot", "content": ""}], "a turn needs role"),
         (None, [{"role": "user", "content": [{"type": "video"}]}], "part of type 'video'"),
+        (None, [{"role": "assistant", "content": [{"type": "image"}]}], "images go into turns of the user"),
         ([b"no image"], "<image>", "an image cannot be read"),
         ([3], "<image>", "int is no image"),
         (np.zeros((0, 9, 3), np.uint8), "<image>", "0 pixels|cannot be read"),
@@ -285,7 +287,7 @@ def test_a_token_spans_wrapper_and_tag(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_an_answers_first_newline_stays_apart_from_its_header(tmp_path: Path, variant: str) -> None:
     """Training tokenises the header alone: two newlines in a row are two tokens here and one within a text."""
-    talk = Prompt((("user", "\n<image>"), ("assistant", "\nHi\n\n<image>"), ("user", "\nso?")), ((50, 50), (120, 60)))
+    talk = Prompt((("user", "\n<image>"), ("assistant", "\nHi\n\n"), ("user", "\nso <image>?")), ((50, 50), (120, 60)))
     processor = make_processor(tmp_path / "folder", variant)
     check(
         processor([talk.images], [talk.messages]),

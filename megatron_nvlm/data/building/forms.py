@@ -7,20 +7,34 @@
 | caption      | `caption`, or `text` beside an image                     | the caption prompt, the caption              |
 | text         | `text` without an image                                  | one answer without a question                |
 
-Images are named by `image` (a path or a list of paths) or `images`, or stand in the same WebDataset sample. If there are
-images and no turn says where, they stand at the beginning of the first question.
+Images are named by `image` (a path or a list of paths), `images` or `file_name`, by the parts of an OpenAI message, by
+Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a user's turn says `<image>`; if none
+does, all stand at the beginning of the first question. A field `system` is the system turn. Fields that are null are absent.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_nvlm.data.building.pictures import (
+    FILE_NAME_FIELDS,
+    IMAGE_FIELDS,
+    has_image_name,
+    named_pictures,
+    picture_paths,
+    present,
+    refuse_unread_picture,
+    replace_image_tags,
+)
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, read_turns
+from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, check_turns, read_turns
 
 Content = Mapping[str, Any]
+StoredTurn = dict[str, Any]
 DEFAULT_CAPTION_PROMPT = "Describe the image briefly."
+BYTE_ORDER_MARK = "\ufeff"
+"""What Windows' editors put before a text; it is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -31,32 +45,40 @@ class Form:
     """Any of them tells the form."""
     needs_image: bool | None
     """True or false where the form is only this with or without an image; None if it is either way."""
-    turns: Callable[[Content, str], list[dict[str, str]]]
+    turns: Callable[[Content, str], list[StoredTurn]]
 
 
-def _human(text: str) -> dict[str, str]:
+def _human(text: str) -> StoredTurn:
     return {"from": "human", "value": text}
 
 
-def _gpt(text: str) -> dict[str, str]:
+def _gpt(text: str) -> StoredTurn:
     return {"from": "gpt", "value": text}
 
 
 def _first_text(content: Content, *fields: str) -> str:
     for field in fields:
         value = content.get(field)
-        if isinstance(value, str) and value.strip():
-            return value.strip()
+        if isinstance(value, str) and value.strip(f"{BYTE_ORDER_MARK} \t\r\n"):
+            return value.strip().removeprefix(BYTE_ORDER_MARK).strip()
     raise UserError(f"its {' or '.join(repr(field) for field in fields)} is empty or no text")
 
 
-def _conversation(content: Content, prompt: str) -> list[dict[str, str]]:
-    raw = next(content[field] for field in FORMS["conversation"].fields if field in content)
+def _conversation(content: Content, prompt: str) -> list[StoredTurn]:
+    raw = _raw_turns(content)
     if not isinstance(raw, list):
         raise UserError("its conversation is no list of turns")
     plain = [_plain_turn(turn) for turn in raw]
     names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return [{"from": names[turn.role], "value": turn.text} for turn in read_turns({"conversation": plain})]
+    return [
+        {"from": names[turn.role], "value": turn.text, **({} if turn.is_learned else {"loss": False})}
+        for turn in read_turns({"conversation": plain})
+    ]
+
+
+def _raw_turns(content: Content) -> Any:
+    """The turns as they stand there; None if there are none."""
+    return next((content[field] for field in FORMS["conversation"].fields if content.get(field) is not None), None)
 
 
 def _plain_turn(turn: Any) -> Any:
@@ -73,21 +95,21 @@ def _plain_turn(turn: Any) -> Any:
             texts.append(part["text"])
         else:
             raise UserError(f"a part of type {kind!r} in its conversation is neither text nor image")
-    return {"role": turn.get("role"), "content": "\n".join(texts)}
+    return {**turn, "content": "".join(texts)}
 
 
-def _question(content: Content, prompt: str) -> list[dict[str, str]]:
+def _question(content: Content, prompt: str) -> list[StoredTurn]:
     answer = content.get("answer", content.get("answers"))
     if isinstance(answer, list) and answer and all(isinstance(one, str) for one in answer):
         answer = Counter(answer).most_common(1)[0][0]
     return [_human(_first_text(content, "question")), _gpt(_first_text({"answer": answer}, "answer"))]
 
 
-def _caption(content: Content, prompt: str) -> list[dict[str, str]]:
+def _caption(content: Content, prompt: str) -> list[StoredTurn]:
     return [_human(prompt), _gpt(_first_text(content, "caption", "text"))]
 
 
-def _text(content: Content, prompt: str) -> list[dict[str, str]]:
+def _text(content: Content, prompt: str) -> list[StoredTurn]:
     return [_gpt(_first_text(content, "text"))]
 
 
@@ -99,21 +121,58 @@ FORMS: dict[str, Form] = {
 }
 
 
-def to_conversation(content: Content, num_images: int, caption_prompt: str) -> list[dict[str, str]]:
+READ_FIELDS = frozenset(
+    {
+        "id",
+        "source",
+        "system",
+        "answer",
+        "answers",
+        *IMAGE_FIELDS,
+        *(name for form in FORMS.values() for name in form.fields),
+    }
+)
+"""Fields that decide something; others are counted in the report."""
+
+
+def to_conversation(content: Content, num_images: int, caption_prompt: str) -> list[StoredTurn]:
     """The turns of a sample, with one placeholder for each of its images.
 
     Raises:
-        UserError: it has no known form, placeholders and images differ in number, or nothing is there to learn.
+        UserError: it has no known form, placeholders and images differ in number, it names a picture that is not there, or
+            a turn must not be learned.
     """
+    content = present(content)
+    if num_images == 0:
+        refuse_unread_picture(content, READ_FIELDS)
     turns = _find_form(content, num_images).turns(content, caption_prompt)
-    if not any(turn["from"] == "gpt" and turn["value"].strip() for turn in turns):
-        raise UserError("it has no answer, so there is nothing to learn")
-    placeholders = sum(turn["value"].count(IMAGE_PLACEHOLDER) for turn in turns)
+    for turn in turns:
+        text = turn["value"].removeprefix(BYTE_ORDER_MARK)
+        turn["value"] = replace_image_tags(text, IMAGE_PLACEHOLDER) if turn["from"] == "human" else text
+    _add_system(turns, content)
+    read = read_turns({"conversation": turns})
+    check_turns(read)
+    placeholders = sum(turn.num_images for turn in read)
     if placeholders == 0 and num_images:
         _place_images(turns, num_images)
     elif placeholders != num_images:
         raise UserError(f"its text has {placeholders} {IMAGE_PLACEHOLDER} and it has {num_images} images")
     return turns
+
+
+def has_form(content: Content) -> bool:
+    """Whether any field tells a form."""
+    return any(content.get(field) is not None for form in FORMS.values() for field in form.fields)
+
+
+def unread_fields(content: Content, kept: Sequence[str]) -> list[str]:
+    """Fields that decide nothing and are not kept."""
+    read = READ_FIELDS.union(kept, *(FILE_NAME_FIELDS for name in FILE_NAME_FIELDS if _names_image(content.get(name))))
+    return [field for field in present(content) if field not in read]
+
+
+def _names_image(value: Any) -> bool:
+    return isinstance(value, str) and has_image_name(value)
 
 
 def _find_form(content: Content, num_images: int) -> Form:
@@ -124,7 +183,21 @@ def _find_form(content: Content, num_images: int) -> Form:
     raise UserError(f"it has none of the fields that tell a form ({wanted})")
 
 
-def _place_images(turns: list[dict[str, str]], num_images: int) -> None:
+def _add_system(turns: list[StoredTurn], content: Content) -> None:
+    """Put the field `system` in front, where the conversation has no system turn."""
+    said = content.get("system", "")
+    if not isinstance(said, str):
+        raise UserError("its 'system' is no text")
+    said = said.removeprefix(BYTE_ORDER_MARK)
+    if not said.strip():
+        return
+    if turns[0]["from"] != "system":
+        turns.insert(0, {"from": "system", "value": said})
+    elif turns[0]["value"] != said:
+        raise UserError("its 'system' and its conversation's system turn differ; leave one out")
+
+
+def _place_images(turns: list[StoredTurn], num_images: int) -> None:
     placeholders = f"{IMAGE_PLACEHOLDER}\n" * num_images
     for turn in turns:
         if turn["from"] == "human":
@@ -134,16 +207,18 @@ def _place_images(turns: list[dict[str, str]], num_images: int) -> None:
     turns.insert(place, _human(placeholders.rstrip("\n")))
 
 
+def image_names(content: Content) -> list[Any]:
+    """What a sample says of its images, in order: paths, or descriptions without one."""
+    turns = _raw_turns(content)
+    question = content.get("question")
+    asked = [_human(question)] if isinstance(question, str) else []
+    return named_pictures(content, turns if isinstance(turns, list) else asked)
+
+
 def image_paths(content: Content) -> list[str]:
     """Paths of a sample's images, in order; none for text.
 
     Raises:
-        UserError: `image` or `images` holds something else than paths.
+        UserError: its images are named by something else than paths of files.
     """
-    raw = content.get("image", content.get("images"))
-    if raw is None or raw == "":
-        return []
-    paths = [one.get("path") if isinstance(one, Mapping) else one for one in (raw if isinstance(raw, list) else [raw])]
-    if not all(isinstance(path, str) and path for path in paths):
-        raise UserError("its 'image' is neither a path nor a list of paths")
-    return [str(path) for path in paths]
+    return picture_paths(image_names(content))

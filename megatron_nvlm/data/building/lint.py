@@ -22,7 +22,7 @@ from megatron_nvlm.data.shards.records import RawSample, check_key, describe_ima
 from megatron_nvlm.data.shards.write import check_tar_end
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import check_image_size, decode_image
-from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, read_turns
+from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, check_turns, read_turns
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,12 @@ def check_record(sample: RawSample) -> Iterator[tuple[str, str]]:
     """Faults of a record: its conversation, its placeholders, its images' number."""
     try:
         turns = read_turns(sample.record)
-        if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
-            yield "conversation", "it has no answer, so there is nothing to learn"
+        try:
+            check_turns(turns)
+        except UserError as error:
+            yield "conversation", str(error)
         num_images = number_of_images(sample)
-        placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+        placeholders = sum(turn.num_images for turn in turns)
         if placeholders != num_images:
             yield "placeholders", f"its text has {placeholders} {IMAGE_PLACEHOLDER} and it has {num_images} images"
     except UserError as error:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import BatchFeature, ProcessorMixin
 
-from .sequence_nvlm import IMAGE, Encoder, Layout, Rows, Turn
+from .sequence_nvlm import IMAGE, Encoder, Layout, Rows, Turn, count_places
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _IS_OLD = int(transformers.__version__.split(".")[0]) < 5
@@ -115,7 +115,7 @@ class NVLMProcessor(ProcessorMixin):
             if images is not None:
                 raise ValueError("images stand in the conversations and in the argument images; give them once")
             images = inside
-        per_prompt = _distribute(images, [sum(said.count(IMAGE) for _, said in talk) for talk in turns])
+        per_prompt = _distribute(images, [count_places(talk) for talk in turns])
         tiles = self.image_processor([image for own in per_prompt for image in own])
         grids = iter([tuple(grid) for grid in tiles["grids"].tolist()])
         rows = []
@@ -137,8 +137,8 @@ class NVLMProcessor(ProcessorMixin):
         """A conversation, or a list of them, as text or (`tokenize`) as inputs of the model.
 
         Args:
-            conversation: turns with `role` and `content`; content is text with `<image>` where an image goes, or a list
-                of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+            conversation: turns with `role` and `content`; content is text, of the user with `<image>` where an image
+                goes, or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
             return_dict: all inputs; otherwise `input_ids` alone.
             images: those that the conversation does not hold itself.
             kwargs: of `__call__`.
@@ -227,6 +227,8 @@ def _read_turn(turn: dict[str, Any], images: list[Any]) -> Turn:
         if part.get("type") == "text":
             said += part["text"]
         elif part.get("type") == "image":
+            if role != "user":
+                raise ValueError(f"an image stands in a turn of the {role}; images go into turns of the user")
             said += IMAGE
             found = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
             images += found[:1]

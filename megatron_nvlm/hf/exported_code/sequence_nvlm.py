@@ -12,10 +12,21 @@ from typing import Any
 from .image_processing_nvlm import Grid
 
 IMAGE = "<image>"
-"""Where an image stands in a text."""
+"""Where an image stands in the text of a user's turn; in other turns it is text."""
 BOX_SCALE = 1000
 Turn = tuple[str, str]
 """Role (system, user or assistant) and text."""
+
+
+def split_turn(turn: Turn) -> list[str]:
+    """The text around the images of a turn; of the user alone, since what the model writes is text."""
+    role, text = turn
+    return text.split(IMAGE) if role == "user" else [text]
+
+
+def count_places(turns: Sequence[Turn]) -> int:
+    """Places of images in a conversation."""
+    return sum(len(split_turn(turn)) - 1 for turn in turns)
 
 
 @dataclass
@@ -137,7 +148,7 @@ class Layout:
         Raises:
             ValueError: places and images differ in number.
         """
-        places = sum(text.count(IMAGE) for _, text in turns)
+        places = count_places(turns)
         if places != len(grids):
             raise ValueError(f"a conversation has {places} {IMAGE} for {len(grids)} images; name each image once")
         form, rows, images = self.template, Rows(), iter(grids)
@@ -149,7 +160,7 @@ class Layout:
             if role == "assistant":  # training tokenises what the model writes apart from the header
                 rows.add_text(encoder.encode(before))
                 before = ""
-            *parts, last = text.split(IMAGE)
+            *parts, last = split_turn((role, text))
             for part in parts:
                 self._add_image(rows, before + part + form["before_image"], next(images), encoder)
                 before = form["after_image"]
