@@ -18,9 +18,11 @@ from pathlib import Path
 
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
-from megatron_nvlm.data.building.inputs import ImageFolder, Input, JsonLines, WebDatasetShards
+from megatron_nvlm.data.building.inputs import ImageFolder, Input, JsonLines
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
+from megatron_nvlm.data.building.text import printable
+from megatron_nvlm.data.building.webdataset import WebDatasetShards
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.shards.index import open_index
 from megatron_nvlm.errors import UserError
@@ -124,9 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if not options.quiet:
-        print(text)
-    rejects = sum(1 for _ in (options.out / REJECTS_FILE).open())
-    print(f"{options.out} is built" + (f"; {rejects} inputs rejected, see {REJECTS_FILE}" if rejects else ""))
+        print(printable(text))
+    rejects = sum(1 for _ in (options.out / REJECTS_FILE).open("rb"))
+    told = f"; {rejects} inputs rejected, see {REJECTS_FILE}" if rejects else ""
+    print(printable(f"{options.out} is built{told}"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A set with our index is compared with it (files, hashes, checksums of samples, image sizes, and with --tokenizer token
 counts), and each record, tile and image is looked at. Tars without an index are checked as plain WebDataset. Every fault
-is one line: place, kind, what is wrong.
+is one line: place, kind, what is wrong. Fields and members that a build does not read are named in notes.
 """
 
 import argparse
@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 
 from megatron_nvlm.data.building.lint import Check, lint
+from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
+
+MOST_UNREAD = 20
+"""Names of fields and members that are listed."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,10 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"there is no {folder}; name a folder of shards or a tar")
             found = lint(folder, Check(not options.headers_only, counter), options.processes)
             for fault in found.faults:
-                print(fault)
+                print(printable(str(fault)))
+            for name, count in found.unread.most_common(MOST_UNREAD):
+                print(printable(f"{folder}: note: the {name} of {count} samples is not read"))
             num_faults += len(found.faults)
             faults = f"{len(found.faults)} faults" if found.faults else "no fault"
-            print(f"{folder}: {found.num_samples} samples, {found.num_images} images, {faults}")
+            print(printable(f"{folder}: {found.num_samples} samples, {found.num_images} images, {faults}"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

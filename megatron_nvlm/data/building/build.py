@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import megatron_nvlm
 from megatron_nvlm.data.building.inputs import Input
-from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample
+from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample, unread_parts
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.order.shuffle import round_keys, shuffled
 from megatron_nvlm.data.shards.index import INDEX_FILE, ShardEntries, write_index
@@ -44,6 +44,8 @@ MANIFEST_FILE, REJECTS_FILE, PARTS, PLAN_FILE, LOCK_FILE = (
 )
 _SAMPLES_MEASURED = 32
 """Samples made before the build to see how many fit into a shard."""
+_MOST_UNREAD = 50
+"""Names of fields and members that the report lists."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Builder:
         """
         finished = self.folder / MANIFEST_FILE
         if finished.is_file():
-            self._refuse_other_plan(json.loads(finished.read_text())["plan"])
-            return json.loads(finished.read_text())
+            self._refuse_other_plan(json.loads(finished.read_text(encoding="utf-8"))["plan"])
+            return json.loads(finished.read_text(encoding="utf-8"))
         if (self.folder / INDEX_FILE).exists() and not self.parts.exists():
             raise UserError(f"{self.folder} already holds shards; give another --out")
         self.parts.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ class Builder:
     def _plan(self) -> None:
         path = self.parts / PLAN_FILE
         if path.is_file():
-            plan = json.loads(path.read_text())
+            plan = json.loads(path.read_text(encoding="utf-8"))
             self._refuse_other_plan(plan)
             self.per_shard = plan["samples_per_shard"]
             return
@@ -174,9 +176,12 @@ class Builder:
         source = bisect_right(self.ends, number)
         return self.inputs[source], number - (self.ends[source - 1] if source else 0)
 
-    def _make(self, number: int) -> Stored:
+    def _make(self, number: int, unread: Counter[str] | None = None) -> Stored:
         source, place = self._place(number)
-        record, pictures = make_sample(source.read(place), self.settings.sample)
+        sample = source.read(place)
+        if unread is not None:
+            unread.update(unread_parts(sample, self.settings.sample))
+        record, pictures = make_sample(sample, self.settings.sample)
         if self.count_text is not None:
             self.count_text(record)  # what cannot be tokenised is rejected now
         return record, pictures
@@ -184,12 +189,13 @@ class Builder:
     def build_block(self, block: int, on_sample: Any = lambda: None) -> None:
         """Write a block's shard, its index rows and its rejects, all or nothing."""
         rejects: list[Reject] = []
+        unread: Counter[str] = Counter()
 
         def samples() -> Iterator[tuple[str, dict[str, Any], dict[str, bytes]]]:
             for place in range(block * self.per_shard, min((block + 1) * self.per_shard, self.num_inputs)):
                 number = place if self._shuffle_keys is None else shuffled(place, self.num_inputs, self._shuffle_keys)
                 try:
-                    record, pictures = self._make(number)
+                    record, pictures = self._make(number, unread)
                     yield f"{self.folder.name.replace('.', '-')}-{number:09d}", record, pictures
                 except UserError as error:
                     source, inside = self._place(number)
@@ -202,7 +208,8 @@ class Builder:
             rows.save(self._part(block, "npz"))
         else:
             path.unlink()
-        facts = {"samples": len(rows.samples), "rejects": [dataclasses.asdict(reject) for reject in rejects]}
+        told = [dataclasses.asdict(reject) for reject in rejects]
+        facts = {"samples": len(rows.samples), "rejects": told, "unread": dict(unread.most_common(_MOST_UNREAD))}
         _write_whole(self._part(block, "json"), json.dumps(facts))
 
     def _part(self, block: int, suffix: str) -> Path:
@@ -241,7 +248,7 @@ class Builder:
                 raise
 
     def _read_part(self, block: int) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads(self._part(block, "json").read_text())
+        facts: dict[str, Any] = json.loads(self._part(block, "json").read_text(encoding="utf-8"))
         return facts
 
     def _read_parts(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -281,6 +288,9 @@ class Builder:
             settings = {name: value for name, value in settings.items() if name not in TILE_FIELDS}
         write_index(self.folder, rows, settings, text)
         index = json.loads((self.folder / INDEX_FILE).read_text())
+        unread: Counter[str] = Counter()
+        for _, part in self._read_parts():
+            unread.update(part.get("unread", {}))  # a build that was begun before has none
         counts = {name: index[name] for name in ("num_samples", "num_images", "num_tiles", "num_text_tokens")}
         manifest = {
             "format": 1,
@@ -289,6 +299,7 @@ class Builder:
             "plan": {**json.loads(json.dumps(self._facts())), "samples_per_shard": self.per_shard},
             "counts": {"num_inputs": self.num_inputs, "num_rejects": len(rejects), **counts},
             "rejects_by_reason": dict(Counter(_kind(reject.reason) for reject in rejects).most_common(20)),
+            "unread": dict(unread.most_common(_MOST_UNREAD)),
             "shards": index["shards"],
             "index_sha256": hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest(),
         }
@@ -303,7 +314,7 @@ def _kind(reason: str) -> str:
 
 def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
 
 

@@ -5,6 +5,7 @@ import json
 import tarfile
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -13,8 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_nvlm.data.building.inputs import IMAGE_SUFFIXES, split_name
+from megatron_nvlm.data.building.forms import unread_fields
+from megatron_nvlm.data.building.pictures import is_picture
 from megatron_nvlm.data.building.samples import tile_names
+from megatron_nvlm.data.building.text import check_name, decode_text, load_json
+from megatron_nvlm.data.building.webdataset import split_name
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.prepare import number_of_images, stored_grid
 from megatron_nvlm.data.shards.index import INDEX_FILE, UNKNOWN_TOKENS, Index, hash_file, open_index
@@ -46,6 +50,8 @@ class Findings:
     num_images: int = 0
     keys: dict[str, str] = field(default_factory=dict)
     """Key -> the shard that holds it."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Fields and members that are not read, in so many samples. No faults: others may need them."""
 
     def add(self, other: "Findings") -> None:
         """Take in what another found, and compare the keys of both."""
@@ -56,6 +62,7 @@ class Findings:
         self.faults += other.faults
         self.num_samples += other.num_samples
         self.num_images += other.num_images
+        self.unread.update(other.unread)
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,7 @@ def lint_indexed_shard(folder: Path, number: int, check: Check) -> Findings:
             for kind, message in _check_sample(sample, index, row, check):
                 fault(kind, message, place)
             found.num_images += int(stored["num_images"])
+            found.unread.update(f"field {name}" for name in unread_fields(sample.record, ()))
     return found
 
 
@@ -265,7 +273,11 @@ def lint_plain_shard(path: Path, check: Check) -> Findings:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                content = tar.extractfile(member)
+                try:
+                    content = tar.extractfile(member)
+                except KeyError:  # a link to what is not there
+                    look.fault("member", f"{member.name} is a link to {member.linkname}, which the tar does not hold")
+                    continue
                 if content is not None:
                     look.add(member.name, content.read())
                 elif not member.isdir():
@@ -295,6 +307,10 @@ class _PlainShard:
         if not rest or not key.rpartition("/")[2]:
             self.fault("key", f"the member {name} has no name before a dot or none behind; readers skip it")
             return
+        try:
+            check_name(name)
+        except UserError as error:
+            self.fault("key", str(error))
         if key != self.key:
             self.finish_sample()
             if key in self.found.keys:
@@ -309,31 +325,46 @@ class _PlainShard:
         if self.key is None:
             return
         self.found.num_samples += 1
-        self.found.num_images += sum(_is_image(name) for name in self.members)
+        self.found.num_images += sum(_is_image(name, data) for name, data in self.members.items())
+        self.found.unread.update(_unread(self.members))
         for kind, message in _check_plain_sample(self.members, self.check):
             self.fault(kind, message, f" sample {self.key}")
 
 
-def _is_image(name: str) -> bool:
-    return f".{name}".lower().endswith(IMAGE_SUFFIXES)
+def _is_text(name: str) -> bool:
+    return name.endswith(("json", "txt"))
+
+
+def _is_image(name: str, data: bytes) -> bool:
+    return not _is_text(name) and is_picture(name, data)
+
+
+def _unread(members: dict[str, bytes]) -> Iterator[str]:
+    """What of a sample a build would not read."""
+    for name, data in members.items():
+        if name.lower() == "json":
+            try:
+                content = json.loads(data)
+            except (ValueError, RecursionError):
+                continue  # said elsewhere
+            yield from (f"field {field}" for field in (unread_fields(content, ()) if isinstance(content, dict) else ()))
+        elif name.lower() != "txt" and not _is_image(name, data):
+            yield f"member .{name}"
 
 
 def _check_plain_sample(members: dict[str, bytes], check: Check) -> Iterator[tuple[str, str]]:
     for name, data in members.items():
-        if _is_image(name):
-            try:
+        try:
+            if _is_image(name, data):
+                kind = "image"
                 _look_at(data, check.decode)
-            except UserError as error:
-                yield "image", f"its {name}: {error}"
-        elif name.endswith("json"):
-            try:
-                json.loads(data)
-            except (ValueError, RecursionError) as error:
-                yield "json", f"its {name} is broken ({error})"
-        elif name.endswith("txt"):
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield "text", f"its {name} is not UTF-8 ({error})"
-    if not any(name.endswith(("json", "txt")) for name in members):
+            elif name.endswith("json"):
+                kind = "json"
+                load_json(data)
+            elif name.endswith("txt"):
+                kind = "text"
+                decode_text(data, "it")
+        except UserError as error:
+            yield kind, f"its {name}: {error}"
+    if not any(map(_is_text, members)):
         yield "no text", f"it has no .json and no .txt, only {', '.join(members)}"

@@ -177,6 +177,9 @@ def as_text(
         lines.append(f"\n{histogram.title}")
         for name, count in histogram.bins:
             lines.append(f"  {name:>16} {count:>9} {'#' * round(40 * count / most)}")
+    if manifest.get("unread"):
+        lines.append("\nnot read, in so many inputs")
+        lines += [f"  {name:>26} {count:>9}" for name, count in manifest["unread"].items()]
     if predictions:
         lines.append(f"\ntraining with a global batch of {batch} (samples, or packs if packed)")
         for title, show in _COLUMNS:
@@ -215,6 +218,10 @@ def as_html(
         page.append("<h2>Rejected, by reason (each in rejects.jsonl)</h2><table>")
         page += [_row(reason, count) for reason, count in manifest["rejects_by_reason"].items()]
         page.append("</table>")
+    if manifest.get("unread"):
+        page.append("<h2>Not read, in so many inputs</h2><table>")
+        page += [_row(name, count) for name, count in manifest["unread"].items()]
+        page.append("</table>")
     settings = json.dumps(manifest["plan"], indent=1, ensure_ascii=False)
     page.append(f"<h2>Inputs and settings</h2><pre>{html.escape(settings)}</pre>")
     return "\n".join(page) + "\n"
@@ -240,5 +247,5 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def write_report(folder: Path, texts: tuple[str, str]) -> None:
     """Text and page beside the shards."""
-    (folder / "report.txt").write_text(texts[0])
-    (folder / "report.html").write_text(texts[1])
+    for name, text in zip(("report.txt", "report.html"), texts, strict=True):
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")

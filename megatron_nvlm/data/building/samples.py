@@ -7,8 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT, to_conversation
+from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT, to_conversation, unread_fields
 from megatron_nvlm.data.building.inputs import InputSample
+from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.prepare import stored_grid
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
@@ -73,6 +74,12 @@ def make_sample(sample: InputSample, settings: SampleSettings) -> Stored:
             record["images"].append(entry)
             pictures.update({f"{number}.{name}": picture for name, picture in stored.items()})
     return record, pictures
+
+
+def unread_parts(sample: InputSample, settings: SampleSettings) -> list[str]:
+    """What of a sample decides nothing and is not kept: for the report, so that a misspelled field is seen."""
+    fields = [f"field {name}" for name in unread_fields(sample.content, settings.keep)]
+    return [printable(name[:60]) for name in [*fields, *(f"member .{name}" for name in sample.unread_members)]]
 
 
 def tile_names(num_tiles: int) -> list[str]:
