@@ -9,6 +9,7 @@ from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.parallel.groups import world_size_from_environment
+from megatron_nvlm.runs.changes import settings_of
 from megatron_nvlm.runs.components import make_identity, open_data
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
 from megatron_nvlm.runs.processes import joined, mark_end, prepare_run_dir
@@ -36,7 +37,7 @@ def run_training(config: RunConfig) -> None:
         progress = load_start(start, trainer)
         if start.checkpoint is not None and start.keep_schedule:
             config = replace(config, optimizer=config_in_force(config.optimizer, trainer.optimizer, trainer.scheduler))
-            identity = make_identity(config, run.model, data.pipeline.tokenizer, data)
+            identity = replace(identity, settings=settings_of(config, run.model))
         prepare_run_dir(run.run_dir, config)
         saver = CheckpointSaver(
             run.run_dir, config.checkpoint, identity, trainer.bare_model, trainer.optimizer, trainer.scheduler

@@ -58,15 +58,15 @@ def find_start(run: ResolvedRun, identity: Identity) -> Start:
             initial = save_load.find_checkpoint(Path(settings.initial_weights), settings.verify)
         folders = open_weights(run.model)
     new_order = False
-    for path in (checkpoint, initial):
-        if path is not None:
-            save_load.check_identity(path, identity)
-            save_load.check_core(path)  # a load does so too, but only once the model is built
-            changed = changed_settings(path, identity)
-            refuse_changes(path, changed, settings.allow_changes, goes_on=path == checkpoint)
-    if checkpoint is not None:
-        new_order = _begins_new_order(checkpoint, identity, settings.allow_changes)
-        say_changes(changed_settings(checkpoint, identity), settings.keep_schedule)
+    path = checkpoint or initial  # initial weights are looked for only where there is no checkpoint
+    if path is not None:
+        save_load.check_identity(path, identity)
+        save_load.check_core(path)  # a load does so too, but only once the model is built
+        changed = changed_settings(path, identity)
+        refuse_changes(path, changed, settings.allow_changes, goes_on=checkpoint is not None)
+        if checkpoint is not None:
+            new_order = _begins_new_order(checkpoint, identity, settings.allow_changes)
+            say_changes(changed, settings.keep_schedule)
     return Start(checkpoint, initial, folders, settings.keep_schedule, new_order)
 
 
