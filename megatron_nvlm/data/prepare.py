@@ -16,7 +16,7 @@ from megatron_nvlm.sequence.assemble import AssembledSample, assemble
 from megatron_nvlm.sequence.image_layout import ImageLayout, lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
-from megatron_nvlm.text.conversation import Turn, encode_conversation, read_turns
+from megatron_nvlm.text.conversation import Turn, encode_conversation, find_template, read_turns
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 
@@ -188,9 +188,8 @@ class SamplePipeline:
             for grid in grids
         ]
         first_tags = [first_tag for first_tag, _ in images]
-        pieces = encode_conversation(
-            turns, len(grids), self.tokenizer, self.template, self.system, open_answer, first_tags=first_tags
-        )
+        form = find_template(self.template)
+        pieces = encode_conversation(turns, len(grids), self.tokenizer, form, self.system, open_answer, first_tags)
         return assemble(pieces, [layout for _, layout in images])
 
 
@@ -199,7 +198,7 @@ def _lay_out_grid(
     grid: Grid, tiling: TilingConfig, variant: Variant, tokenizer: Tokenizer, template: str, tokens_per_tile: int
 ) -> tuple[str, ImageLayout]:
     """(first tag in the decoder, layout) of an image on this grid; the same for every such image."""
-    tags = encode_tags(grid, tiling, variant, tokenizer, template)
+    tags = encode_tags(grid, tiling, variant, tokenizer, find_template(template))
     return tags.first_in_decoder, lay_out_image(tags.ids, variant, tokens_per_tile)
 
 

@@ -4,14 +4,13 @@ The code (exported_code/), the image processor's and the processor's settings, t
 answer ends. `config.json` and the weights are not written here.
 """
 
-import dataclasses
 import json
 import shutil
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.hf.exported_files import exported_files
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.families.visions import read_vision, vision_family_of
@@ -19,18 +18,6 @@ from megatron_nvlm.text.conversation import find_template
 from megatron_nvlm.text.templates import Template
 from megatron_nvlm.text.tokenizer import Tokenizer
 
-CODE_FILES = (
-    "configuration_nvlm.py",
-    "vision_nvlm.py",
-    "siglip_nvlm.py",
-    "decoder_nvlm.py",
-    "modeling_nvlm.py",
-    "image_processing_nvlm.py",
-    "sequence_nvlm.py",
-    "processing_nvlm.py",
-)
-SHARED_FILES = {"rope_scaling.py": "megatron_nvlm.models.families"}
-"""Files of the package that folders carry as they are, and where they stand in it."""
 AUTO_MAP_OF_PROCESSORS = {
     "AutoImageProcessor": "image_processing_nvlm.NVLMImageProcessor",
     "AutoProcessor": "processing_nvlm.NVLMProcessor",
@@ -68,14 +55,10 @@ def image_context_token_id(tokenizer_file: Path, vocab_size: int) -> int | None:
     return unused if unused < vocab_size else None
 
 
-def write_code(folder: Path) -> None:
-    """The model's code, which needs torch and transformers alone."""
-    for name in CODE_FILES:
-        with as_file(files("megatron_nvlm.hf.exported_code") / name) as source:
-            shutil.copyfile(source, folder / name)
-    for name, package in SHARED_FILES.items():
-        with as_file(files(package) / name) as source:
-            shutil.copyfile(source, folder / name)
+def write_code(folder: Path, vision_class: str) -> None:
+    """The model's code, which needs torch, Pillow and transformers alone."""
+    for name, text in exported_files(vision_class).items():
+        (folder / name).write_text(text)
 
 
 def write_companions(
@@ -101,13 +84,13 @@ def write_companions(
     if tiling.tag_format not in TAG_FORMATS:
         raise UserError(f"tiling.tag_format is {tiling.tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
     vision = read_vision(config, str(folder / "config.json"))
-    pixels = vision_family_of(vision).pixels
+    family = vision_family_of(vision)
     tokenizer = Tokenizer.load(tokenizer_file)
     marks = (mark for speech in form.roles.values() for mark in (speech.start, speech.end))
     for name in {form.begin, form.turn_end, *marks} - {""}:
         tokenizer.special_id(name)
     jinja = chat_template(form, system)
-    write_code(folder)
+    write_code(folder, family.exported_class)
     if tokenizer_file.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(jinja)
@@ -121,14 +104,14 @@ def write_companions(
             "image_processor_type": "NVLMImageProcessor",
             "tile_size": config["force_image_size"],
             "max_tiles": tiling.max_tiles,
-            "image_mean": list(pixels.mean),
-            "image_std": list(pixels.std),
+            "image_mean": list(family.pixels.mean),
+            "image_std": list(family.pixels.std),
         },
         "processor_config.json": {
             "auto_map": {"AutoProcessor": AUTO_MAP_OF_PROCESSORS["AutoProcessor"]},
             "processor_class": "NVLMProcessor",
             "variant": config.get("variant", "d"),
-            "template": {"name": template, **dataclasses.asdict(form)},
+            "template": {"name": template, **form.content},
             "system": system,
             "tag_format": tiling.tag_format,
             "thumbnail_tag": tiling.thumbnail_tag,

@@ -5,12 +5,52 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.config_file import CONFIG_FILE
+from megatron_nvlm.models.families.config_keys import MustBe, check_keys
 from megatron_nvlm.models.families.language_json import describe_language
 from megatron_nvlm.models.families.visions import describe_vision
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
+
+_READ = frozenset(
+    "cross_attention dynamic_image_size force_image_size img_context_token_id llm_config max_dynamic_patch tag_format "
+    "template thumbnail_tag tie_word_embeddings variant vision_config".split()
+)
+_DEFAULTS = {"ps_version": "v1", "use_thumbnail": False}
+"""What the release's code takes where a key is absent, and which is not what NVLM computes."""
+
+
+def _must_be(config: Mapping[str, Any]) -> MustBe:
+    """Keys of a whole folder that have one meaning here."""
+    depth = config["vision_config"].get("num_hidden_layers")
+    return {
+        "downsample_ratio": (lambda ratio: ratio == 0.5, "0.5, NVLM's pixel shuffle"),
+        "min_dynamic_patch": (lambda tiles: tiles == 1, "1"),
+        "pad2square": (lambda pads: not pads, "false"),
+        "ps_version": (lambda version: version == "v2", "v2, the order of channels that NVLM's pixel shuffle has"),
+        "select_layer": (lambda layer: layer in (-1, depth), f"-1 or {depth}, since features are the last layer's"),
+        "use_backbone_lora": (lambda rank: not rank, "0; merge the adapter into the weights"),
+        "use_llm_lora": (lambda rank: not rank, "0; merge the adapter into the weights"),
+        "use_thumbnail": (bool, "true, since an image of several tiles has a thumbnail"),
+    }
+
+
+def check_whole_folder(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a whole folder whose settings mean another computation.
+
+    Raises:
+        UserError: naming the key.
+    """
+    check_keys({**_DEFAULTS, **config}, _READ, _must_be(config), str(folder / CONFIG_FILE))
+
+
+def most_tiles_of(config: Mapping[str, Any]) -> int:
+    """Most tiles of an image: of whole folders, where images may be one tile each."""
+    if is_whole_folder(config) and not config.get("dynamic_image_size", False):
+        return 1
+    return int(config.get("max_dynamic_patch", 6))
 
 
 def is_whole_folder(config: Mapping[str, Any]) -> bool:
@@ -59,7 +99,7 @@ def cross_attention_of(config: Mapping[str, Any], folder: Path) -> CrossAttentio
     return described
 
 
-def describe_folder(model: ResolvedModel, max_tiles: int, tag_format: str, template: str, dtype: str) -> dict[str, Any]:
+def describe_folder(model: ResolvedModel, tiling: TilingConfig, template: str, dtype: str) -> dict[str, Any]:
     """The config.json of an NVLM folder: NVLM-D with the release's keys, NVLM-X and NVLM-H with ours beside them.
 
     What names code files and tokens is added by hf/companions.py, which writes those.
@@ -78,12 +118,13 @@ def describe_folder(model: ResolvedModel, max_tiles: int, tag_format: str, templ
         "dynamic_image_size": True,
         "force_image_size": vision.tile_size,
         "llm_config": describe_language(language, max_sequence_length, dtype),
-        "max_dynamic_patch": max_tiles,
+        "max_dynamic_patch": tiling.max_tiles,
         "min_dynamic_patch": 1,
         "ps_version": "v2",
         "select_layer": -1,
-        "tag_format": tag_format,
+        "tag_format": tiling.tag_format,
         "template": template,
+        "thumbnail_tag": tiling.thumbnail_tag,
         "tie_word_embeddings": language.tied_embeddings,
         "torch_dtype": dtype,
         "use_thumbnail": True,

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from megatron_nvlm.checkpoint.tensor_source import AsOurs, Joined, TensorInfo, TensorSource
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.hf.config_json import cross_attention_of, is_whole_folder, padding_heads_of, variant_of
+from megatron_nvlm.hf.config_json import (
+    check_whole_folder,
+    cross_attention_of,
+    is_whole_folder,
+    padding_heads_of,
+    variant_of,
+)
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
@@ -103,6 +109,7 @@ def _whole(folder: Path, model: ModelConfig, parts: ResolvedModel) -> tuple[list
     config = read_config(folder)
     if not is_whole_folder(config):
         raise UserError(f"{folder} holds no whole NVLM; name it as model.language_weights or model.vision_weights")
+    check_whole_folder(config, folder)
     variant = variant_of(config, folder)
     if variant.needs_cross_attention:
         if variant != parts.variant:

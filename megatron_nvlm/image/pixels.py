@@ -45,16 +45,27 @@ def decode_image(data: bytes) -> Image.Image:
         UserError: the bytes are no complete image.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        check_image_size(*image.size)
-        image.load()
+        return upright_rgb(Image.open(io.BytesIO(data)), in_place=True)
     except UnidentifiedImageError as error:  # its message holds an address in memory
         raise UserError("the image cannot be decoded (its bytes are of no known format)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the image cannot be decoded ({error})") from error
-    ImageOps.exif_transpose(image, in_place=True)
+
+
+def upright_rgb(image: Image.Image, in_place: bool = False) -> Image.Image:
+    """An opened image -> RGB image, upright, as `decode_image` describes.
+
+    Args:
+        in_place: the given image may be changed.
+    """
+    check_image_size(*image.size)
+    image.load()
+    if in_place:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16") or image.mode == "I":

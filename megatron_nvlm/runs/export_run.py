@@ -21,6 +21,7 @@ from megatron_nvlm.hf.convert import Done, export_source, write_export
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.models.families.config_file import CONFIG_FILE
+from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.runs.components import make_identity
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -65,16 +66,9 @@ def export_folder(
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         tiling, data = run.tiling, run.data
         if tokenizer is None:
-            write_code(folder)
+            write_code(folder, vision_family_of(resolve_model(run.model).vision).exported_class)
             return
-        write_companions(
-            folder,
-            config,
-            tokenizer,
-            data.template,
-            data.system,
-            tiling,
-        )
+        write_companions(folder, config, tokenizer, data.template, data.system, tiling)
 
     identity = (checkpoint / IDENTITY_FILE).read_text()
     mark = {"checkpoint": str(checkpoint.resolve()), "identity": identity, "dtype": str(dtype), "bytes": most_bytes}
@@ -100,13 +94,7 @@ def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
 
 def _config(run: RunConfig, tokenizer: Path | None, dtype: str) -> dict[str, Any]:
     parts = resolve_model(run.model)
-    config = describe_folder(
-        parts,
-        run.tiling.max_tiles,
-        run.tiling.tag_format,
-        run.data.template,
-        dtype,
-    )
+    config = describe_folder(parts, run.tiling, run.data.template, dtype)
     config["auto_map"] = auto_map(run.model.variant)
     place = image_context_token_id(tokenizer, parts.language.vocab_size) if tokenizer else None
     return config if place is None else {**config, "img_context_token_id": place}

@@ -16,7 +16,7 @@ from megatron_nvlm.checkpoint.tensor_source import TensorSource
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.hf.config_json import cross_attention_of, is_whole_folder
+from megatron_nvlm.hf.config_json import check_whole_folder, cross_attention_of, is_whole_folder, most_tiles_of
 from megatron_nvlm.hf.convert import Done, imported_source, write_import
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.models.config import resolve_model
@@ -104,14 +104,15 @@ def _describe_run(request: ImportRequest) -> RunConfig:
             shutil.copyfile(folder / CONFIG_FILE, copied / CONFIG_FILE)
             model[key] = str(copied)
     if request.whole is not None:
-        model["weights"] = str(request.whole)
         if not is_whole_folder(config):
             raise UserError(f"{request.whole} holds no whole NVLM; name it with --language-model or --vision-model")
+        check_whole_folder(config, request.whole)
+        model["weights"] = str(request.whole)
         model["cross_attention"] = dataclasses.asdict(cross_attention_of(config, request.whole))
     else:
         model |= {"language_weights": str(request.language), "vision_weights": str(request.vision)}
     settings = _processor_settings(language)
-    template = settings.get("template", {}).get("name", config.get("template", "chatml"))
+    tags: dict[str, Any] = {name: config[name] for name in ("tag_format", "thumbnail_tag") if name in config}
     run = {
         "run_dir": str(request.out),
         "model": model,
@@ -119,13 +120,13 @@ def _describe_run(request: ImportRequest) -> RunConfig:
             "train": [],
             "tokenizer": str(request.out / "tokenizer.json"),
             "sequence_length": 4096,
-            "template": template if template in TEMPLATES else "chatml",
+            "template": _template_of(request, config, settings),
             **({"system": settings["system"]} if "system" in settings else {}),
         },
         "tiling": {
             "tile_size": vision_preset.tile_size,
-            "max_tiles": int(config.get("max_dynamic_patch", 6)),
-            "tag_format": config.get("tag_format", "1d"),
+            "max_tiles": most_tiles_of(config),
+            **tags,
         },
         "optimizer": {"max_lr": 0.0, "min_lr": 0.0, "warmup_steps": 0},
         "training": {
@@ -143,6 +144,19 @@ def _describe_run(request: ImportRequest) -> RunConfig:
         return load_run(draft, request.overrides)
     finally:
         draft.unlink()
+
+
+def _template_of(request: ImportRequest, config: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The template that the folder names, or NVLM's; UserError if there is none of that name and none is asked for."""
+    named = settings.get("template", {}).get("name") or config.get("template") or "chatml"
+    if named in TEMPLATES:
+        return named
+    if any(override.startswith("data.template=") for override in request.overrides):
+        return "chatml"  # which the override replaces
+    raise UserError(
+        f"{request.whole or request.language} was trained with the template {named!r}, which is not known here; give "
+        f"data.template= behind the options, one of {', '.join(TEMPLATES)}"
+    )
 
 
 def _processor_settings(folder: Path) -> dict[str, Any]:

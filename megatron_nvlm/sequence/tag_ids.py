@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_nvlm.image.tile_tags import tile_tags
 from megatron_nvlm.image.tiling import Grid, TilingConfig
 from megatron_nvlm.sequence.variants import Variant
-from megatron_nvlm.text.conversation import find_template
+from megatron_nvlm.text.templates import Template
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 
@@ -19,13 +19,12 @@ class TagIds:
     """The tag that comes first in the decoder; for `encode_conversation`."""
 
 
-def encode_tags(grid: Grid, tiling: TilingConfig, variant: Variant, tokenizer: Tokenizer, template: str) -> TagIds:
+def encode_tags(grid: Grid, tiling: TilingConfig, variant: Variant, tokenizer: Tokenizer, form: Template) -> TagIds:
     """Tags of an image on this grid.
 
     Every tag is tokenised alone, but for templates that join text and first tag: there, what the first tag has left once
     the text before it took the token that spans both. That X's and H's tags are spelled like D's is our choice.
     """
-    form = find_template(template)
     tags = tile_tags(grid, tiling.tag_format, tiling.thumbnail_tag)
     ids = [tokenizer.encode(tag) for tag in tags]
     first = 0 if variant.tags_in_decoder else len(tags) - 1

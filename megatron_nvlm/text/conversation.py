@@ -11,6 +11,7 @@ from megatron_nvlm.text.tokenizer import Tokenizer
 __all__ = [
     "DEFAULT_SYSTEM",
     "IMAGE_PLACEHOLDER",
+    "ROLES",
     "TEMPLATES",
     "ImagePiece",
     "TextPiece",
@@ -61,7 +62,8 @@ class ImagePiece:
     image_index: int
 
 
-_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+"""What users' files call the speakers, and what the templates do."""
 _LEARNING_FIELDS = ("loss", "weight", "train")
 """Fields by which a turn says whether it is learned: ms-swift's, OpenAI's and Axolotl's."""
 
@@ -81,9 +83,9 @@ def read_turns(record: Mapping[str, Any]) -> list[Turn]:
     for number, item in enumerate(raw):
         fields = item if isinstance(item, Mapping) else {}
         role, text = _present(fields, "from", "role"), _present(fields, "value", "content")
-        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
-            raise UserError(f"turn {number} of its conversation needs 'from' (one of {', '.join(_ROLES)}) and 'value'")
-        turns.append(Turn(_ROLES[role], text, _is_learned(fields, number)))
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
+            raise UserError(f"turn {number} of its conversation needs 'from' (one of {', '.join(ROLES)}) and 'value'")
+        turns.append(Turn(ROLES[role], text, _is_learned(fields, number)))
     return turns
 
 
@@ -142,7 +144,7 @@ def encode_conversation(
     turns: Sequence[Turn],
     num_images: int,
     tokenizer: Tokenizer,
-    template: str = "chatml",
+    form: Template,
     system: str | None = DEFAULT_SYSTEM,
     open_answer: bool = False,
     first_tags: Sequence[str] | None = None,
@@ -151,16 +153,15 @@ def encode_conversation(
 
     Args:
         num_images: images of the sample; each stands where a user's turn says `<image>`.
-        template: a name of templates.py.
+        form: the template.
         system: put in front unless the turns begin with a system turn or the template takes none; None for none.
         open_answer: end with the start of an assistant's turn, for the model to write on.
         first_tags: of each image, its first tag in the decoder (sequence/tag_ids.py), for templates that tokenise it with
             the text before; None where only lengths matter, which it does not change.
 
     Raises:
-        UserError: placeholders and images differ in number, `<image>` is to be learned, or the template is unknown.
+        UserError: placeholders and images differ in number or `<image>` is to be learned.
     """
-    form = find_template(template)
     if not open_answer:  # what a model has said already may be anything, and is text
         check_places(turns)
     placeholders = sum(turn.num_images for turn in turns)

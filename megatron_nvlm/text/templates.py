@@ -1,7 +1,8 @@
 """How conversations are spelled: a table. A new spelling is a new row, not a branch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class Template:
     joins_first_tag: bool = False
     """Whether an image's first tag in the decoder is tokenised in one string with the text before it, so that a token may
     span both (`<Image><tile_1>` becomes `<Image`, `><`, `tile`, ...). Otherwise every tag is tokenised alone."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Template":
+        """What `content` wrote; keys beside the fields' are passed over."""
+        given = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        return cls(**{**given, "roles": {role: Speech(**speech) for role, speech in content["roles"].items()}})
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The template as JSON can hold it."""
+        return asdict(self)
 
     @property
     def turn_end(self) -> str:

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from megatron_nvlm.commands import convert_checkpoint
 from megatron_nvlm.commands import score as score_tool
+from megatron_nvlm.config.load import load_run
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.score_cases import Case
 from megatron_nvlm.evaluation.score_model import open_scored, score_case
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
+from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.support.folders import FAMILIES, language_folder, siglip_folder, vision_folder
@@ -225,12 +227,14 @@ def test_x_and_h_come_out_and_go_in_again(tmp_path: Path, parts: tuple[object, .
     for variant in "xh":
         run, out, again = (tmp_path / f"{name}_{variant}" for name in ("run", "out", "again"))
         interval = "model.cross_attention.interval=2"
-        assert convert("import", *parts, "--variant", variant, "--out", run, interval, "--dtype", "bf16") == 0
+        tiling = ("tiling.thumbnail_tag=<whole>", "tiling.tag_format=2d_box", "tiling.max_tiles=4")
+        assert convert("import", *parts, "--variant", variant, "--out", run, interval, *tiling, "--dtype", "bf16") == 0
         assert convert("export", "--checkpoint", run, "--out", out) == 0
         assert convert("import", "--hf", out, "--variant", variant, "--out", again) == 0
         assert convert("verify", run, again) == convert("verify", out, again) == 0
         config = json.loads((out / "config.json").read_text())
         assert config["cross_attention"]["layers"] == [1] and config["torch_dtype"] == "bfloat16"
+        assert load_run(again / "config.yaml").tiling == TilingConfig(28, 4, "2d_box", "<whole>")
 
 
 def test_verify_says_what_differs(
@@ -271,6 +275,9 @@ def test_verify_says_what_differs(
             {"shapes": {"model.layers.0.self_attn.o_proj.weight": (16, 8)}},
             "tensors of other shapes, language_model.decoder",
         ),
+        ({"config": {"logit_scale": 2.0}}, "the language model: logit_scale is not known here"),
+        ({"config": {"layer_types": ["full_attention", "chunked_attention"]}}, "full_attention in every layer"),
+        ({"config": {"quantization_config": {"quant_method": "fp8"}}}, "quantised weights are not read"),
         ({"config": {"architectures": ["GPT2LMHeadModel"]}}, "is of GPT2LMHeadModel, which is not supported"),
         (
             {"config": {"rope_parameters": {"rope_type": "yarn"}, "architectures": ["LlamaForCausalLM"]}},

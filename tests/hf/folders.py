@@ -75,7 +75,7 @@ def pipeline_of(
 def config_of(model: ModelConfig) -> dict[str, Any]:
     """What `export` writes into config.json."""
     parts = resolve_model(dataclasses.replace(model, max_sequence_length=4096))
-    described = describe_folder(parts, 6, "1d", "chatml", "float64")
+    described = describe_folder(parts, TilingConfig(max_tiles=6), "chatml", "float64")
     return {**described, "auto_map": auto_map(model.variant)}
 
 

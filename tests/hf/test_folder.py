@@ -1,10 +1,10 @@
 """An exported folder stands alone: transformers opens it in a process that has neither Megatron nor this package."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_nvlm.data.collate import build_micro_batch
-from megatron_nvlm.hf.companions import CODE_FILES, SHARED_FILES
 from megatron_nvlm.hf.exported_code import configuration_nvlm
+from megatron_nvlm.hf.exported_files import exported_files
+from megatron_nvlm.models.families.visions import VISION_FAMILIES
 from megatron_nvlm.parallel.device import Device
 from tests.hf.folders import PROMPTS, VARIANT_NAMES, config_of, pipeline_of, rows_of, write_folder
 from tests.support.cacheless import generate
@@ -123,31 +124,43 @@ def test_saved_again_it_is_the_same(results: Path, variant: str) -> None:
     assert differing <= {"torch_dtype", "auto_map"}
     assert new.get("dtype", new.get("torch_dtype")) == "float64"
     assert new["auto_map"]["AutoModelForCausalLM"] == old["auto_map"]["AutoModelForCausalLM"]
-    for name in CODE_FILES:
-        assert (after / name).read_text() == (HF_CODE / name).read_text()
-    for name, package in SHARED_FILES.items():
-        assert (after / name).read_text() == (files(package) / name).read_text()
+    code = {path.name for path in before.glob("*.py")}
+    assert code == exported_files("vision_nvlm.VisionModel").keys()
+    for name in code:
+        assert (after / name).read_text() == (before / name).read_text()
     found = load_file(results / f"{variant}_results.safetensors")
     assert torch.equal(found["logits"], found["logits_again"])
 
 
-def test_the_code_needs_no_more_than_it_says() -> None:
-    """Files are copied as they stand; they import torch, numpy, Pillow, transformers, and each other."""
-    import ast
-
-    assert {path.name for path in HF_CODE.glob("*.py")} == {*CODE_FILES, *SHARED_FILES, "__init__.py"}
-    allowed = {"torch", "numpy", "PIL", "transformers", *sys.stdlib_module_names}
-    shared = [files(package) / name for name, package in SHARED_FILES.items()]
-    for path in [*(HF_CODE / name for name in CODE_FILES), *shared]:
-        name = path.name
-        for node in ast.walk(ast.parse(path.read_text())):
+@pytest.mark.parametrize("vision_class", [family.exported_class for family in VISION_FAMILIES.values()])
+def test_the_code_needs_no_more_than_it_says(vision_class: str) -> None:
+    """Files import torch, numpy, Pillow, tokenizers, transformers and each other; nothing of them is left out."""
+    exported = exported_files(vision_class)
+    allowed = {"torch", "numpy", "PIL", "tokenizers", "transformers", *sys.stdlib_module_names}
+    for name, text in exported.items():
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] in allowed for alias in node.names), name
             elif isinstance(node, ast.ImportFrom):
                 module = str(node.module)
-                assert (
-                    f"{module}.py" in (*CODE_FILES, *SHARED_FILES) if node.level else module.split(".")[0] in allowed
-                ), name
+                assert f"{module}.py" in exported if node.level else module.split(".")[0] in allowed, (name, module)
+    families = {f"{family.exported_class.split('.')[0]}.py" for family in VISION_FAMILIES.values()}
+    assert {path.name for path in HF_CODE.glob("*.py")} - {"__init__.py"} - families <= exported.keys()
+    assert vision_class.split(".")[0] + ".py" in exported
+
+
+@pytest.mark.parametrize("vision_class", [family.exported_class for family in VISION_FAMILIES.values()])
+@pytest.mark.parametrize("name", ["configuration_nvlm", "modeling_nvlm", "image_processing_nvlm", "processing_nvlm"])
+def test_files_that_are_opened_import_all_that_they_need(name: str, vision_class: str) -> None:
+    """So that transformers 4, which copies from a local folder what the opened file imports, copies everything."""
+    exported = exported_files(vision_class)
+
+    def imported(stem: str) -> set[str]:
+        nodes = ast.walk(ast.parse(exported[f"{stem}.py"]))
+        return {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
+
+    assert all(imported(other) <= imported(name) for other in imported(name))
+    assert name != "modeling_nvlm" or vision_class.split(".")[0] in imported(name)
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_nvlm.data.prepare import PreparedSample
+from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.companions import image_context_token_id, write_companions
@@ -33,6 +33,7 @@ from tests.hf.folders import (
     write_tokenizer,
 )
 from tests.hf.processors import load_processor
+from tests.support import plain_rows
 from tests.support.tiny import tiny_config
 
 BASE_TOKENS = 2000
@@ -83,6 +84,27 @@ def check(inputs: Any, samples: list[PreparedSample], variant: str) -> None:
         assert torch.equal(inputs["pixel_values"], normalise(tiles, torch.float32))
 
 
+def check_plain_form(prompt: Prompt, sample: PreparedSample, pipeline: SamplePipeline) -> None:
+    """Training's rows and tiles against the second statement of the rules in tests/support/plain_rows.py."""
+    template, tiling = TEMPLATES[pipeline.template], pipeline.tiling
+    turns = [("system", SYSTEM), *prompt.turns] if template.takes_system else list(prompt.turns)
+    layout = plain_rows.Layout(
+        pipeline.variant.name, template.content, tiling.tag_format, tiling.thumbnail_tag, TOKENS_PER_TILE
+    )
+    grids = [plain_rows.choose_grid(*size, tiling.max_tiles, tiling.tile_size) for size in prompt.sizes]
+    rows, found = layout.rows(turns, grids, pipeline.tokenizer, open_answer=True), sample.sequence
+    assert rows.ids == found.tokens.tolist() and rows.vision_index == found.decoder_vision_index.tolist()
+    assert rows.context_ids == found.context_tokens.tolist()
+    assert rows.context_index == found.context_vision_index.tolist()
+    assert [list(seen) for seen in rows.intervals] == found.context_intervals.tolist()
+    tiles = [
+        np.asarray(tile).transpose(2, 0, 1)
+        for picture, grid in zip(opened(prompt.images), grids, strict=True)
+        for tile in plain_rows.cut_tiles(picture, grid, tiling.tile_size)
+    ]
+    assert len(tiles) == len(sample.tiles) and all(map(np.array_equal, tiles, sample.tiles))
+
+
 @pytest.mark.parametrize("tag_format", TAG_FORMATS)
 @pytest.mark.parametrize("template", TEMPLATES_HERE)
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
@@ -91,7 +113,10 @@ def test_every_template_and_tag(tmp_path: Path, variant: str, template: str, tag
     prompts = list(PROMPTS.values())
     inputs = processor([prompt.images for prompt in prompts], [prompt.messages for prompt in prompts])
     pipeline = pipeline_of(variant, template, tag_format, BASE_TOKENS)
-    check(inputs, [prompt.prepare(pipeline) for prompt in prompts], variant)
+    samples = [prompt.prepare(pipeline) for prompt in prompts]
+    check(inputs, samples, variant)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        check_plain_form(prompt, sample, pipeline)
 
 
 @pytest.fixture(
@@ -131,6 +156,8 @@ def test_any_conversation(case: tuple[str, str, NVLMProcessor], batch: list[Prom
     samples = [prompt.prepare(pipeline) for prompt in batch]
     inputs = processor([prompt.images for prompt in batch], [prompt.messages for prompt in batch])
     check(inputs, samples, variant)
+    for prompt, sample in zip(batch, samples, strict=True):
+        check_plain_form(prompt, sample, pipeline)
 
 
 def test_images_of_every_kind_are_read_as_in_training(tmp_path: Path) -> None:
@@ -190,7 +217,7 @@ def test_four_ways_to_ask_the_same(tmp_path: Path) -> None:
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     closed = processor.apply_chat_template(messages, tokenize=True)["input_ids"]
-    assert closed.shape[1] == expected["input_ids"].shape[1] - len(processor._encoder.encode("assistant\n")) - 1
+    assert closed.shape[1] == expected["input_ids"].shape[1] - len(processor._tokenizer.encode("assistant\n")) - 1
 
 
 def test_the_tokenizers_own_template_spells_the_same(tmp_path: Path) -> None:
@@ -244,7 +271,7 @@ def test_without_a_free_id_the_index_says_it_all(tmp_path: Path) -> None:
         (None, [{"role": "robot", "content": ""}], "a turn needs role"),
         (None, [{"role": "user", "content": [{"type": "video"}]}], "part of type 'video'"),
         (None, [{"role": "assistant", "content": [{"type": "image"}]}], "images go into turns of the user"),
-        ([b"no image"], "<image>", "an image cannot be read"),
+        ([b"no image"], "<image>", "cannot be decoded"),
         ([3], "<image>", "int is no image"),
         (np.zeros((0, 9, 3), np.uint8), "<image>", "0 pixels|cannot be read"),
     ],
@@ -280,7 +307,7 @@ def test_bad_exports_are_refused_with_a_sentence(tmp_path: Path) -> None:
 
 def test_a_token_spans_wrapper_and_tag(tmp_path: Path) -> None:
     """What the tests above rely on to tell `chatml_hf` from `chatml`."""
-    encoder = make_processor(tmp_path / "folder", "d")._encoder
+    encoder = make_processor(tmp_path / "folder", "d")._tokenizer
     assert len(encoder.encode("<Image><tile_1>")) == len(encoder.encode("<Image>") + encoder.encode("<tile_1>")) - 1
 
 

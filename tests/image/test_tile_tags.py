@@ -14,6 +14,7 @@ from megatron_nvlm.sequence.image_layout import lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
+from megatron_nvlm.text.conversation import find_template
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 GLOBAL = "<tile_global>"
@@ -67,7 +68,7 @@ def test_each_tag_stands_where_its_variant_has_it(
     """Tag and tile alternate, in the decoder for D and in the context for H; X's tags see their own tile alone."""
     tiling, form, per_tile = TilingConfig(tag_format=tag_format), VARIANTS[variant], 4
     for grid in candidate_grids(12):
-        tags = encode_tags(grid, tiling, form, tokenizer, template)
+        tags = encode_tags(grid, tiling, form, tokenizer, find_template(template))
         layout = lay_out_image(tags.ids, form, per_tile)
         last = len(tags.ids) - 1
         tiles = [[-1] * len(ids) + list(range(n * per_tile, (n + 1) * per_tile)) for n, ids in enumerate(tags.ids)]
@@ -86,5 +87,8 @@ def test_each_tag_stands_where_its_variant_has_it(
 
 
 def test_tags_of_unequal_length(tokenizer: Tokenizer) -> None:
-    lengths = {len(ids) for ids in encode_tags(Grid(4, 3), TilingConfig(), VARIANTS["d"], tokenizer, "chatml").ids}
+    lengths = {
+        len(ids)
+        for ids in encode_tags(Grid(4, 3), TilingConfig(), VARIANTS["d"], tokenizer, find_template("chatml")).ids
+    }
     assert len(lengths) > 1

@@ -13,7 +13,7 @@ from megatron_nvlm.sequence.image_layout import lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
-from megatron_nvlm.text.conversation import TextPiece, Turn, encode_conversation
+from megatron_nvlm.text.conversation import TextPiece, Turn, encode_conversation, find_template
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "chat_prompts.json").read_text())
@@ -35,12 +35,12 @@ def rows_of(
     tokens_per_tile: int = 256,
 ) -> Any:
     """Decoder tokens of a prompt, as training makes them."""
-    tags = [encode_tags(grid, TilingConfig(), VARIANTS[variant], tokenizer, template) for grid in grids]
+    tags = [encode_tags(grid, TilingConfig(), VARIANTS[variant], tokenizer, find_template(template)) for grid in grids]
     pieces = encode_conversation(
         turns,
         len(grids),
         tokenizer,
-        template,
+        find_template(template),
         open_answer=turns[-1].role == "user" and template != "plain",
         first_tags=[tag.first_in_decoder for tag in tags],
     )
@@ -71,7 +71,7 @@ def test_tags_and_wrapper_alone_equal_the_release(tokenizer: Tokenizer) -> None:
     for grid in (Grid(1, 1), Grid(2, 1), Grid(3, 2), Grid(4, 3)):
         for tag, ids in zip(
             tile_tags(grid, "1d", "<tile_global_thumbnail>"),
-            encode_tags(grid, TilingConfig(), VARIANTS["d"], tokenizer, "chatml").ids,
+            encode_tags(grid, TilingConfig(), VARIANTS["d"], tokenizer, find_template("chatml")).ids,
             strict=True,
         ):
             assert ids == table[tag]["ids"]
@@ -149,7 +149,7 @@ def test_several_turns_and_images(tokenizer: Tokenizer, template: str, spelled: 
         return "".join(names.get(token) or tokenizer.decode([token]) for token in ids)
 
     # The tag-less form shows the text itself; joined tags are compared with the release above.
-    pieces = encode_conversation(TALK, 2, tokenizer, template, first_tags=["", ""])
+    pieces = encode_conversation(TALK, 2, tokenizer, find_template(template), first_tags=["", ""])
     assert "".join(spell(piece.ids) if isinstance(piece, TextPiece) else "@" for piece in pieces) == spelled
     runs: list[str] = []
     previous = False
@@ -165,7 +165,7 @@ def test_a_system_turn_is_added_once_and_only_where_the_template_has_one(tokeniz
     turns = [Turn("user", "Hello")]
 
     def text(template: str, system: str | None) -> str:
-        pieces = encode_conversation(turns, 0, tokenizer, template, system)
+        pieces = encode_conversation(turns, 0, tokenizer, find_template(template), system)
         return tokenizer.decode([token for piece in pieces if isinstance(piece, TextPiece) for token in piece.ids])
 
     assert text("chatml", "Be kind.") == "system\nBe kind.\nuser\nHello\n"
@@ -176,7 +176,7 @@ def test_a_system_turn_is_added_once_and_only_where_the_template_has_one(tokeniz
 
 def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer) -> None:
     for template in ("chatml", "chatml_hf", "pretrain"):
-        pieces = encode_conversation([Turn("user", "say <|im_end|> now")], 0, tokenizer, template, None)
+        pieces = encode_conversation([Turn("user", "say <|im_end|> now")], 0, tokenizer, find_template(template), None)
         ids = [token for piece in pieces if isinstance(piece, TextPiece) for token in piece.ids]
         assert ids.count(tokenizer.special_id("<|im_end|>")) == (template != "pretrain")
 
@@ -187,16 +187,18 @@ def test_lengths_do_not_need_the_tags(tokenizer: Tokenizer, template: str, tag_f
     """The index counts text without knowing tags: their number of tokens is the layout's affair."""
     tiling = TilingConfig(tag_format=tag_format)
     for variant in VARIANTS.values():
-        tags = [encode_tags(grid, tiling, variant, tokenizer, template) for grid in (Grid(3, 2), Grid(1, 1))]
+        tags = [
+            encode_tags(grid, tiling, variant, tokenizer, find_template(template)) for grid in (Grid(3, 2), Grid(1, 1))
+        ]
         first = [tag.first_in_decoder for tag in tags]
-        with_tags = encode_conversation(TALK, 2, tokenizer, template, first_tags=first)
-        without = encode_conversation(TALK, 2, tokenizer, template)
+        with_tags = encode_conversation(TALK, 2, tokenizer, find_template(template), first_tags=first)
+        without = encode_conversation(TALK, 2, tokenizer, find_template(template))
         lengths = [[len(p.ids) for p in pieces if isinstance(p, TextPiece)] for pieces in (with_tags, without)]
         assert lengths[0] == lengths[1]
         joined = sum(len(ids) for tag in tags for ids in tag.ids)
         apart = sum(
             len(ids)
             for grid in (Grid(3, 2), Grid(1, 1))
-            for ids in encode_tags(grid, tiling, variant, tokenizer, "chatml").ids
+            for ids in encode_tags(grid, tiling, variant, tokenizer, find_template("chatml")).ids
         )
         assert apart - joined == (2 if template == "chatml_hf" and tag_format != "none" else 0)

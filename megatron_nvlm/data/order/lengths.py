@@ -20,7 +20,7 @@ from megatron_nvlm.image.tiling import Grid, TilingConfig
 from megatron_nvlm.sequence.image_layout import lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
-from megatron_nvlm.text.conversation import TextPiece, encode_conversation, read_turns
+from megatron_nvlm.text.conversation import TextPiece, encode_conversation, find_template, read_turns
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 
@@ -36,7 +36,7 @@ class TextTokenCounter:
         """UserError if the record has no usable conversation."""
         images = record.get("images", [])
         turns = read_turns(record)
-        pieces = encode_conversation(turns, len(images), self.tokenizer, self.template, self.system)
+        pieces = encode_conversation(turns, len(images), self.tokenizer, find_template(self.template), self.system)
         return sum(len(piece.ids) for piece in pieces if isinstance(piece, TextPiece))
 
     @property
@@ -74,7 +74,7 @@ class LengthCounter:
     def tokens_of_grid(self, grid: Grid) -> int:
         """Decoder tokens of an image on this grid: its tags, and those vision tokens that stand in the decoder."""
         if grid not in self._tokens:
-            tags = encode_tags(grid, self.tiling, self.variant, self.tokenizer, self.template)
+            tags = encode_tags(grid, self.tiling, self.variant, self.tokenizer, find_template(self.template))
             self._tokens[grid] = len(lay_out_image(tags.ids, self.variant, self.tokens_per_tile).decoder_tokens)
         return self._tokens[grid]
 

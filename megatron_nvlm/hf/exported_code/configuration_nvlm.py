@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .rope_scaling import RopeScaling
+from megatron_nvlm.models.families.rope_scaling import RopeScaling
 
 _LANGUAGE_KEYS = (
     "hidden_size",

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_nvlm.models.families.rope_scaling import RopeScaling
+
 from .configuration_nvlm import NVLMConfig
-from .rope_scaling import RopeScaling
 from .vision_nvlm import RMSNorm
 
 KeyValue = tuple[Tensor, Tensor]

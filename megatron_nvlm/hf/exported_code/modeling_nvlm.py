@@ -23,6 +23,7 @@ in NVLM-D's release.
 """
 
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,8 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nvlm import NVLM_D_Config, NVLM_H_Config, NVLM_X_Config, NVLMConfig
 from .decoder_nvlm import Context, CrossAttention, KeyValue, LanguageModel
-from .siglip_nvlm import SiglipModel
-from .vision_nvlm import RMSNorm, VisionEmbeddings, VisionLayer, VisionModel, pixel_shuffle
+from .vision_nvlm import RMSNorm, VisionEmbeddings, VisionLayer, pixel_shuffle
 
 TILES_AT_ONCE = 8
 """Most tiles that pass through the encoder together; bounds memory."""
@@ -49,13 +49,18 @@ class NVLMOutput(CausalLMOutputWithPast):
     context_key_values: tuple[KeyValue, ...] | None = None
 
 
+def _vision_class(config: NVLMConfig) -> Any:
+    """The class of the vision model's family, which the folder's config.json names; InternViT's where it does not."""
+    module, name = getattr(config.vision_config, "exported_class", "vision_nvlm.VisionModel").split(".")
+    return getattr(import_module(f".{module}", __package__), name)
+
+
 class NVLMModel(PreTrainedModel, GenerationMixin):
     """What the three variants share; use the class of a variant."""
 
     config_class: type[NVLMConfig] = NVLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules = ["DecoderLayer", "VisionLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_cache_class = True
     _can_compile_fullgraph = False
@@ -64,8 +69,9 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         config.check()
         super().__init__(config)
         hidden, width = config.llm_config.hidden_size, 4 * config.vision_config.hidden_size
-        is_siglip = getattr(config.vision_config, "model_type", "").startswith("siglip")
-        self.vision_model = SiglipModel(config) if is_siglip else VisionModel(config)
+        self.vision_model: Any = _vision_class(config)(config)
+        layers = {type(layer).__name__ for layer in self.vision_model.encoder.layers}
+        self._no_split_modules = ["DecoderLayer", *sorted(layers)]
         self.mlp1: nn.Module
         if config.variant == "x":
             self.mlp1 = nn.Linear(width, hidden, bias=False)

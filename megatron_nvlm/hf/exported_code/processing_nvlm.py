@@ -4,16 +4,24 @@ inputs = processor(text="<image>\\nWhat is this?", images=[picture])
 inputs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import BatchFeature, ProcessorMixin
 
-from .sequence_nvlm import IMAGE, Encoder, Layout, Rows, Turn, count_places
+from megatron_nvlm.image.tiling import Grid, TilingConfig
+from megatron_nvlm.sequence.assemble import AssembledSample
+from megatron_nvlm.sequence.variants import VARIANTS
+from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, ROLES, Turn
+from megatron_nvlm.text.templates import Template
+from megatron_nvlm.text.tokenizer import Tokenizer
 
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+from .sequence_nvlm import Layout
+
 _IS_OLD = int(transformers.__version__.split(".")[0]) < 5
 
 
@@ -25,7 +33,7 @@ class NVLMProcessor(ProcessorMixin):
         tokenizer: a fast tokenizer.
         chat_template: of the tokenizer, for other software; this class works by `template`.
         variant: d, x or h.
-        template: strings around turns and images (sequence_nvlm.py).
+        template: what stands around turns and images, as the file templates.py describes.
         system: a system turn put in front of conversations that have none; None for none.
         tag_format, thumbnail_tag: how tiles are named.
         tokens_per_tile: vision tokens of a tile.
@@ -51,7 +59,7 @@ class NVLMProcessor(ProcessorMixin):
         img_context_token_id: int | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        if template is None or variant not in ("d", "x", "h"):
+        if template is None or variant not in VARIANTS:
             raise ValueError(
                 "processor_config.json must hold variant (d, x or h) and template; export the folder again"
             )
@@ -64,12 +72,13 @@ class NVLMProcessor(ProcessorMixin):
         self.thumbnail_tag = thumbnail_tag
         self.tokens_per_tile = tokens_per_tile
         self.img_context_token_id = img_context_token_id
-        self._encoder = Encoder(tokenizer.backend_tokenizer)
+        self._tokenizer = Tokenizer(copy.deepcopy(tokenizer.backend_tokenizer))
 
     @property
     def layout(self) -> Layout:
         """How rows are laid out."""
-        return Layout(self.variant, self.template, self.tag_format, self.thumbnail_tag, self.tokens_per_tile)
+        tiling = TilingConfig(tag_format=self.tag_format, thumbnail_tag=self.thumbnail_tag)
+        return Layout(VARIANTS[self.variant], Template.of(self.template), tiling, self.tokens_per_tile)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -115,14 +124,14 @@ class NVLMProcessor(ProcessorMixin):
             if images is not None:
                 raise ValueError("images stand in the conversations and in the argument images; give them once")
             images = inside
-        per_prompt = _distribute(images, [count_places(talk) for talk in turns])
+        per_prompt = _distribute(images, [sum(turn.num_images for turn in talk) for talk in turns])
         tiles = self.image_processor([image for own in per_prompt for image in own])
-        grids = iter([tuple(grid) for grid in tiles["grids"].tolist()])
-        rows = []
+        grids = iter([Grid(*grid) for grid in tiles["grids"].tolist()])
+        samples = []
         for (talk, is_open, _), own in zip(read, per_prompt, strict=True):
-            rows.append(self.layout.rows(talk, [next(grids) for _ in own], self._encoder, is_open))
-        assert sum(sample.num_tiles for sample in rows) == len(tiles["pixel_values"])
-        return self._tensors(rows, tiles["pixel_values"], bool(padding), padding_side == "left")
+            samples.append(self.layout.assemble(talk, [next(grids) for _ in own], self._tokenizer, is_open))
+        assert sum(sample.num_tiles for sample in samples) == len(tiles["pixel_values"])
+        return self._tensors(samples, tiles["pixel_values"], bool(padding), padding_side == "left")
 
     def apply_chat_template(
         self,
@@ -174,39 +183,39 @@ class NVLMProcessor(ProcessorMixin):
             spelled = self.layout.read(prompt)
             if spelled is not None:
                 return *spelled, images
-            turns = [("user", prompt)]
+            turns = [Turn("user", prompt)]
         elif _is_conversation(prompt):
             turns = [_read_turn(turn, images) for turn in prompt]
         else:
             raise ValueError(
                 f"a prompt is a {type(prompt).__name__}; give a question or a list of turns, or a list of these"
             )
-        if self.system is not None and self.template["takes_system"] and turns[0][0] != "system":
-            turns = [("system", self.system), *turns]
+        if self.system is not None and self.template["takes_system"] and turns[0].role != "system":
+            turns = [Turn("system", self.system), *turns]
         return turns, open_answer, images
 
-    def _tensors(self, rows: Sequence[Rows], pixel_values: torch.Tensor, padding: bool, left: bool) -> BatchFeature:
-        if not padding and len({len(sample.ids) for sample in rows}) > 1:
+    def _tensors(
+        self, samples: Sequence[AssembledSample], pixel_values: torch.Tensor, padding: bool, left: bool
+    ) -> BatchFeature:
+        if not padding and len({len(sample.tokens) for sample in samples}) > 1:
             raise ValueError("the prompts differ in length; leave padding on")
         pad_id = self.tokenizer.pad_token_id or 0
         place_id = pad_id if self.img_context_token_id is None else self.img_context_token_id
-        ids = [
-            [token if number < 0 else place_id for token, number in zip(sample.ids, sample.vision_index, strict=True)]
-            for sample in rows
-        ]
+        ids = [np.where(sample.decoder_vision_index < 0, sample.tokens, place_id).tolist() for sample in samples]
         data = {
             "input_ids": _pad(ids, pad_id, left),
-            "attention_mask": _pad([[1] * len(sample.ids) for sample in rows], 0, left),
+            "attention_mask": _pad([[1] * len(sample.tokens) for sample in samples], 0, left),
         }
         if len(pixel_values):
             data["pixel_values"] = pixel_values
-            data["num_tiles"] = torch.tensor([sample.num_tiles for sample in rows])
-            data["vision_index"] = _pad([sample.vision_index for sample in rows], -1, left)
+            data["num_tiles"] = torch.tensor([sample.num_tiles for sample in samples])
+            data["vision_index"] = _pad([sample.decoder_vision_index.tolist() for sample in samples], -1, left)
         if len(pixel_values) and self.variant != "d":
-            data["context_input_ids"] = _pad([sample.context_ids for sample in rows], 0, False)
-            data["context_vision_index"] = _pad([sample.context_index for sample in rows], -1, False)
+            data["context_input_ids"] = _pad([sample.context_tokens.tolist() for sample in samples], 0, False)
+            data["context_vision_index"] = _pad([sample.context_vision_index.tolist() for sample in samples], -1, False)
             data["context_intervals"] = torch.stack(
-                [_pad([[pair[end] for pair in sample.intervals] for sample in rows], 0, left) for end in (0, 1)], dim=-1
+                [_pad([sample.context_intervals[:, end].tolist() for sample in samples], 0, left) for end in (0, 1)],
+                dim=-1,
             )
         return BatchFeature(data)
 
@@ -217,11 +226,11 @@ def _is_conversation(text: Any) -> bool:
 
 def _read_turn(turn: dict[str, Any], images: list[Any]) -> Turn:
     """Role and text of a turn; images in it are appended to `images`."""
-    role, content = _ROLES.get(turn.get("role", turn.get("from", ""))), turn.get("content", turn.get("value"))
+    role, content = ROLES.get(turn.get("role", turn.get("from", ""))), turn.get("content", turn.get("value"))
     if role is None or not isinstance(content, str | list):
-        raise ValueError(f"a turn needs role (one of {', '.join(_ROLES)}) and content, and this is {turn!r}")
+        raise ValueError(f"a turn needs role (one of {', '.join(ROLES)}) and content, and this is {turn!r}")
     if isinstance(content, str):
-        return role, content
+        return Turn(role, content)
     said = ""
     for part in content:
         if part.get("type") == "text":
@@ -229,12 +238,12 @@ def _read_turn(turn: dict[str, Any], images: list[Any]) -> Turn:
         elif part.get("type") == "image":
             if role != "user":
                 raise ValueError(f"an image stands in a turn of the {role}; images go into turns of the user")
-            said += IMAGE
+            said += IMAGE_PLACEHOLDER
             found = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
             images += found[:1]
         else:
             raise ValueError(f"a turn's content has a part of type {part.get('type')!r}; NVLM takes text and image")
-    return role, said
+    return Turn(role, said)
 
 
 def _distribute(images: Any, places: list[int]) -> list[list[Any]]:
@@ -246,11 +255,14 @@ def _distribute(images: Any, places: list[int]) -> list[list[Any]]:
     if images and all(isinstance(own, list | tuple) for own in images):
         counts = [len(own) for own in images]
         if counts != places:
-            raise ValueError(f"the prompts have {places} {IMAGE} and {counts} images; give each prompt its images")
+            raise ValueError(
+                f"the prompts have {places} {IMAGE_PLACEHOLDER} and {counts} images; give each prompt its images"
+            )
         return [list(own) for own in images]
     if len(images) != sum(places):
         raise ValueError(
-            f"the prompts have {sum(places)} {IMAGE} and there are {len(images)} images; write {IMAGE} where each image goes"
+            f"the prompts have {sum(places)} {IMAGE_PLACEHOLDER} and there are {len(images)} images; write "
+            f"{IMAGE_PLACEHOLDER} where each image goes"
         )
     left = iter(images)
     return [[next(left) for _ in range(count)] for count in places]

@@ -109,6 +109,7 @@ INTERN_VIT = VisionFamily(
     has_final_norm=False,
     activation="gelu",
     pixels=IMAGENET,
+    exported_class="vision_nvlm.VisionModel",
     presets={
         # config.json of OpenGVLab/InternViT-6B-448px-V1-5 (paper, section 4.1)
         "internvit_6b": VisionPreset(45, 3200, 12800, 25, "RMSNorm", qk_norm=True, qkv_bias=False),

@@ -9,11 +9,21 @@ from typing import Any
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.families.config_file import CONFIG_FILE, number_of, read_config
+from megatron_nvlm.models.families.config_keys import MustBe, check_keys
 from megatron_nvlm.models.families.language_family import LanguageFamily, LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_FAMILIES, family_of
 from megatron_nvlm.models.families.rope_scaling import RopeScaling
 
 _DEFAULT_ROPE_THETA = 10_000
+_READ = frozenset(
+    "attention_bias head_dim hidden_act hidden_size intermediate_size max_position_embeddings max_window_layers mlp_bias "
+    "num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor query_key_norm rms_norm_eps "
+    "rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window vocab_size".split()
+)
+_MUST_BE: MustBe = {
+    "layer_types": (lambda kinds: set(kinds) <= {"full_attention"}, "full_attention in every layer"),
+    "use_mrope": (lambda value: not value, "false"),
+}
 
 
 def language_preset_of(folder: Path) -> LanguagePreset:
@@ -34,6 +44,7 @@ def read_language(config: Mapping[str, Any], where: str) -> LanguagePreset:
     """
     family = _find_family(config, where)
     _refuse(config, family, where)
+    check_keys(config, _READ, _MUST_BE, f"{where}: the language model")
     heads = number_of(config, "num_attention_heads", where)
     hidden = number_of(config, "hidden_size", where)
     head = config.get("head_dim") or family.default_head_size

@@ -79,6 +79,7 @@ SIGLIP = VisionFamily(
     has_final_norm=True,
     activation=_ACTIVATION,
     pixels=HALVES,
+    exported_class="siglip_nvlm.SiglipModel",
     own_prefix="vision_model.",
     unused_names=("head.", "vision_model.head.", "text_model.", "logit_scale", "logit_bias"),
     presets={

@@ -81,6 +81,8 @@ class VisionFamily:
     activation: str
     """A name of ACTIVATIONS (models/core_config.py), as Hugging Face spells it."""
     pixels: PixelStatistics
+    exported_class: str
+    """Its module and class in hf/exported_code/, for folders that transformers reads."""
     own_prefix: str = ""
     """What names begin with in some folders of the vision model alone."""
     unused_names: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.families.config_file import CONFIG_FILE, read_config
+from megatron_nvlm.models.families.config_keys import MustBe, check_keys
 from megatron_nvlm.models.families.intern_vit import INTERN_VIT
 from megatron_nvlm.models.families.siglip import SIGLIP
 from megatron_nvlm.models.families.vision_family import VisionFamily, VisionPreset
@@ -21,6 +22,14 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
 VISION_PRESETS: dict[str, VisionPreset] = {
     name: preset for family in VISION_FAMILIES.values() for name, preset in family.presets.items()
 }
+
+
+_READ = frozenset(
+    "exported_class hidden_act hidden_size image_size intermediate_size layer_norm_eps norm_type num_attention_heads "
+    "num_dummy_heads num_hidden_layers patch_size qk_normalization qkv_bias tie_word_embeddings "
+    "vision_use_head".split()
+)
+_MUST_BE: MustBe = {"num_channels": (lambda channels: channels == 3, "3")}
 
 
 def vision_family_of(preset: VisionPreset) -> VisionFamily:
@@ -58,7 +67,9 @@ def read_vision(config: Mapping[str, Any], where: str) -> VisionPreset:
         raise UserError(
             f"{where}: the vision model is of {inner.get('model_type')!r}, which is not supported; use one of {known}"
         )
-    return family.read(config, inner, where)
+    preset = family.read(config, inner, where)
+    check_keys(inner, _READ, _MUST_BE, f"{where}: the vision model")
+    return preset
 
 
 def describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:
@@ -73,5 +84,6 @@ def describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": preset.num_layers,
         "patch_size": preset.patch_size,
         "torch_dtype": dtype,
+        "exported_class": vision_family_of(preset).exported_class,
         **vision_family_of(preset).describe(preset),
     }

@@ -14,7 +14,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
-from megatron_nvlm.text.conversation import TextPiece, Turn, encode_conversation
+from megatron_nvlm.text.conversation import TextPiece, Turn, encode_conversation, find_template
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.data.building.builds import build, build_lines, colours_of, turns_of
 from tests.support.shards import picture, record, write_samples
@@ -83,7 +83,7 @@ def test_a_set_of_before_with_a_place_in_an_answer_is_a_bad_sample(tmp_path: Pat
 def test_what_a_model_has_said_is_text(tokenizer: Tokenizer) -> None:
     """In a conversation that goes on, an answer may say anything."""
     turns = [Turn("user", "<image>?"), Turn("assistant", "An <image> tag."), Turn("user", "Why?")]
-    pieces = encode_conversation(turns, 1, tokenizer, open_answer=True)
+    pieces = encode_conversation(turns, 1, tokenizer, find_template("chatml"), open_answer=True)
     text = tokenizer.decode([token for piece in pieces if isinstance(piece, TextPiece) for token in piece.ids])
     assert len(pieces) - sum(isinstance(piece, TextPiece) for piece in pieces) == 1
     assert "An <image> tag." in text
