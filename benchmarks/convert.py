@@ -30,6 +30,7 @@ from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.hf.our_model import describe_our_model
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.hf.weight_tables import nvlm_rows
+from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
@@ -41,14 +42,13 @@ def make_folder(folder: Path, layers: int, vision_layers: int) -> None:
     parts = resolve_model(ModelConfig("d", "qwen2_72b", "internvit_6b"))
     language = replace(LANGUAGE_PRESETS["qwen2_72b"], num_layers=layers)
     vision = replace(VISION_PRESETS["internvit_6b"], num_layers=vision_layers)
-    config = describe_folder(
-        parts.variant, language, vision, CrossAttentionConfig(), 4096, 6, "1d", "chatml", "bfloat16"
-    )
+    model = replace(parts, language=language, vision=vision)
+    config = describe_folder(model, TilingConfig(max_tiles=6), "chatml", "bfloat16")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    ours = describe_our_model(ModelConfig("d", str(folder), str(folder)))
+    ours = describe_our_model(model)
     infos: dict[str, TensorInfo] = {}
-    for row in nvlm_rows(parts.variant, language, vision, CrossAttentionConfig()):
+    for row in nvlm_rows(model.variant, language, vision, CrossAttentionConfig()):
         whole = torch.empty(ours.infos[row.ours].shape, dtype=torch.bfloat16, device="meta")
         for name, tensor in zip(row.theirs, row.transform.to_theirs(whole), strict=True):
             infos[name] = TensorInfo.of(tensor)

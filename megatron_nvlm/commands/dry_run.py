@@ -42,7 +42,7 @@ def make_plan(run: ResolvedRun, sample: SampleShape) -> DryRunInput:
     """The run, for the dry run."""
     config = run.config
     return DryRunInput(
-        model=replace(config.model, backend="local"),
+        model=replace(run.model, config=replace(config.model, backend="local")),
         parallelism=config.parallelism,
         world_size=run.world_size,
         precision=run.precision,

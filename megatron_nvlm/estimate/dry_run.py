@@ -13,7 +13,7 @@ from megatron_nvlm.estimate.ranks import BuiltRank, build_rank, build_ranks, bui
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.state_bytes import StateBytes, largest_state_bytes
 from megatron_nvlm.estimate.step_time import Hardware, StepTime, StepWork, bubble_fraction, predict_step
-from megatron_nvlm.models.config import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import Precision
 
@@ -24,7 +24,7 @@ GIB = 2**30
 class DryRunInput:
     """What a dry run needs to know of a run."""
 
-    model: ModelConfig
+    model: ResolvedModel
     """Its backend is replaced by local, which has the same parameters."""
     parallelism: ParallelismConfig
     world_size: int
@@ -54,13 +54,12 @@ class DryRunInput:
     @property
     def sizes(self) -> ModelSizes:
         """For counting."""
-        parts = resolve_model(self.model)
         return ModelSizes(
-            parts.variant,
-            parts.language,
-            parts.vision,
-            self.model.cross_attention,
-            self.model.recompute,
+            self.model.variant,
+            self.model.language,
+            self.model.vision,
+            self.model.config.cross_attention,
+            self.model.config.recompute,
             encodes_twice=self.parallelism.vision_placement == "replicated",
         )
 
@@ -160,8 +159,7 @@ def dry_run(plan: DryRunInput, hardware: Hardware, backend: str, whole: BuiltRan
     """
     ranks = build_ranks(plan.model, plan.parallelism, plan.world_size, plan.dtype, plan.trainable)
     whole = whole or build_whole(plan.model, plan.dtype, plan.trainable)
-    tied = resolve_model(plan.model).language.tied_embeddings
-    problems = check_ownership(whole, ranks, _on_every_stage(plan), tied)
+    problems = check_ownership(whole, ranks, _on_every_stage(plan), plan.model.language.tied_embeddings)
     return _count(plan, hardware, backend, ranks, problems, whole)
 
 
@@ -233,7 +231,8 @@ def _chunk_sizes(names: Sequence[str]) -> ChunkSizes:
         cross_attention_layers=len(_layer_numbers(names, ".cross_attention.")),
         has_encoder=any(name.startswith("vision_model.") for name in names),
         has_projector=any(name.startswith("vision_projection.") for name in names),
-        has_output=any(name.startswith("language_model.output_layer.") for name in names),
+        # Beside the output layer, which has no parameters of its own where it is the embedding
+        has_output=any(name.startswith("language_model.decoder.final_layernorm.") for name in names),
     )
 
 

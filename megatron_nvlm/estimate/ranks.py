@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # torch regis
 
 from megatron_nvlm.core_compat import run_core_on_cpu
 from megatron_nvlm.models.build import build_chunks
-from megatron_nvlm.models.config import ModelConfig
+from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.initialise import component_of, named_parameters, split_of
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.sharding import Split
@@ -73,7 +73,7 @@ def pretend_to_be(rank: int, world_size: int, parallelism: ParallelismConfig) ->
 
 
 def build_rank(
-    model: ModelConfig,
+    model: ResolvedModel,
     parallelism: ParallelismConfig,
     world_size: int,
     stage: int,
@@ -106,7 +106,7 @@ def build_rank(
 
 
 def build_ranks(
-    model: ModelConfig,
+    model: ResolvedModel,
     parallelism: ParallelismConfig,
     world_size: int,
     dtype: torch.dtype,
@@ -120,6 +120,6 @@ def build_ranks(
     ]
 
 
-def build_whole(model: ModelConfig, dtype: torch.dtype, trainable: Collection[str]) -> BuiltRank:
+def build_whole(model: ResolvedModel, dtype: torch.dtype, trainable: Collection[str]) -> BuiltRank:
     """The whole model, as a single rank would hold it."""
     return build_rank(model, ParallelismConfig(), 1, 0, 0, dtype, trainable)

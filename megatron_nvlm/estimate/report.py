@@ -19,13 +19,13 @@ def render(run: DryRun, hardware: Hardware, measured: float | None = None) -> st
 
 def _layout(run: DryRun) -> Iterator[str]:
     plan, sample = run.plan, run.plan.sample
-    parallelism = plan.parallelism
+    parallelism, config = plan.parallelism, plan.model.config
     yield (
-        f"NVLM-{plan.model.variant.upper()}: {plan.model.language}, {plan.model.vision}, on {plan.world_size} ranks: "
+        f"NVLM-{plan.model.variant.name.upper()}: {config.language}, {config.vision}, on {plan.world_size} ranks: "
         f"tensor {parallelism.tensor_model_parallel_size}, pipeline {parallelism.pipeline_model_parallel_size}"
         f"{_chunks(run)}, data {plan.replicas}"
         f"{', sequence parallel' if parallelism.sequence_parallel else ''}"
-        f"{', distributed optimizer' if parallelism.use_distributed_optimizer else ''}, recompute {plan.model.recompute}"
+        f"{', distributed optimizer' if parallelism.use_distributed_optimizer else ''}, recompute {config.recompute}"
     )
     yield f"trains: {', '.join(part for part in plan.trainable if part in run.whole_parameters)}; the rest is frozen"
     yield (
@@ -142,7 +142,7 @@ def _measured(run: DryRun, hardware: Hardware, measured: float) -> Iterator[str]
     again = run.step_flops.executed / run.step_flops.model
     yield (
         f"measured {measured:g} samples/s: {utilisation * hardware.peak_tflops:.0f} TFLOP/s a GPU, MFU {utilisation:.1%} "
-        f"({utilisation * again:.1%} with recompute {run.plan.model.recompute})"
+        f"({utilisation * again:.1%} with recompute {run.plan.model.config.recompute})"
     )
 
 
@@ -152,7 +152,7 @@ def to_plain(run: DryRun, hardware: Hardware, measured: float | None = None) -> 
     return {
         "world_size": run.plan.world_size,
         "parallelism": asdict(run.plan.parallelism),
-        "recompute": run.plan.model.recompute,
+        "recompute": run.plan.model.config.recompute,
         "ownership_problems": list(run.problems),
         "parameters": run.whole_parameters,
         "ranks_built": run.ranks_built,

@@ -25,7 +25,7 @@ def candidates(plan: DryRunInput, hardware: Hardware) -> Iterator[tuple[ModelCon
         for pipeline in _divisors(plan.world_size // tensor):
             for chunks in range(1, MOST_CHUNKS + 1 if pipeline > 1 else 2):
                 for recompute in RECOMPUTE_KINDS:
-                    model = dataclasses.replace(plan.model, recompute=recompute)
+                    model = dataclasses.replace(plan.model.config, recompute=recompute)
                     yield model, _partition(plan, tensor, pipeline, chunks)
 
 
@@ -85,7 +85,7 @@ def render_suggestions(runs: list[DryRun], allowed: int, hardware: Hardware, mos
         parallelism = run.plan.parallelism
         lines.append(
             f"{parallelism.tensor_model_parallel_size:>6}{parallelism.pipeline_model_parallel_size:>9}"
-            f"{parallelism.virtual_pipeline_model_parallel_size:>7}{run.plan.replicas:>5}{run.plan.model.recompute:>10}"
+            f"{parallelism.virtual_pipeline_model_parallel_size:>7}{run.plan.replicas:>5}{run.plan.model.config.recompute:>10}"
             f"{run.samples_per_second:>10.1f}{run.time.total:>8.2f}{run.bubble:>8.1%}{run.free_gib(hardware):>9.1f}"
         )
     return "\n".join(lines)

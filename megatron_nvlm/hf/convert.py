@@ -30,7 +30,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.open_folders import check_shapes, open_folders, refuse_missing_components
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.hf.weight_tables import nvlm_rows
-from megatron_nvlm.models.config import ModelConfig, resolve_model
+from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.initialise import Spread, keeps_first_value, new_weight
 from megatron_nvlm.models.sharding import VOCABULARY_SPLITS
 from megatron_nvlm.models.weight_rows import Row, check_our_names
@@ -54,7 +54,7 @@ def describe_model(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     return OurModel({name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}, objects)
 
 
-def imported_source(model: ModelConfig, ours: OurModel, seed: int, dtype: torch.dtype | None) -> TensorSource:
+def imported_source(model: ResolvedModel, ours: OurModel, seed: int, dtype: torch.dtype | None) -> TensorSource:
     """All weights of a model: those of the folders that it names, and new ones for parts that they lack.
 
     Args:
@@ -69,14 +69,14 @@ def imported_source(model: ModelConfig, ours: OurModel, seed: int, dtype: torch.
     new = refuse_missing_components(list(weights.ours.infos), list(ours.infos), "the import")
     check_shapes(weights.ours.infos, ours.infos, "the folder")
     kept = next(iter(weights.ours.infos.values())).dtype
-    spread = Spread(model.init_std, resolve_model(model).language.num_layers)
+    spread = Spread(model.config.init_std, model.language.num_layers)
 
     def make(name: str) -> Tensor:
         shape = list(ours.infos[name].shape)
         if not keeps_first_value(name):
             return new_weight(name, shape, spread, seed).to(dtype or kept)
         if name.endswith(".gate"):
-            return torch.full(shape, model.cross_attention.gate_init, dtype=dtype or kept)
+            return torch.full(shape, model.config.cross_attention.gate_init, dtype=dtype or kept)
         return (torch.zeros if name.endswith(".bias") else torch.ones)(shape, dtype=dtype or kept)
 
     made = Made({name: TensorInfo(ours.infos[name].shape, dtype or kept) for name in new}, make)
@@ -132,12 +132,11 @@ class AsTheirs:
 
 
 def export_source(
-    model: ModelConfig, ours: TensorSource, described: OurModel, dtype: torch.dtype | None, where: str
+    model: ResolvedModel, ours: TensorSource, described: OurModel, dtype: torch.dtype | None, where: str
 ) -> TensorSource:
     """A checkpoint's weights under the names of a Hugging Face folder; CensusError unless it is of that model."""
-    parts = resolve_model(model)
-    rows = nvlm_rows(parts.variant, parts.language, parts.vision, model.cross_attention)
-    vocabulary = parts.language.vocab_size
+    rows = nvlm_rows(model.variant, model.language, model.vision, model.config.cross_attention)
+    vocabulary = model.language.vocab_size
     filled_up = {name: vocabulary for name, info in ours.infos.items() if is_filled_up(name, info, vocabulary)}
     ours = FirstRows(ours, filled_up)
     theirs = AsTheirs(rows, ours, where)

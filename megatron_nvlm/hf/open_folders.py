@@ -18,7 +18,7 @@ from megatron_nvlm.hf.config_json import (
 )
 from megatron_nvlm.hf.safetensors_files import SafetensorsFolder
 from megatron_nvlm.hf.weight_tables import language_rows, nvlm_rows, vision_rows
-from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
+from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.config_file import read_config
 from megatron_nvlm.models.families.language_family import LanguagePreset
@@ -54,27 +54,27 @@ class FolderWeights:
     """The same weights under our names."""
 
 
-def open_folders(model: ModelConfig) -> FolderWeights | None:
+def open_folders(model: ResolvedModel) -> FolderWeights | None:
     """The folders that a run's model names, checked name by name and size by size; None if it names none.
 
     Raises:
         UserError: folders of another model, or both a whole folder and parts. CensusError: with the full list.
     """
-    if model.weights is None and model.language_weights is None and model.vision_weights is None:
+    config = model.config
+    if config.weights is None and config.language_weights is None and config.vision_weights is None:
         return None
-    if model.weights is not None and (model.language_weights or model.vision_weights):
+    if config.weights is not None and (config.language_weights or config.vision_weights):
         raise UserError(
             "model.weights names a whole NVLM, and model.language_weights or model.vision_weights a part; keep one of them"
         )
-    parts = resolve_model(model)
     opened: list[tuple[list[Row], TensorSource, str]] = []
-    if model.weights is not None:
-        opened.append(_whole(Path(model.weights), model, parts))
-    if model.language_weights is not None:
-        opened.append(_language(Path(model.language_weights), parts.language))
-    if model.vision_weights is not None:
-        opened.append(_vision(Path(model.vision_weights), parts.vision))
-    wanted = set(expected_names(model, parts))
+    if config.weights is not None:
+        opened.append(_whole(Path(config.weights), model))
+    if config.language_weights is not None:
+        opened.append(_language(Path(config.language_weights), model.language))
+    if config.vision_weights is not None:
+        opened.append(_vision(Path(config.vision_weights), model.vision))
+    wanted = set(expected_names(model))
     rows, theirs, ours = [], [], []
     for found, source, where in opened:
         # The whole folder is accounted for, also what this variant leaves out.
@@ -87,9 +87,9 @@ def open_folders(model: ModelConfig) -> FolderWeights | None:
     return FolderWeights({row.ours: row for row in rows}, Joined(theirs), Joined(ours))
 
 
-def expected_names(model: ModelConfig, parts: ResolvedModel) -> list[str]:
+def expected_names(model: ResolvedModel) -> list[str]:
     """Our names of the whole model, from the tables."""
-    rows = nvlm_rows(parts.variant, parts.language, parts.vision, model.cross_attention)
+    rows = nvlm_rows(model.variant, model.language, model.vision, model.config.cross_attention)
     return [row.ours for row in rows]
 
 
@@ -105,21 +105,21 @@ def folder_rows(folder: Path) -> list[Row]:
     return language_rows(language_preset_of(folder))
 
 
-def _whole(folder: Path, model: ModelConfig, parts: ResolvedModel) -> tuple[list[Row], TensorSource, str]:
+def _whole(folder: Path, model: ResolvedModel) -> tuple[list[Row], TensorSource, str]:
     config = read_config(folder)
     if not is_whole_folder(config):
         raise UserError(f"{folder} holds no whole NVLM; name it as model.language_weights or model.vision_weights")
     check_whole_folder(config, folder)
     variant = variant_of(config, folder)
     if variant.needs_cross_attention:
-        if variant != parts.variant:
+        if variant != model.variant:
             raise UserError(
-                f"{folder} holds NVLM-{variant.name.upper()} and model.variant is {parts.variant.name}; set model.variant="
+                f"{folder} holds NVLM-{variant.name.upper()} and model.variant is {model.variant.name}; set model.variant="
                 f"{variant.name}, or name its base models as model.language_weights and model.vision_weights"
             )
-        _same_cross_attention(folder, cross_attention_of(config, folder), model.cross_attention, parts.language)
-    _same_language(folder, parts.language)
-    _same_vision(folder, parts.vision)
+        _same_cross_attention(folder, cross_attention_of(config, folder), model.config.cross_attention, model.language)
+    _same_language(folder, model.language)
+    _same_vision(folder, model.vision)
     return folder_rows(folder), SafetensorsFolder(folder), str(folder)
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_nvlm.models.backends import Backend, get_backend
 from megatron_nvlm.models.chunks import ModelChunks
-from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
+from megatron_nvlm.models.config import ModelConfig, ResolvedModel
 from megatron_nvlm.models.core_config import language_config, projector_config, vision_config
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import family_of
@@ -27,7 +27,7 @@ from megatron_nvlm.models.vision_model import Holder, VisionModel
 
 
 def build_model(
-    config: ModelConfig,
+    model: ResolvedModel,
     parallelism: ParallelismConfig,
     groups: ProcessGroupCollection,
     single_rank_groups: ProcessGroupCollection,
@@ -42,41 +42,41 @@ def build_model(
         device: where parameters live; `meta` allocates nothing.
         vp_stage: which of the stage's chunks, if it has several (`build_chunks` makes them all).
     """
-    parts, backend = resolve_model(config), get_backend(config.backend)
+    config, backend = model.config, get_backend(model.config.backend)
     on_cpu = device.type != "cuda"
     stages, stage = groups.pp.size(), groups.pp.rank()
     first = stage == 0 and not vp_stage
     last = stage == stages - 1 and vp_stage in (None, parallelism.virtual_pipeline_model_parallel_size - 1)
-    language = language_config(config, parts.language, parallelism, dtype, on_cpu)
-    vocabulary = vocabulary_padding(parts.language, parallelism)
+    language = language_config(config, model.language, parallelism, dtype, on_cpu)
+    vocabulary = vocabulary_padding(model.language, parallelism)
     with torch.device(device):
         language_model = GPTModel(
             language,
-            _decoder_layers(config, parts, language, backend, stage, vp_stage),
-            vocab_size=vocabulary.padded if vocabulary else parts.language.vocab_size,
+            _decoder_layers(model, language, backend, stage, vp_stage),
+            vocab_size=vocabulary.padded if vocabulary else model.language.vocab_size,
             max_sequence_length=config.max_sequence_length,
             pre_process=first,
             post_process=last,
-            share_embeddings_and_output_weights=parts.language.tied_embeddings,
+            share_embeddings_and_output_weights=model.language.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=parts.language.rotary_base,
+            rotary_base=model.language.rotary_base,
             scatter_embedding_sequence_parallel=False,  # vision tokens are put in before the tokens are scattered
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        scale_rotary(language_model, parts.language)
+        scale_rotary(language_model, model.language)
         vision_model = vision_projection = None
         if first or (parallelism.vision_placement == "replicated" and not vp_stage):
-            vision_model = build_vision(config, parts.vision, parallelism, groups, single_rank_groups, dtype, on_cpu)
+            vision_model = build_vision(config, model.vision, parallelism, groups, single_rank_groups, dtype, on_cpu)
         if first:
-            projector = projector_config(config, parts.language, parallelism, dtype, on_cpu)
-            vision_projection = _PROJECTORS[parts.variant.projector](projector, backend, parts.vision.shuffled_size)
+            projector = projector_config(config, model.language, parallelism, dtype, on_cpu)
+            vision_projection = _PROJECTORS[model.variant.projector](projector, backend, model.vision.shuffled_size)
     return NVLMModel(
         language_model,
         vision_model,
         vision_projection,
-        parts.variant.needs_cross_attention,
-        vision_heads(parts.vision, parallelism),
+        model.variant.needs_cross_attention,
+        vision_heads(model.vision, parallelism),
         parallelism.vision_tiles_at_once,
         parallelism.vision_placement == "replicated",
         vocabulary,
@@ -104,7 +104,7 @@ def vision_heads(preset: VisionPreset, parallelism: ParallelismConfig) -> Paddin
 
 
 def build_chunks(
-    config: ModelConfig,
+    model: ResolvedModel,
     parallelism: ParallelismConfig,
     groups: ProcessGroupCollection,
     single_rank_groups: ProcessGroupCollection,
@@ -115,7 +115,7 @@ def build_chunks(
     chunks = parallelism.virtual_pipeline_model_parallel_size
     numbers = range(chunks) if chunks > 1 else [None]
     return ModelChunks(
-        build_model(config, parallelism, groups, single_rank_groups, dtype, device, number) for number in numbers
+        build_model(model, parallelism, groups, single_rank_groups, dtype, device, number) for number in numbers
     )
 
 
@@ -135,8 +135,7 @@ _PROJECTORS: dict[str, Callable[[TransformerConfig, Backend, int], torch.nn.Modu
 
 
 def _decoder_layers(
-    config: ModelConfig,
-    parts: ResolvedModel,
+    model: ResolvedModel,
     language: TransformerConfig,
     backend: Backend,
     stage: int,
@@ -144,13 +143,13 @@ def _decoder_layers(
 ) -> TransformerBlockSubmodules:
     first_layer = get_transformer_layer_offset(language, vp_stage, stage)
     with_cross_attention = (
-        config.cross_attention.layers(language.num_layers) if parts.variant.needs_cross_attention else frozenset()
+        model.config.cross_attention.layers(language.num_layers) if model.variant.needs_cross_attention else frozenset()
     )
     specs = [
         get_decoder_layer_spec(
             backend,
-            config.cross_attention if layer in with_cross_attention else None,
-            family_of(parts.language).query_key_norm,
+            model.config.cross_attention if layer in with_cross_attention else None,
+            family_of(model.language).query_key_norm,
         )
         for layer in range(first_layer, first_layer + get_num_layers_to_build(language, vp_stage, stage))
     ]

@@ -85,7 +85,7 @@ def make_model(
 ) -> NVLMModel:
     """This rank's stage with new weights."""
     groups = (get_groups(), get_single_rank_groups())
-    return _with_new_weights(build_model(model.config, parallelism, *groups, precision.parameter_dtype, device), seed)
+    return _with_new_weights(build_model(model, parallelism, *groups, precision.parameter_dtype, device), seed)
 
 
 def make_chunks(
@@ -93,7 +93,7 @@ def make_chunks(
 ) -> ModelChunks:
     """All that this rank holds, with new weights: for training, where a stage may be several chunks."""
     groups = (get_groups(), get_single_rank_groups())
-    return _with_new_weights(build_chunks(model.config, parallelism, *groups, precision.parameter_dtype, device), seed)
+    return _with_new_weights(build_chunks(model, parallelism, *groups, precision.parameter_dtype, device), seed)
 
 
 def open_weights(model: ResolvedModel) -> FolderWeights | None:
@@ -102,9 +102,9 @@ def open_weights(model: ResolvedModel) -> FolderWeights | None:
     Raises:
         UserError: whatever can be wrong with them, before work begins.
     """
-    weights = open_folders(model.config)
+    weights = open_folders(model)
     if weights is not None:
-        refuse_missing_components(list(weights.ours.infos), expected_names(model.config, model), "the run")
+        refuse_missing_components(list(weights.ours.infos), expected_names(model), "the run")
     return weights
 
 

@@ -19,7 +19,7 @@ from megatron_nvlm.hf.companions import auto_map, image_context_token_id, write_
 from megatron_nvlm.hf.config_json import describe_folder
 from megatron_nvlm.hf.convert import Done, export_source, write_export
 from megatron_nvlm.hf.our_model import describe_our_model
-from megatron_nvlm.models.config import resolve_model
+from megatron_nvlm.models.config import ResolvedModel, resolve_model
 from megatron_nvlm.models.families.config_file import CONFIG_FILE
 from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.runs.components import make_identity
@@ -53,20 +53,19 @@ def export_folder(
         UserError: with what is wrong and how to mend it. CensusError: names or shapes that do not match.
     """
     run, checkpoint = open_run(path, overrides)
+    model = resolve_model(run.model)
     tokenizer = _find_tokenizer(run, checkpoint)
-    save_load.check_identity(
-        checkpoint, make_identity(run, resolve_model(run.model), Tokenizer.load(tokenizer) if tokenizer else None)
-    )
+    save_load.check_identity(checkpoint, make_identity(run, model, Tokenizer.load(tokenizer) if tokenizer else None))
     ours = CheckpointWeights(checkpoint)
-    source = export_source(run.model, ours, describe_our_model(run.model), dtype, str(checkpoint))
+    source = export_source(model, ours, describe_our_model(model), dtype, str(checkpoint))
     types = {str(info.dtype).removeprefix("torch.") for info in source.infos.values()}
-    config = _config(run, tokenizer, types.pop() if len(types) == 1 else "float32")
+    config = _config(run, model, tokenizer, types.pop() if len(types) == 1 else "float32")
 
     def write_others(folder: Path) -> None:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         tiling, data = run.tiling, run.data
         if tokenizer is None:
-            write_code(folder, vision_family_of(resolve_model(run.model).vision).exported_class)
+            write_code(folder, vision_family_of(model.vision).exported_class)
             return
         write_companions(folder, config, tokenizer, data.template, data.system, tiling)
 
@@ -92,9 +91,8 @@ def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
     return None
 
 
-def _config(run: RunConfig, tokenizer: Path | None, dtype: str) -> dict[str, Any]:
-    parts = resolve_model(run.model)
-    config = describe_folder(parts, run.tiling, run.data.template, dtype)
+def _config(run: RunConfig, model: ResolvedModel, tokenizer: Path | None, dtype: str) -> dict[str, Any]:
+    config = describe_folder(model, run.tiling, run.data.template, dtype)
     config["auto_map"] = auto_map(run.model.variant)
-    place = image_context_token_id(tokenizer, parts.language.vocab_size) if tokenizer else None
+    place = image_context_token_id(tokenizer, model.language.vocab_size) if tokenizer else None
     return config if place is None else {**config, "img_context_token_id": place}

@@ -56,11 +56,12 @@ def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Do
     """
     _check_request(request)
     run = _describe_run(request)
-    ours = describe_our_model(run.model)
-    source = imported_source(run.model, ours, request.seed, request.dtype)
+    model = resolve_model(run.model)
+    ours = describe_our_model(model)
+    source = imported_source(model, ours, request.seed, request.dtype)
     tokenizer = _find_tokenizer(request)
     checkpoint = request.out / "checkpoints" / STEP
-    identity = make_identity(run, resolve_model(run.model), open_tokenizer(tokenizer) if tokenizer else None)
+    identity = make_identity(run, model, open_tokenizer(tokenizer) if tokenizer else None)
     mark = {"model": dataclasses.asdict(run.model), "seed": request.seed, "dtype": str(request.dtype)}
     write_import(checkpoint, source, ours, identity, mark, progress(source))
     if tokenizer is not None:

@@ -39,6 +39,11 @@ SHORT_MESSAGES = "python -m tools.dry_run --config configs/sft_nvlm_h_72b.yaml -
     "parallelism.payload_vision_tokens=100"
 )
 
+TIED = "python -m tools.dry_run --json --config configs/demo_d.yaml --world-size 2 model.language=qwen2_0.5b " + (
+    "parallelism.tensor_model_parallel_size=1 parallelism.pipeline_model_parallel_size=2 "
+    "parallelism.use_distributed_optimizer=false"
+)
+
 
 @dataclass(frozen=True)
 class Printed:
@@ -64,7 +69,7 @@ def run_all(commands: list[str]) -> dict[str, Printed]:
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, Printed]:
-    others = [X_IN_FOUR_STAGES, D_PRETRAINING, SUGGESTIONS, NO_TEXT, SHORT_MESSAGES]
+    others = [X_IN_FOUR_STAGES, D_PRETRAINING, SUGGESTIONS, NO_TEXT, SHORT_MESSAGES, TIED]
     return run_ranks(1, run_all, COMMANDS + others)[0]  # type: ignore[no-any-return]
 
 
@@ -93,6 +98,14 @@ def test_a_pipeline_of_the_72b_model_on_1024_ranks(printed: dict[str, Printed]) 
     assert [stage["has_encoder"] for stage in stages] == [True, False, False, False]
     assert result["bubble"] == pytest.approx(3 / (256 / 32 + 3))
     assert result["fits"]
+
+
+def test_the_output_layer_counts_where_it_is_the_embedding(printed: dict[str, Printed]) -> None:
+    """The last stage has the logits, in float32, of every token."""
+    result = numbers(printed[TIED])
+    logits = 4 * 151936 * result["work_per_micro_batch"]["num_tokens"]
+    first, last = result["stages"]
+    assert first["working"] < logits < last["working"]
 
 
 def test_a_frozen_language_model_has_no_gradients(printed: dict[str, Printed]) -> None:

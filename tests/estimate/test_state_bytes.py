@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron_nvlm.estimate.ranks import build_ranks
 from megatron_nvlm.estimate.state_bytes import StateBytes, state_bytes
 from megatron_nvlm.models.build import build_chunks
+from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.models.initialise import initialise, mark_splits
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS, Precision
@@ -94,7 +95,7 @@ def measure(case: Case) -> Measured:
     device = use_device()
     start_groups(case.parallelism, device, seed=1)
     model = build_chunks(
-        tiny_config(case.variant),
+        resolve_model(tiny_config(case.variant)),
         case.parallelism,
         get_groups(),
         get_single_rank_groups(),
@@ -145,7 +146,11 @@ def _storage_bytes(tensors: list[torch.Tensor]) -> int:
 def predict(case: Case) -> dict[tuple[int, int, int], StateBytes]:
     """By (stage, tensor-parallel rank, data-parallel rank); runs in a process that is in no group."""
     ranks = build_ranks(
-        tiny_config(case.variant), case.parallelism, case.ranks, case.precision.parameter_dtype, case.trainable
+        resolve_model(tiny_config(case.variant)),
+        case.parallelism,
+        case.ranks,
+        case.precision.parameter_dtype,
+        case.trainable,
     )
     replicas = case.parallelism.data_parallel_size(case.ranks)
     distributed = case.parallelism.use_distributed_optimizer

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_nvlm.hf.load_weights import load_weights
 from megatron_nvlm.hf.weight_tables import nvlm_rows
 from megatron_nvlm.models.build import build_model
-from megatron_nvlm.models.config import ModelConfig
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families import languages
 from megatron_nvlm.models.families import visions as presets
@@ -59,7 +59,7 @@ def model(folder: Path, world_of_one: Device, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(languages.LANGUAGE_PRESETS, "reference", LANGUAGE)
     monkeypatch.setitem(presets.VISION_PRESETS, "reference", VISION)
     built = build_model(
-        ModelConfig("d", "reference", "reference"),
+        resolve_model(ModelConfig("d", "reference", "reference")),
         ParallelismConfig(),
         get_groups(),
         get_single_rank_groups(),
@@ -159,7 +159,7 @@ def test_a_wrong_epsilon_would_be_seen(folder: Path, world_of_one: Device, monke
     monkeypatch.setitem(languages.LANGUAGE_PRESETS, "reference", wrong)
     monkeypatch.setitem(presets.VISION_PRESETS, "reference", VISION)
     model = build_model(
-        ModelConfig("d", "reference", "reference"),
+        resolve_model(ModelConfig("d", "reference", "reference")),
         ParallelismConfig(),
         get_groups(),
         get_single_rank_groups(),

@@ -47,9 +47,14 @@ def test_all_runs_of_the_paper_are_there() -> None:
 @pytest.mark.parametrize("name", PAPER_RUNS)
 def test_run_is_valid_and_its_model_has_the_right_size(name: str, world_of_one: Device) -> None:
     run = load_run(CONFIGS / f"{name}.yaml", ["model.backend=local"])
-    resolve_run(run, world_size=128)
+    resolved = resolve_run(run, world_size=128)
     model = build_model(
-        run.model, ParallelismConfig(), get_groups(), get_single_rank_groups(), torch.bfloat16, torch.device("meta")
+        resolved.model,
+        ParallelismConfig(),
+        get_groups(),
+        get_single_rank_groups(),
+        torch.bfloat16,
+        torch.device("meta"),
     )
     assert all(parameter.is_meta for parameter in model.parameters())
     stage, variant, size = name.split("_")[0], name.split("_")[2], name.split("_")[3]

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_nvlm.models.build import build_chunks
 from megatron_nvlm.models.chunks import ModelChunks
-from megatron_nvlm.models.config import ModelConfig
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
@@ -133,7 +133,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
     )
     groups = get_groups()
     dtype = PRECISIONS[case.precision].parameter_dtype
-    chunks = build_chunks(config, own.parallelism, groups, get_single_rank_groups(), dtype, device)
+    chunks = build_chunks(resolve_model(config), own.parallelism, groups, get_single_rank_groups(), dtype, device)
     mark_splits(chunks)
     initialise(chunks, seed=3)
     ranks, rank = groups.tp.size(), groups.tp.rank()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_nvlm.models.build import build_model
-from megatron_nvlm.models.config import ModelConfig
+from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters
@@ -58,7 +58,9 @@ def tiny_model(
 ) -> NVLMModel:
     """A model whose gates stand at `gate` and whose biases, norms and scales are away from their starting values."""
     parallelism = parallelism or ParallelismConfig()
-    model = build_model(config, parallelism, get_groups(), get_single_rank_groups(), dtype, device.torch_device)
+    model = build_model(
+        resolve_model(config), parallelism, get_groups(), get_single_rank_groups(), dtype, device.torch_device
+    )
     mark_splits(model)
     initialise(model, seed=3)
     with torch.no_grad():
