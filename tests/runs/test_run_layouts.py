@@ -47,6 +47,7 @@ def test_a_checkpoint_passes_between_chunks_and_placements(one_rank: tuple[Path,
         assert row["tile_imbalance"] == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_tied_embeddings_passes_between_pipelines(tmp_path: Path) -> None:
     """Of Qwen3's form: its one embedding stands on both stages of a pipeline, and once in a checkpoint."""
     path = write_run(tmp_path / "run", model={"language": "tiny_qwen3"}, training={"train_steps": STEPS})
@@ -60,6 +61,7 @@ def test_a_checkpoint_with_tied_embeddings_passes_between_pipelines(tmp_path: Pa
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_that_share_tiles_agree_on_broken_images(tmp_path: Path) -> None:
     """Each is decoded by one rank, or by two; all drop it, and write down what one process does."""
     samples = good_samples(24)

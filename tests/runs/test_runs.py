@@ -109,6 +109,7 @@ def test_layouts_agree_on_the_losses_of_a_run(
         assert loss == pytest.approx(expected, rel=1e-5), f"step {step}"
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_from_the_checkpoint(run_file: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     base = ["--config", str(run_file), f"run_dir={run_dir}"]
@@ -155,6 +156,7 @@ def test_only_what_the_recipe_names_trains(run_file: Path, tmp_path: Path) -> No
     assert "stage 2 of 2: cross_attention" in done.stdout
 
 
+@pytest.mark.slow
 def test_projector_alone_trains_in_a_pipeline_whose_later_stage_has_nothing(run_file: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "pretrain_d"
     arguments = [
@@ -197,6 +199,7 @@ def test_a_broken_set_stops_every_rank_before_work(run_file: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_every_rank_and_spares_what_was_saved(run_file: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: the operating system refuses to write on."""
     run_dir = tmp_path / "run"

@@ -75,6 +75,7 @@ LAYOUTS = {
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_every_layout_starts_with_the_same_weights(model: ModelConfig) -> None:
     ((_, _, whole),) = run_ranks(1, weights_on_rank, model, ParallelismConfig())
     stored = SafetensorsFolder(Path(str(model.language_weights)))
