@@ -1,10 +1,13 @@
 """Bytes of an image file to RGB pixels, and the statistics that normalise them."""
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from megatron_nvlm.errors import UserError
 
@@ -24,6 +27,9 @@ HALVES = PixelStatistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 MAX_PIXELS = 178_956_970
 """Twice Pillow's warning threshold, where Pillow itself takes an image for a decompression bomb."""
+_ORIENTATION = int(ExifTags.Base.Orientation)
+_SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 
 
 def check_image_size(width: int, height: int) -> None:
@@ -32,6 +38,57 @@ def check_image_size(width: int, height: int) -> None:
         raise UserError(f"an image of {width}x{height} pixels has no content")
     if width * height > MAX_PIXELS:
         raise UserError(f"an image of {width}x{height} pixels is over the limit of {MAX_PIXELS} pixels; scale it down")
+
+
+@contextmanager
+def picture_faults(what: str = "the image cannot be decoded", mend: str = "replace the file") -> Iterator[None]:
+    """Whatever is raised within, on a damaged picture, becomes one sentence: the one place for that.
+
+    Pillow's readers raise many kinds (struct.error, SyntaxError, RuntimeError, MemoryError, ...), which change with its
+    versions, so none is named here.
+
+    Raises:
+        UserError: `what` happened, why, and how to mend it; one that was raised within stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:  # its message holds an address in memory
+        raise UserError(f"{what} (its bytes are of no known format); {mend}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{what} ({reason}); {mend}") from error
+
+
+@dataclass(frozen=True)
+class PictureHeader:
+    """What the beginning of an image file says."""
+
+    format: str
+    """By Pillow's name."""
+    width: int
+    height: int
+    """In pixels, of the upright picture."""
+    mode: str
+    """By Pillow's name."""
+
+
+def read_header(data: bytes) -> PictureHeader:
+    """An image file's header, without decoding the picture.
+
+    Raises:
+        UserError: it is that of no image, or of one that `decode_image` would refuse by its size.
+    """
+    with picture_faults(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            check_image_size(width, height)
+            # Pillow says a TIFF's size as it is once upright.
+            if image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _SIDEWAYS:
+                width, height = height, width
+            return PictureHeader(image.format or "", width, height, image.mode)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -44,14 +101,8 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         UserError: the bytes are no complete image.
     """
-    try:
+    with picture_faults():
         return upright_rgb(Image.open(io.BytesIO(data)), in_place=True)
-    except UnidentifiedImageError as error:  # its message holds an address in memory
-        raise UserError("the image cannot be decoded (its bytes are of no known format)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"the image cannot be decoded ({error})") from error
 
 
 def upright_rgb(image: Image.Image, in_place: bool = False) -> Image.Image:
@@ -59,18 +110,22 @@ def upright_rgb(image: Image.Image, in_place: bool = False) -> Image.Image:
 
     Args:
         in_place: the given image may be changed.
+
+    Raises:
+        UserError: it is no complete image.
     """
-    check_image_size(*image.size)
-    image.load()
-    if in_place:
-        ImageOps.exif_transpose(image, in_place=True)
-    else:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    with picture_faults():
+        check_image_size(*image.size)
+        image.load()
+        if in_place:
+            ImageOps.exif_transpose(image, in_place=True)
+        else:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB":
+            return image
+        if image.mode.startswith("I;16") or image.mode == "I":
+            return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 def to_array(tile: Image.Image) -> np.ndarray:

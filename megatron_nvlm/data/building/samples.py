@@ -13,7 +13,7 @@ from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.prepare import stored_grid
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.pixels import decode_image
+from megatron_nvlm.image.pixels import decode_image, read_header
 from megatron_nvlm.image.tiling import choose_grid, cut_tiles
 
 Stored = tuple[dict[str, Any], dict[str, bytes]]
@@ -91,8 +91,7 @@ def _store_image(data: bytes, settings: SampleSettings) -> tuple[dict[str, Any],
     image = decode_image(data)  # the whole file, so that a cut-off one is found now and not in training
     entry: dict[str, Any] = {"width": image.width, "height": image.height}
     if settings.images == "whole":
-        with Image.open(io.BytesIO(data)) as stored:
-            suffix = _KEPT_FORMATS.get(stored.format or "")
+        suffix = _KEPT_FORMATS.get(read_header(data).format)
         return entry, {suffix: data} if suffix else {"png": _encode(image, "PNG")}
     grid = choose_grid(image.width, image.height, settings.max_tiles, settings.tile_size)
     tiles = cut_tiles(image, grid, settings.tile_size)
