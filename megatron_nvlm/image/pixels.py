@@ -30,6 +30,8 @@ MAX_PIXELS = 178_956_970
 _ORIENTATION = int(ExifTags.Base.Orientation)
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
+_BITS_PER_SAMPLE = 258
+"""TIFF's tag."""
 
 
 def check_image_size(width: int, height: int) -> None:
@@ -94,12 +96,12 @@ def read_header(data: bytes) -> PictureHeader:
 def decode_image(data: bytes) -> Image.Image:
     """An image file's bytes -> RGB image, upright.
 
-    EXIF orientation is applied; CMYK, palette and 16-bit images become 8-bit RGB as Pillow converts them (16-bit grey is
-    scaled down first, which Pillow's own conversion would clip); transparency is dropped and colour profiles are not
+    EXIF orientation is applied; CMYK, palette and 16-bit images become 8-bit RGB as Pillow converts them (12- and 16-bit
+    grey is scaled down first, which Pillow's own conversion would clip); transparency is dropped and colour profiles are not
     applied, as in the release; of an animation the first frame is taken.
 
     Raises:
-        UserError: the bytes are no complete image.
+        UserError: the bytes are no complete image, or its numbers have no known range (signed, 32-bit or float TIFF).
     """
     with picture_faults():
         return upright_rgb(Image.open(io.BytesIO(data)), in_place=True)
@@ -112,10 +114,11 @@ def upright_rgb(image: Image.Image, in_place: bool = False) -> Image.Image:
         in_place: the given image may be changed.
 
     Raises:
-        UserError: it is no complete image.
+        UserError: it is no complete image, or its numbers have no known range.
     """
     with picture_faults():
         check_image_size(*image.size)
+        bits = _bits_of_grey(image)
         image.load()
         if in_place:
             ImageOps.exif_transpose(image, in_place=True)
@@ -123,9 +126,28 @@ def upright_rgb(image: Image.Image, in_place: bool = False) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return image
-        if image.mode.startswith("I;16") or image.mode == "I":
-            return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        if bits > 8:
+            return Image.fromarray((np.asarray(image, dtype=np.uint32) >> (bits - 8)).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
+
+
+def _bits_of_grey(image: Image.Image) -> int:
+    """Bits of a channel's numbers, by which Pillow's wide grey modes are scaled to 8.
+
+    Raises:
+        UserError: the file does not say how large they get.
+    """
+    if image.mode.startswith("I;16"):
+        in_tiff = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE)
+        return 12 if in_tiff == (12,) else 16
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits that Pillow widens
+        return 16
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"the image's pixels are {'integers' if image.mode == 'I' else 'fractions'} of unknown range (Pillow's mode "
+            f"{image.mode}), so which is white is not known; save it with 8 or 16 bits a channel"
+        )
+    return 8
 
 
 def to_array(tile: Image.Image) -> np.ndarray:
