@@ -2,7 +2,6 @@
 
 import re
 
-from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import read_header
 
 _START_OF_SCAN, _END_OF_IMAGE, _APP2 = 0xDA, 0xD9, 0xE2
@@ -16,17 +15,17 @@ def first_picture(data: bytes) -> bytes:
     """Of an MPO the JPEG of its first picture; any other file as it is.
 
     The pictures behind it (previews, depth, gain maps) and the list of them are left out; its own data, EXIF and colour
-    profile stay as they are.
+    profile stay as they are. If its end is not found, which readers of JPEG may pass over, the file is left as it is.
 
     Raises:
-        UserError: it is no image, or the first picture is damaged.
+        UserError: it is no image.
     """
-    if read_header(data).format != "MPO":
-        return data
-    return b"".join(_segments_of_first(data))
+    segments = _segments_of_first(data) if read_header(data).format == "MPO" else None
+    return b"".join(segments) if segments else data
 
 
-def _segments_of_first(data: bytes) -> list[bytes]:
+def _segments_of_first(data: bytes) -> list[bytes] | None:
+    """Those of the first JPEG but the list of frames; None if one of them breaks off."""
     kept, place = [data[:2]], 2
     while place + 1 < len(data) and data[place] == 0xFF:
         marker = data[place + 1]
@@ -44,4 +43,4 @@ def _segments_of_first(data: bytes) -> list[bytes]:
         if not (marker == _APP2 and data.startswith(_LIST_OF_FRAMES, place + 4)):
             kept.append(data[place:end])
         place = end
-    raise UserError("the image cannot be decoded (the first picture of its MPO breaks off); replace the file")
+    return None

@@ -21,7 +21,7 @@ Stored = tuple[dict[str, Any], dict[str, bytes]]
 """Record and pictures."""
 TILE_FIELDS = ("tile_size", "max_tiles", "quality")
 """Settings that say nothing about a set without tiles."""
-_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Files of these formats are stored as they are, of an MPO its first JPEG; others become PNG."""
 
 
