@@ -13,7 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
-from megatron_nvlm.data.shards.read import ShardSet
+from megatron_nvlm.data.prepare import PreparedSample
+from megatron_nvlm.data.shards.read import RawSample, ShardSet
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.accuracy import VIEWS, Answer, accuracy_table
 from megatron_nvlm.inference.answers import answer
@@ -31,7 +32,7 @@ def answer_all(trained: TrainedRun, shards: ShardSet, batch_size: int, max_new_t
     own: list[Answer] = []
     for first in range(0, len(numbers), batch_size):
         raws = [shards.read(number) for number in numbers[first : first + batch_size]]
-        samples = [trained.pipeline.prepare(raw, open_answer=True) for raw in raws]
+        samples = [_prepare(trained, raw, shards.name) for raw in raws]
         truths = [read_turns(raw.record)[-1].text for raw in raws]
         for view, look in VIEWS.items():
             texts = answer(trained, [look(sample) for sample in samples], max_new_tokens)
@@ -42,6 +43,13 @@ def answer_all(trained: TrainedRun, shards: ShardSet, batch_size: int, max_new_t
     gathered: list[list[Answer]] = [[] for _ in range(replicas.size())]
     dist.all_gather_object(gathered, own, group=replicas)
     return [answer for part in gathered for answer in part]
+
+
+def _prepare(trained: TrainedRun, raw: RawSample, name: str) -> PreparedSample:
+    try:
+        return trained.pipeline.prepare(raw, open_answer=True)
+    except UserError as error:
+        raise UserError(f"the sample {raw.key} of {name}: {error}") from error
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.answer_files import answer_file
 from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.inference.chat import chat
-from megatron_nvlm.inference.questions import Conversation, read_image
+from megatron_nvlm.inference.questions import Conversation, read_picture
 from megatron_nvlm.inference.sampling import Sampling
 from megatron_nvlm.parallel.groups import stop_groups
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_intermixed_args(arguments)
     check_options(options)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    images = [read_image(path) for path in options.image]
+    images = [read_picture(path) for path in options.image]
     if options.inputs is not None and not options.inputs.is_file():
         raise UserError(f"there is no file {options.inputs}; correct --inputs")
     trained = open_trained_run(options.run_dir, options.checkpoint, options.overrides)

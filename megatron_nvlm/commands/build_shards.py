@@ -4,7 +4,7 @@ Input is any number of
   --jsonl FILE       one JSON object a line: `image` (a path or several, relative to --images) and a conversation
                      (`conversations` as LLaVA and ShareGPT have it, or `messages`), or `question` and `answer`,
                      or `caption`; text alone has no image
-  --folder DIR       images, each with its caption in a .txt of the same name beside it
+  --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
   --webdataset PATH  a folder of tars or a pattern: samples with a .json of these forms or a .txt caption
 
 DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give

@@ -32,7 +32,10 @@ STAGES = ("stored", "tiles", "rows", "intervals")
 def make_panels(raw: RawSample, pipeline: SamplePipeline, stages: Sequence[str], first: bool) -> list[draw.Panel]:
     """Panels of one variant; what all variants share only if `first`."""
     shared = [draw.draw_stored(raw)] if first and "stored" in stages else []
-    prepared = pipeline.prepare(raw)
+    try:
+        prepared = pipeline.prepare(raw)
+    except UserError as error:
+        raise UserError(f"the sample {raw.key}: {error}") from error
     if first and "tiles" in stages:
         grids = find_grids(raw, pipeline.tiling, prepared.sequence.num_tiles)
         tags = [tile_tags(grid, pipeline.tiling.tag_format, pipeline.tiling.thumbnail_tag) for grid in grids]

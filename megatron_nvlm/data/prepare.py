@@ -126,7 +126,7 @@ class SamplePipeline:
             return _StoredImage(image, grid=stored_grid(raw, image))
         if all(size):
             return _StoredImage(image, whole[0], size)
-        picture = decode_image(raw.pictures[whole[0]])
+        picture = _decode_member(raw, whole[0])
         return _StoredImage(image, whole[0], picture.size, picture)
 
     def _decode(
@@ -156,7 +156,7 @@ class SamplePipeline:
     ) -> None:
         """Pixels of the tiles with these numbers in one image, cut now or in advance; tiles [numbers, 3, S, S]."""
         if image.member:
-            picture = image.picture or decode_image(raw.pictures[image.member])
+            picture = image.picture or _decode_member(raw, image.member)
             if picture.size != image.size:
                 width, height = image.size
                 raise BadSample(
@@ -174,7 +174,7 @@ class SamplePipeline:
             member = f"{image.number}.{names[number]}.jpg"
             if member not in raw.pictures:
                 raise UserError(f"its {member} is missing")
-            tile = decode_image(raw.pictures[member])
+            tile = _decode_member(raw, member)
             if tile.size != (self.tiling.tile_size, self.tiling.tile_size):
                 raise UserError(
                     f"its {member} has {tile.size[0]}x{tile.size[1]} pixels and tiling.tile_size is "
@@ -200,6 +200,14 @@ def _lay_out_grid(
     """(first tag in the decoder, layout) of an image on this grid; the same for every such image."""
     tags = encode_tags(grid, tiling, variant, tokenizer, find_template(template))
     return tags.first_in_decoder, lay_out_image(tags.ids, variant, tokens_per_tile)
+
+
+def _decode_member(raw: RawSample, member: str) -> Image.Image:
+    """A picture of the sample; UserError that names the member if it is none."""
+    try:
+        return decode_image(raw.pictures[member])
+    except UserError as error:
+        raise UserError(f"its {member}: {error}") from error
 
 
 def number_of_images(raw: RawSample) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.answer_files import from_first_rank
 from megatron_nvlm.inference.answers import answer
-from megatron_nvlm.inference.questions import Conversation, read_image
+from megatron_nvlm.inference.questions import Conversation, read_picture
 from megatron_nvlm.inference.sampling import Sampling
 from megatron_nvlm.runs.restore import TrainedRun
 
@@ -68,7 +68,7 @@ class _Terminal:
                 path = " ".join(shlex.split(argument))
             except ValueError:
                 path = argument
-            self.images.append(read_image(Path(path).expanduser()))
+            self.images.append(read_picture(Path(path).expanduser()))
             print(f"{len(self.images)} with the next question", flush=True)
         elif name == "/new":
             self.conversation, self.images = Conversation(), []

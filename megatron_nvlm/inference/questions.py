@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.pixels import decode_image
 from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER
 
 
@@ -26,6 +27,16 @@ def read_image(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"the image {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_picture(path: Path) -> bytes:
+    """An image file's bytes, seen to be a picture; UserError that names the file otherwise."""
+    data = read_image(path)
+    try:
+        decode_image(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return data
 
 
 @dataclass

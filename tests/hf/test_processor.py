@@ -1,5 +1,6 @@
 """The processor gives what training's pipeline gives, token for token and bit for bit."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tests.hf.folders import (
 )
 from tests.hf.processors import load_processor
 from tests.support import plain_rows
+from tests.support.pictures import avif_with_a_hole, unreadable_exif
 from tests.support.tiny import tiny_config
 
 BASE_TOKENS = 2000
@@ -272,6 +274,10 @@ def test_without_a_free_id_the_index_says_it_all(tmp_path: Path) -> None:
         (None, [{"role": "user", "content": [{"type": "video"}]}], "part of type 'video'"),
         (None, [{"role": "assistant", "content": [{"type": "image"}]}], "images go into turns of the user"),
         ([b"no image"], "<image>", "cannot be decoded"),
+        ([avif_with_a_hole()], "<image>", "cannot be decoded"),
+        ([Image.open(io.BytesIO(unreadable_exif()))], "<image>", "cannot be decoded"),
+        ([str(Path(__file__).parent / "nothing.png")], "<image>", "nothing.png'.; give Pillow images"),
+        ([np.zeros((9, 9, 7), np.uint8)], "<image>", "an image cannot be read"),
         ([3], "<image>", "int is no image"),
         (np.zeros((0, 9, 3), np.uint8), "<image>", "0 pixels|cannot be read"),
     ],

@@ -113,6 +113,40 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
     assert (seen == (values >> 8).astype(np.uint8)[..., None]).all()
 
 
+@pytest.mark.parametrize("kind", ["PPM", "JPEG2000"])
+def test_sixteen_bit_grey_of_other_kinds(kind: str) -> None:
+    """Pillow opens a PGM of 16 bits in the mode of 32."""
+    values = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    assert (np.asarray(decode_image(encode(Image.fromarray(values), kind)))[..., 0] == values >> 8).all()
+
+
+def test_twelve_bit_grey_does_not_become_dark() -> None:
+    """Pillow cannot write such a TIFF, so its bytes are made here: the numbers 0, 16, ... 4080, two in three bytes."""
+    values = np.arange(256) << 4
+    packed = b"".join(
+        ((int(a) << 12) | int(b)).to_bytes(3, "big") for a, b in zip(values[::2], values[1::2], strict=True)
+    )
+    tags = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16), (279, len(packed))]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    tiff = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + directory + bytes(4)
+    assert (np.asarray(decode_image(tiff))[..., 0].ravel() == np.arange(256)).all()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32, np.int16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_numbers_of_unknown_range_are_refused(kind: type, turned: bool) -> None:
+    """Scaled by any rule they would be black, or white, in one file or the other."""
+    values = np.linspace(0, 1 if kind is np.float32 else 255, 256).astype(kind).reshape(16, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    if kind is np.int16:
+        image = encode(Image.fromarray(values.astype(np.uint16)), "TIFF", tiffinfo={339: 2}, exif=exif)
+    else:
+        image = encode(Image.fromarray(values), "TIFF", exif=exif)
+    with pytest.raises(UserError, match=r"of unknown range \(Pillow's mode [IF]\), .*; save it with 8 or 16 bits"):
+        decode_image(image)
+
+
 def test_sixteen_bit_colour_keeps_its_high_bytes() -> None:
     """Pillow cannot write such a PNG, so its bytes are made here."""
     values = np.random.default_rng(1).integers(0, 65536, (5, 7, 3), dtype=np.uint16)

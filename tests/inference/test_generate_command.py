@@ -14,6 +14,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.chat import HELP
 from megatron_nvlm.inference.request_files import AnswerFile, read_requests
 from tests.support.launch import command, environment, launch
+from tests.support.pictures import avif_with_a_hole
 from tests.support.trained import train_demo
 
 MODULE = "megatron_nvlm.generate"
@@ -130,6 +131,15 @@ def test_a_conversation_on_the_terminal(run_dir: Path, image: Path, tmp_path: Pa
 def test_mistakes_end_with_a_sentence(arguments: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
     done = launch(MODULE, 1, "--run-dir", str(tmp_path), *arguments, check=False)
     assert done.returncode and re.search(f"^error: .*{re.escape(sentence)}", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.distributed
+def test_a_damaged_picture_is_named_before_the_run_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "hole.avif").write_bytes(avif_with_a_hole())
+    asked = ("--question", "?", "--image", str(tmp_path / "hole.avif"))
+    done = launch(MODULE, 1, "--run-dir", str(tmp_path), *asked, check=False)
+    sentence = f"^error: {re.escape(str(tmp_path))}/hole.avif: the image cannot be decoded"
+    assert done.returncode and re.search(sentence, done.stderr, re.MULTILINE)
 
 
 def test_lines_that_are_no_question(tmp_path: Path) -> None:

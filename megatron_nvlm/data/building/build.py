@@ -81,7 +81,9 @@ class Builder:
             self.ends.append((self.ends[-1] if self.ends else 0) + len(source))
         self.num_inputs = self.ends[-1] if self.ends else 0
         if self.num_inputs == 0:
-            raise UserError("the input holds no sample; correct --jsonl, --folder or --webdataset")
+            told = ", ".join(f"{count} {name}" for source in self.inputs for name, count in source.unread.items())
+            told = f" (not read: {told[:200]})" if told else ""
+            raise UserError(f"the input holds no sample{told}; correct --jsonl, --folder or --webdataset")
         self.parts = folder / PARTS
         self.per_shard = 0
         self._shuffle_keys = round_keys(settings.shuffle_seed) if settings.shuffle_seed is not None else None
@@ -289,6 +291,8 @@ class Builder:
         write_index(self.folder, rows, settings, text)
         index = json.loads((self.folder / INDEX_FILE).read_text())
         unread: Counter[str] = Counter()
+        for source in self.inputs:
+            unread.update(source.unread)
         for _, part in self._read_parts():
             unread.update(part.get("unread", {}))  # a build that was begun before has none
         counts = {name: index[name] for name in ("num_samples", "num_images", "num_tiles", "num_text_tokens")}

@@ -1,6 +1,5 @@
 """Pictures of one sample at each stage: what is stored, its tiles with their tags, its tokens, what each of them sees."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megatron_nvlm.data.prepare import PreparedSample
 from megatron_nvlm.data.shards.records import RawSample
+from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.pixels import read_header
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 WIDTH = 1200
@@ -52,10 +53,12 @@ def draw_stored(raw: RawSample) -> Panel:
     """Names and sizes of the members, and the conversation."""
     lines = [f"{raw.key}.json"]
     for name, data in raw.pictures.items():
-        with Image.open(io.BytesIO(data)) as image:
-            lines.append(
-                f"{raw.key}.{name}   {len(data)} bytes, {image.width}x{image.height} {image.format} {image.mode}"
-            )
+        try:
+            header = read_header(data)
+            seen = f"{header.width}x{header.height} {header.format} {header.mode}"
+        except UserError as error:
+            seen = str(error)
+        lines += _wrap(f"{raw.key}.{name}   {len(data)} bytes, {seen}", 150)
     rest = {name: value for name, value in raw.record.items() if name != "conversation"}
     lines += ["", *_wrap(str(rest), 150), ""]
     for turn in raw.record.get("conversation", raw.record.get("conversations", [])):

@@ -4,8 +4,11 @@ Opening an input looks at all of it once, so that any sample is reached by its n
 """
 
 import hashlib
+import os
+import stat
 from array import array
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +17,7 @@ import numpy as np
 
 from megatron_nvlm.data.building.forms import image_paths
 from megatron_nvlm.data.building.pictures import has_image_name
-from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
+from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
 
@@ -43,6 +46,8 @@ class Input(Protocol):
     kind: str
     faults: list[str]
     """What could not even be numbered: sentences."""
+    unread: dict[str, int]
+    """What lies there and is no sample nor part of one, by kind, and how many."""
 
     def __len__(self) -> int: ...
 
@@ -65,7 +70,8 @@ class JsonLines:
     def __init__(self, path: Path, images: Path | None = None) -> None:
         if not path.is_file():
             raise UserError(f"there is no file {path}; correct --jsonl")
-        self.path, self.images, self.faults = path, images or path.parent, list[str]()
+        self.path, self.images = path, images or path.parent
+        self.faults, self.unread = list[str](), dict[str, int]()
         starts, lines, digest, offset = array("q"), array("q"), hashlib.sha256(), 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -96,7 +102,7 @@ class JsonLines:
 class ImageFolder:
     """Images in a folder and below it, each with its caption in a .txt of the same name beside it.
 
-    Names that begin with a dot are passed over: macOS' `._0.jpg`, caches.
+    Linked folders are followed, each folder once. Names that begin with a dot are passed over: macOS' `._0.jpg`, caches.
     """
 
     kind = "folder"
@@ -104,12 +110,15 @@ class ImageFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; correct --folder")
-        found = (file for file in path.rglob("*") if has_image_name(file.name) and file.is_file())
         self.path, self.faults = path, list[str]()
-        shown = (file.relative_to(path) for file in found)
-        self.files = sorted(str(file) for file in shown if not any(part.startswith(".") for part in file.parts))
-        sizes = (f"{file} {(path / file).stat().st_size}\n" for file in self.files)
-        self.fingerprint = hashlib.sha256("".join(sizes).encode(errors="surrogateescape")).hexdigest()
+        found = sorted(str(file) for file in files_below(path, self.faults))
+        sizes = {file: size for file in found if has_image_name(file) and (size := _size(path / file)) is not None}
+        self.files = list(sizes)
+        captions = {str(Path(file).with_suffix(".txt")) for file in self.files}
+        left = Counter(map(_name_of_unread, set(found) - set(self.files) - captions))
+        self.unread = dict(sorted(left.items()))
+        listed = "".join(f"{file} {size}\n" for file, size in sizes.items())
+        self.fingerprint = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -140,3 +149,51 @@ def _read_image(path: Path) -> bytes:
         if isinstance(error, UserError):
             raise
         raise UserError(f"its image {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def files_below(root: Path, faults: list[str]) -> Iterator[Path]:
+    """Files below a folder, relative to it, without hidden ones.
+
+    Linked folders are followed behind all others. What was seen already is not read again, and a link to a folder that it
+    lies in leads nowhere, so no link makes a loop.
+
+    Args:
+        faults: gets a sentence for each folder that cannot be read.
+    """
+
+    def fault(error: OSError) -> None:
+        faults.append(f"the folder {error.filename} cannot be read ({error.strerror}); correct its permissions")
+
+    seen: set[str] = set()
+    waiting = deque([root])
+    while waiting:
+        for folder, names, files in os.walk(waiting.popleft(), onerror=fault):
+            place = os.path.realpath(folder)
+            if place in seen:
+                names.clear()
+                continue
+            seen.add(place)
+            yield from (Path(folder, file).relative_to(root) for file in files if not file.startswith("."))
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            linked = (Path(folder, name) for name in names if os.path.islink(os.path.join(folder, name)))
+            waiting.extend(link for link in linked if not _leads_up(link, place, root))
+
+
+def _leads_up(link: Path, place: str, root: Path) -> bool:
+    """Whether a link in a folder leads to that folder or one around it, or around the root."""
+    target = Path(os.path.realpath(link))
+    return any(Path(inner).is_relative_to(target) for inner in (place, os.path.realpath(root)))
+
+
+def _size(path: Path) -> int | None:
+    """In bytes; 0 if it cannot be reached (a link to nothing), to be named in a reject; None for what is no regular file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _name_of_unread(file: str) -> str:
+    suffix = Path(file).suffix
+    return printable(f"file {suffix or Path(file).name}"[:60]) + (" without a picture" if suffix == ".txt" else "")

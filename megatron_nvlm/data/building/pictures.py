@@ -9,7 +9,7 @@ from megatron_nvlm.errors import UserError
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga"),
+    *(".avif", ".heic", ".heif", ".jp2", ".jxl", ".mpo", ".ppm", ".pgm", ".tga"),
 )
 """Of files that are pictures. What cannot be decoded of them is a reject, and never passed over."""
 IMAGE_FIELDS = ("image", "images")

@@ -178,7 +178,7 @@ def as_text(
         for name, count in histogram.bins:
             lines.append(f"  {name:>16} {count:>9} {'#' * round(40 * count / most)}")
     if manifest.get("unread"):
-        lines.append("\nnot read, in so many inputs")
+        lines.append("\nnot read, in so many inputs or files")
         lines += [f"  {name:>26} {count:>9}" for name, count in manifest["unread"].items()]
     if predictions:
         lines.append(f"\ntraining with a global batch of {batch} (samples, or packs if packed)")
@@ -219,7 +219,7 @@ def as_html(
         page += [_row(reason, count) for reason, count in manifest["rejects_by_reason"].items()]
         page.append("</table>")
     if manifest.get("unread"):
-        page.append("<h2>Not read, in so many inputs</h2><table>")
+        page.append("<h2>Not read, in so many inputs or files</h2><table>")
         page += [_row(name, count) for name, count in manifest["unread"].items()]
         page.append("</table>")
     settings = json.dumps(manifest["plan"], indent=1, ensure_ascii=False)

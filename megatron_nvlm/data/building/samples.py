@@ -9,19 +9,20 @@ from PIL import Image
 
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT, to_conversation, unread_fields
 from megatron_nvlm.data.building.inputs import InputSample
+from megatron_nvlm.data.building.mpo import first_picture
 from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.prepare import stored_grid
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.pixels import decode_image
+from megatron_nvlm.image.pixels import decode_image, read_header
 from megatron_nvlm.image.tiling import choose_grid, cut_tiles
 
 Stored = tuple[dict[str, Any], dict[str, bytes]]
 """Record and pictures."""
 TILE_FIELDS = ("tile_size", "max_tiles", "quality")
 """Settings that say nothing about a set without tiles."""
-_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Files of these formats are stored as they are; others become PNG."""
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Files of these formats are stored as they are, of an MPO its first JPEG; others become PNG."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,12 @@ def tile_names(num_tiles: int) -> list[str]:
 
 
 def _store_image(data: bytes, settings: SampleSettings) -> tuple[dict[str, Any], dict[str, bytes]]:
+    if settings.images == "whole":
+        data = first_picture(data)
     image = decode_image(data)  # the whole file, so that a cut-off one is found now and not in training
     entry: dict[str, Any] = {"width": image.width, "height": image.height}
     if settings.images == "whole":
-        with Image.open(io.BytesIO(data)) as stored:
-            suffix = _KEPT_FORMATS.get(stored.format or "")
+        suffix = _KEPT_FORMATS.get(read_header(data).format)
         return entry, {suffix: data} if suffix else {"png": _encode(image, "PNG")}
     grid = choose_grid(image.width, image.height, settings.max_tiles, settings.tile_size)
     tiles = cut_tiles(image, grid, settings.tile_size)

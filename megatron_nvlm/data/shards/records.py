@@ -3,18 +3,12 @@
 import io
 import json
 import tarfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import ExifTags, Image
-
 from megatron_nvlm.errors import UserError
-
-_ORIENTATION = int(ExifTags.Base.Orientation)
-_SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
+from megatron_nvlm.image.pixels import read_header
 
 
 @dataclass(frozen=True)
@@ -116,12 +110,7 @@ def _count(value: Any, limit: int = 0xFFFFFFFF) -> int:
 def _measure(data: bytes) -> tuple[int, int]:
     """Size of an image once upright, from its header; (0, 0) if it has none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                # Pillow says a TIFF's size as it is once upright.
-                turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except Exception:  # Pillow's readers raise many kinds on broken headers, and each means the same here
+        header = read_header(data)
+    except UserError:
         return 0, 0
-    return (height, width) if turned else (width, height)
+    return header.width, header.height

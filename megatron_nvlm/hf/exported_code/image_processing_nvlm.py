@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from megatron_nvlm.image.pixels import IMAGENET, decode_image, to_array, upright_rgb
+from megatron_nvlm.image.pixels import IMAGENET, decode_image, picture_faults, to_array, upright_rgb
 from megatron_nvlm.image.tiling import choose_grid, cut_tiles
 
 
@@ -81,13 +81,11 @@ class NVLMImageProcessor(BaseImageProcessor):
 
 def open_image(image: Any) -> Image.Image:
     """An upright RGB image from a Pillow image, an array, a path or bytes, as training reads it."""
-    try:
+    with picture_faults("an image cannot be read", "give Pillow images, arrays, paths or bytes"):
         if isinstance(image, np.ndarray | Tensor):
             image = Image.fromarray(np.asarray(image))
         elif isinstance(image, str | Path):
             image = Path(image).read_bytes()
-    except (OSError, TypeError) as error:
-        raise ValueError(f"an image cannot be read ({error}); give Pillow images, arrays, paths or bytes") from error
     if isinstance(image, bytes):
         return decode_image(image)
     if not isinstance(image, Image.Image):
