@@ -35,6 +35,7 @@ from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.families.visions import VISION_PRESETS
+from megatron_nvlm.option_types import positive_int
 
 
 def make_folder(folder: Path, layers: int, vision_layers: int) -> None:
@@ -130,9 +131,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--layers", type=int, default=2, help="of the language model, of 80")
-    parser.add_argument("--vision-layers", type=int, default=2, help="of the encoder, of 45")
-    parser.add_argument("--repeats", type=int, default=3, help="of each; the fastest counts")
+    parser.add_argument("--layers", type=positive_int, default=2, help="of the language model, of 80")
+    parser.add_argument("--vision-layers", type=positive_int, default=2, help="of the encoder, of 45")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="of each; the fastest counts")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         base = Path(temporary)

@@ -40,6 +40,7 @@ from megatron_nvlm.data.shards.index import IMAGE_DTYPE, IMAGES_FILE, INDEX_FILE
 from megatron_nvlm.data.shards.read import RawSample, ShardSet, ShardWriter
 from megatron_nvlm.image.pixels import decode_image, to_array
 from megatron_nvlm.image.tiling import TilingConfig, choose_grid, cut_tiles
+from megatron_nvlm.option_types import positive_float, positive_int
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -263,9 +264,9 @@ def measure_order() -> tuple[float, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=256, help="samples to make for the run")
+    parser.add_argument("--samples", type=positive_int, default=256, help="samples to make for the run")
     parser.add_argument("--shards", type=Path, help="measure on this set of tiles of 448 pixels instead (docs/data.md)")
-    parser.add_argument("--seconds", type=float, default=10, help="of each form")
+    parser.add_argument("--seconds", type=positive_float, default=10, help="of each form")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -24,6 +24,7 @@ from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
+from megatron_nvlm.option_types import positive_int
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.runs.components import make_chunks
@@ -37,7 +38,7 @@ SIZES = LanguagePreset(4, 768, 2048, 12, 4, 8192, 10_000, "qwen2")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive_int, default=3)
     parser.add_argument("--folder", help="where to write; a temporary folder by default")
     options = parser.parse_args()
     device, parallelism = use_device(), ParallelismConfig()

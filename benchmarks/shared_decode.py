@@ -23,6 +23,7 @@ from megatron_nvlm.data.loading.shared_decoding import SharingLoader, TileShare
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.shards.read import ShardSet
+from megatron_nvlm.option_types import positive_int
 
 RANKS = (1, 2, 4, 8, 32)
 
@@ -41,8 +42,8 @@ def measure(loader: Loader, steps: int) -> tuple[float, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=128, help="of a step, and of the set")
-    parser.add_argument("--steps", type=int, default=4, help="steps to measure")
+    parser.add_argument("--samples", type=positive_int, default=128, help="of a step, and of the set")
+    parser.add_argument("--steps", type=positive_int, default=4, help="steps to measure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = make_pipeline()

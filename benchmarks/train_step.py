@@ -21,6 +21,7 @@ from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS, Precision
+from megatron_nvlm.option_types import positive_float, positive_int
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups, stop_groups
 from megatron_nvlm.runs.components import make_chunks
@@ -101,11 +102,11 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", default="local")
     add("--recipe", default="sft", choices=RECIPES)
     add("--recompute", default="none")
-    add("--samples", type=int, default=4, help="of a step")
-    add("--text", type=int, default=200, help="tokens of text of a sample, all of them learned")
-    add("--tiles", type=int, default=6, help="of a sample's image, without the thumbnail")
-    add("--steps", type=int, default=10)
-    add("--peak-tflops", type=float, default=989.0)
+    add("--samples", type=positive_int, default=4, help="of a step")
+    add("--text", type=positive_int, default=200, help="tokens of text of a sample, all of them learned")
+    add("--tiles", type=positive_int, default=6, help="of a sample's image, without the thumbnail")
+    add("--steps", type=positive_int, default=10)
+    add("--peak-tflops", type=positive_float, default=989.0)
     return made
 
 

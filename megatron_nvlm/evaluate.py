@@ -18,6 +18,7 @@ from megatron_nvlm.data.shards.read import RawSample, ShardSet
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.accuracy import VIEWS, Answer, accuracy_table
 from megatron_nvlm.inference.answers import answer
+from megatron_nvlm.option_types import positive_int
 from megatron_nvlm.parallel.groups import get_groups, stop_groups
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
 from megatron_nvlm.runs.restore import TrainedRun, open_trained_run
@@ -80,8 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="megatron_nvlm.evaluate", description="A trained run on held-out shards.")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the training")
     parser.add_argument("--checkpoint", type=Path, help="a folder below checkpoints/; the newest if not given")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples answered at once")
-    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="samples answered at once")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=16)
     parser.add_argument("--count", default=r"\S", help="pattern of the characters of an answer that count")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.inference.chat import chat
 from megatron_nvlm.inference.questions import Conversation, read_picture
 from megatron_nvlm.inference.sampling import Sampling
+from megatron_nvlm.option_types import natural_float, natural_int, positive_int, share
 from megatron_nvlm.parallel.groups import stop_groups
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
 from megatron_nvlm.runs.restore import open_trained_run
@@ -39,11 +40,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help="answers to --inputs; what is there already is not asked again",
     )
-    add("--batch-size", type=int, default=8, help="questions of --inputs answered at once (default 8)")
-    add("--max-new-tokens", type=int, default=64, help="most tokens of an answer (default 64)")
-    add("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token, more draws")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this share (default 1)")
-    add("--seed", type=int, default=0, help="of the draws; a question's answer does not depend on its neighbours")
+    add("--batch-size", type=positive_int, default=8, help="questions of --inputs answered at once (default 8)")
+    add("--max-new-tokens", type=positive_int, default=64, help="most tokens of an answer (default 64)")
+    add("--temperature", type=natural_float, default=0.0, help="0 (the default) takes the likeliest token, more draws")
+    add("--top-p", type=share, default=1.0, help="draw from the likeliest tokens that make up this share (default 1)")
+    add(
+        "--seed",
+        type=natural_int,
+        default=0,
+        help="of the draws; a question's answer does not depend on its neighbours",
+    )
     add("overrides", nargs="*", help="section.key=value")
     return parser
 

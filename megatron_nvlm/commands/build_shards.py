@@ -8,11 +8,13 @@ Input is any number of
   --webdataset PATH  a folder of tars or a pattern: samples with a .json of these forms or a .txt caption
 
 DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give
-the same bytes, whatever the number of processes. Killed at any moment, the same command goes on.
+the same bytes, whatever the number of processes. Killed at any moment, the same command goes on; inputs that were rejected
+are tried again. Pictures and captions that were good are not read again: after changing those, give --rebuild.
 """
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.shards.index import open_index
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
+from megatron_nvlm.option_types import natural_int, positive_float, positive_int, share
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, find_template
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -61,7 +64,7 @@ def build(options: argparse.Namespace) -> str:
     system = None if options.system.lower() in ("", "none", "null") else options.system
     counter = TextTokenCounter(tokenizer, options.template, system) if tokenizer else None
     builder = Builder(open_inputs(options), options.out, settings, counter)
-    manifest = builder.run(options.processes, progress=not options.quiet)
+    manifest = builder.run(options.processes, not options.quiet, options.rebuild)
     index, tiling = open_index(options.out), TilingConfig(options.tile_size, options.max_tiles, options.tag_format)
     predictions = []
     if tokenizer is not None:
@@ -90,9 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
         default="tiles",
         help="cut in advance (fast to read) or kept as they are",
     )
-    add("--tile-size", type=int, default=448, help="pixels along an edge of a tile (default 448)")
-    add("--max-tiles", type=int, default=6, help="most tiles of an image, without the thumbnail (default 6)")
-    add("--quality", type=int, default=90, help="JPEG quality of tiles (default 90)")
+    add("--tile-size", type=positive_int, default=448, help="pixels along an edge of a tile (default 448)")
+    add("--max-tiles", type=positive_int, default=6, help="most tiles of an image, without the thumbnail (default 6)")
+    add("--quality", type=positive_int, default=90, help="JPEG quality of tiles (default 90)")
     add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer.json: counts tokens, which packing needs")
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="the run's data.template (default chatml)")
     add("--system", default=DEFAULT_SYSTEM, help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})")
@@ -100,13 +103,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--caption-prompt", default=DEFAULT_CAPTION_PROMPT, help="question of captions")
     add("--source", help="name under which training counts bad samples (default: the name of --out)")
     add("--keep", action="append", default=[], metavar="FIELD", help="copy this field of the input, such as a licence")
-    add("--shard-mb", type=float, default=256, help="size of a shard, about, in megabytes (default 256)")
-    add("--samples-per-shard", type=int, help="instead of a size")
-    add("--shuffle", type=int, metavar="SEED", help="write samples in the random order of this seed")
-    add("--max-reject-rate", type=float, default=0.01, help="share of bad inputs that fails the build (default 0.01)")
-    add("--processes", type=int, default=os.cpu_count() or 1, help="default: one for each core")
-    add("--global-batch", type=int, default=256, help="for the report's steps per epoch (default 256)")
-    add("--sequence-length", type=int, help="for the report's packing (default: the paper's for each of D, X and H)")
+    add("--shard-mb", type=positive_float, default=256, help="size of a shard, about, in megabytes (default 256)")
+    add("--samples-per-shard", type=positive_int, help="instead of a size")
+    add("--shuffle", type=natural_int, metavar="SEED", help="write samples in the random order of this seed")
+    add("--max-reject-rate", type=share, default=0.01, help="share of bad inputs that fails the build (default 0.01)")
+    add("--processes", type=positive_int, default=os.cpu_count() or 1, help="default: one for each core")
+    add("--global-batch", type=positive_int, default=256, help="for the report's steps per epoch (default 256)")
+    add(
+        "--sequence-length",
+        type=positive_int,
+        help="for the report's packing (default: the paper's)",
+    )
+    add("--rebuild", action="store_true", help="remove what a build of --out has written and begin again")
     add("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     return parser
 
@@ -123,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}; the same command goes on when that is mended", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if not options.quiet:

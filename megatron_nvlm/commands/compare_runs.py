@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.option_types import natural_int, positive_int
 from megatron_nvlm.runs.run_dir import RunDir
 
 COMPARED = ("loss", "grad_norm", "consumed_samples")
@@ -92,8 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.compare_runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dirs", type=RunDir.named, nargs=2, metavar="RUN_DIR")
-    parser.add_argument("--first-step", type=int, default=1, help="default 1")
-    parser.add_argument("--last-step", type=int, help="which both must have reached (default: the last that both have)")
+    parser.add_argument("--first-step", type=natural_int, default=1, help="default 1")
+    parser.add_argument(
+        "--last-step", type=positive_int, help="which both must have (default: the last that both have)"
+    )
     parser.add_argument("--order", action="store_true", help="compare the order of samples too (ledger.jsonl)")
     options = parser.parse_args(arguments)
     one, other = options.run_dirs

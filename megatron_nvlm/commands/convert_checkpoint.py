@@ -24,6 +24,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.convert import compare
 from megatron_nvlm.hf.open_weights import inspect, open_any, open_pair
 from megatron_nvlm.models.weight_rows import CensusError
+from megatron_nvlm.option_types import natural_int, positive_float
 from megatron_nvlm.parallel.groups import stop_groups
 from megatron_nvlm.runs.export_run import export_folder
 from megatron_nvlm.runs.import_folders import ImportRequest, import_folders, open_tokenizer, write_tokenizer
@@ -60,13 +61,13 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="CKPT", help="a folder to make")
     add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json or tokenizer.model, if the folders have none")
     add("--dtype", choices=("keep", *DTYPES), default="keep", help="of the weights (default keep)")
-    add("--seed", type=int, default=1234, help="of new weights, as training.seed (default 1234)")
+    add("--seed", type=natural_int, default=1234, help="of new weights, as training.seed (default 1234)")
     add("overrides", nargs="*", help="model.key=value, such as model.cross_attention.interval=8")
     add = commands.add_parser("export", help="a checkpoint -> a Hugging Face folder").add_argument
     add("--checkpoint", type=Path, required=True, metavar="CKPT")
     add("--out", type=Path, required=True, metavar="DIR", help="a folder to make")
     add("--dtype", choices=("keep", *DTYPES), default="keep", help="of the weights (default keep)")
-    add("--file-gigabytes", type=float, default=5.0, help="most of a safetensors file (default 5)")
+    add("--file-gigabytes", type=positive_float, default=5.0, help="most of a safetensors file (default 5)")
     add("overrides", nargs="*", help="section.key=value of the run, such as data.tokenizer=FILE")
     add = commands.add_parser("inspect", help="a table of parts: parameters, bytes, types").add_argument
     add("paths", nargs="+", type=Path)

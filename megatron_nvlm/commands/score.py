@@ -25,6 +25,7 @@ from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.score_cases import read_cases
 from megatron_nvlm.evaluation.score_model import open_scored, score_case, write_outputs
+from megatron_nvlm.option_types import positive_int
 from megatron_nvlm.parallel.groups import stop_groups
 from megatron_nvlm.runs.entry import global_rank, say, user_errors_end_the_process
 
@@ -38,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--hf", type=Path, metavar="DIR", help="a whole NVLM folder")
     add("--inputs", type=Path, required=True, metavar="FILE")
     add("--out", type=Path, required=True, metavar="FILE")
-    add("--tensor-parallel", type=int, default=1, metavar="N")
-    add("--pipeline-parallel", type=int, default=1, metavar="M")
+    add("--tensor-parallel", type=positive_int, default=1, metavar="N")
+    add("--pipeline-parallel", type=positive_int, default=1, metavar="M")
     add("--gradients", action="store_true")
     add("--precision", choices=("fp32", "bf16", "fp64"), default="fp32")
     return parser

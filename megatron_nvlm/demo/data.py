@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from megatron_nvlm.data.shards.read import ShardWriter
 from megatron_nvlm.image.tiling import Grid, choose_grid, cut_tiles
+from megatron_nvlm.option_types import natural_int, positive_int
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 
 TILE_SIZE = 56
@@ -240,10 +241,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=SIZES[0], help="training images")
-    parser.add_argument("--text-samples", type=int, default=SIZES[1])
-    parser.add_argument("--heldout", type=int, default=SIZES[2], help="held-out images")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--samples", type=positive_int, default=SIZES[0], help="training images")
+    parser.add_argument("--text-samples", type=positive_int, default=SIZES[1])
+    parser.add_argument("--heldout", type=positive_int, default=SIZES[2], help="held-out images")
+    parser.add_argument("--seed", type=natural_int, default=1)
     options = parser.parse_args()
     build(options.out, options.samples, options.text_samples, options.heldout, options.seed)
     print(

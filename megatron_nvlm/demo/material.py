@@ -21,6 +21,7 @@ from megatron_nvlm.commands import build_shards
 from megatron_nvlm.data.building import material_debian, material_pypi
 from megatron_nvlm.data.building.material import Item, Source
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.option_types import natural_int, positive_float, positive_int
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 
 SOURCES: Sequence[Source] = (*material_pypi.SOURCES, *material_debian.SOURCES)
@@ -84,14 +85,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR")
-    add("--scale", type=float, default=1.0, help="share of the full amount of each source (default 1)")
-    add("--seed", type=int, default=1, help="default 1")
+    add("--scale", type=positive_float, default=1.0, help="share of the full amount of each source (default 1)")
+    add("--seed", type=natural_int, default=1, help="default 1")
     add(
-        "--vocabulary", type=int, default=4096, help="base tokens of the tokenizer, 0 for all of Qwen2's (default 4096)"
+        "--vocabulary",
+        type=natural_int,
+        default=4096,
+        help="base tokens of the tokenizer, 0: all of Qwen2's (default 4096)",
     )
     add("--root", type=Path, default=Path("/"), metavar="DIR", help="where Debian packages are unpacked (default /)")
     add("--shards", action="store_true", help="build shards too")
-    add("--tile-size", type=int, default=448, help="of the shards (default 448)")
+    add("--tile-size", type=positive_int, default=448, help="of the shards (default 448)")
     add("--images", choices=("tiles", "whole"), default="tiles", help="of the shards: cut in advance, or kept whole")
     options = parser.parse_args(arguments)
     try:

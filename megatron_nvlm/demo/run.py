@@ -20,6 +20,7 @@ from megatron_nvlm.config.load import find_run_file, load_run
 from megatron_nvlm.demo import data as demo_data
 from megatron_nvlm.demo.report import write_report
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.option_types import positive_int
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.training.faults import stop_with_launcher
 
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=("d", "x", "h"), default="h")
     parser.add_argument(
         "--sizes",
-        type=int,
+        type=positive_int,
         nargs=3,
         default=demo_data.SIZES,
         metavar=("IMAGES", "TEXTS", "HELDOUT"),

@@ -9,15 +9,13 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,10 @@ from tqdm import tqdm
 import megatron_nvlm
 from megatron_nvlm.data.building.inputs import Input
 from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample, unread_parts
+from megatron_nvlm.data.building.workers import Workers
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.order.shuffle import round_keys, shuffled
-from megatron_nvlm.data.shards.index import INDEX_FILE, ShardEntries, write_index
+from megatron_nvlm.data.shards.index import IMAGES_FILE, INDEX_FILE, SAMPLES_FILE, ShardEntries, write_index
 from megatron_nvlm.data.shards.write import shard_name, write_shard
 from megatron_nvlm.errors import UserError
 
@@ -44,6 +43,17 @@ MANIFEST_FILE, REJECTS_FILE, PARTS, PLAN_FILE, LOCK_FILE = (
 )
 _SAMPLES_MEASURED = 32
 """Samples made before the build to see how many fit into a shard."""
+_OWN_FILES = (
+    "shard-*.tar",
+    "shard-*.partial",
+    INDEX_FILE,
+    SAMPLES_FILE,
+    IMAGES_FILE,
+    MANIFEST_FILE,
+    REJECTS_FILE,
+    "report.html",
+    "report.txt",
+)
 _MOST_UNREAD = 50
 """Names of fields and members that the report lists."""
 
@@ -67,6 +77,8 @@ class Reject:
 
     where: str
     reason: str
+    number: int | None = None
+    """In the order of all inputs; None for what could not be numbered."""
 
 
 class Builder:
@@ -90,26 +102,67 @@ class Builder:
 
     # ---- the whole
 
-    def run(self, num_processes: int, progress: bool = True) -> dict[str, Any]:
+    def run(self, num_processes: int, progress: bool = True, rebuild: bool = False) -> dict[str, Any]:
         """Build what is not there yet; returns the manifest.
 
+        Args:
+            rebuild: begin again, whatever the folder holds of a build.
+
         Raises:
-            UserError: too many rejects, or the folder holds something else.
+            UserError: too many rejects, the folder holds something else, or a finished set could now have more samples.
         """
         finished = self.folder / MANIFEST_FILE
-        if finished.is_file():
-            self._refuse_other_plan(json.loads(finished.read_text(encoding="utf-8"))["plan"])
-            return json.loads(finished.read_text(encoding="utf-8"))
-        if (self.folder / INDEX_FILE).exists() and not self.parts.exists():
-            raise UserError(f"{self.folder} already holds shards; give another --out")
+        if finished.is_file() and not rebuild:
+            manifest: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+            self._refuse_other_plan(manifest["plan"])
+            self._refuse_mended_inputs()
+            return manifest
+        if (self.folder / INDEX_FILE).exists() and not (self.parts.exists() or finished.is_file()):
+            raise UserError(f"{self.folder} already holds shards of another kind; give another --out")
         self.parts.mkdir(parents=True, exist_ok=True)
         with (self.parts / LOCK_FILE).open("w") as lock:
             self._take(lock)
+            if rebuild:
+                self._clear()
             self._plan()
+            self._forget_mended_blocks()
             self._build_blocks(num_processes, progress)
             manifest = self._finish()
         shutil.rmtree(self.parts)
         return manifest
+
+    def _clear(self) -> None:
+        """Remove what a build has written, and nothing else."""
+        own = [path for pattern in _OWN_FILES for path in self.folder.glob(pattern)]
+        for path in [*own, *self.parts.iterdir()]:
+            if path.name != LOCK_FILE:
+                path.unlink()
+
+    def _is_mended(self, reject: dict[str, Any]) -> bool:
+        """Whether an input that was rejected gives a sample now."""
+        if reject.get("number") is None:
+            return False
+        try:
+            self._make(reject["number"])
+        except UserError:
+            return False
+        return True
+
+    def _forget_mended_blocks(self) -> None:
+        """Blocks with rejects that are samples by now are built again."""
+        for block, part in list(self._read_parts()):
+            if any(self._is_mended(reject) for reject in part["rejects"]):
+                self._part(block, "json").unlink()
+
+    def _refuse_mended_inputs(self) -> None:
+        path = self.folder / REJECTS_FILE
+        rejects = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        mended = [reject["where"] for reject in rejects if self._is_mended(reject)]
+        if mended:
+            raise UserError(
+                f"{self.folder} was built without {len(mended)} inputs that are good by now, {mended[0]} first; give "
+                "--rebuild to build it again, or another --out"
+            )
 
     def _take(self, lock: Any) -> None:
         for _ in range(50):  # the processes of a build that was just killed end within a second
@@ -127,7 +180,13 @@ class Builder:
         del settings["max_reject_rate"]  # may be raised for another try
         return {
             "inputs": [
-                {"kind": one.kind, "path": str(one.path), "samples": len(one), "fingerprint": one.fingerprint}
+                {
+                    "kind": one.kind,
+                    "path": str(one.path),
+                    "samples": len(one),
+                    "fingerprint": one.fingerprint,
+                    **one.elsewhere,
+                }
                 for one in self.inputs
             ],
             "settings": {**settings, "sample": self.settings.sample.describe()},
@@ -150,7 +209,7 @@ class Builder:
                 what = {"inputs": "from other inputs", "text": "with another tokenizer, template or system turn"}
                 raise UserError(
                     f"{self.folder} holds a build {what.get(name, 'with other settings')}; repeat its command, or give "
-                    "another --out"
+                    "--rebuild or another --out"
                 )
 
     def _measure(self) -> int:
@@ -201,7 +260,7 @@ class Builder:
                     yield f"{self.folder.name.replace('.', '-')}-{number:09d}", record, pictures
                 except UserError as error:
                     source, inside = self._place(number)
-                    rejects.append(Reject(source.where(inside), str(error)))
+                    rejects.append(Reject(source.where(inside), str(error), number))
                 on_sample()
 
         path = self.folder / shard_name("shard", block)
@@ -222,14 +281,9 @@ class Builder:
     def _build_blocks(self, num_processes: int, progress: bool) -> None:
         todo = [block for block in range(self.num_blocks) if not self._part(block, "json").is_file()]
         done = self.num_inputs - sum(min(self.per_shard, self.num_inputs - block * self.per_shard) for block in todo)
-        context = multiprocessing.get_context("fork")
-        counter = context.Value("q", done)
         bar = tqdm(total=self.num_inputs, initial=done, unit="sample", disable=not progress, smoothing=0.05)
-        pool = ProcessPoolExecutor(
-            max(1, min(num_processes, len(todo))), context, _start_worker, (self, counter, os.getpid())
-        )
-        with bar, pool:
-            blocks = {pool.submit(_work, block): block for block in todo}
+        with bar, Workers(self.build_block, max(1, min(num_processes, len(todo))), done) as workers:
+            blocks = workers.submit(todo)
             running = set(blocks)
             rejected = self._count_rejects()
             try:
@@ -238,16 +292,13 @@ class Builder:
                     for future in finished:
                         future.result()
                         rejected += len(self._read_part(blocks[future])["rejects"])
-                    bar.update(counter.value - bar.n)
+                    bar.update(workers.num_done - bar.n)
                     self._check_rejects(rejected)
             except BrokenExecutor as error:
                 raise UserError(
                     "a process of the build was killed, by lack of memory perhaps; the same command goes on, with fewer "
                     "--processes if need be"
                 ) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
 
     def _read_part(self, block: int) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(self._part(block, "json").read_text(encoding="utf-8"))
@@ -320,27 +371,3 @@ def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(builder: Builder, counter: Any, parent: int) -> None:
-    _worker.update(builder=builder, counter=counter)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """A parent that was killed cannot tell its workers; without this they would wait for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    os._exit(1)
-
-
-def _count() -> None:
-    with _worker["counter"].get_lock():
-        _worker["counter"].value += 1
-
-
-def _work(block: int) -> None:
-    _worker["builder"].build_block(block, _count)

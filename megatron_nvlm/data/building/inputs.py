@@ -48,6 +48,8 @@ class Input(Protocol):
     """What could not even be numbered: sentences."""
     unread: dict[str, int]
     """What lies there and is no sample nor part of one, by kind, and how many."""
+    elsewhere: dict[str, str]
+    """Folders beside `path` that samples are read from."""
 
     def __len__(self) -> int: ...
 
@@ -72,6 +74,7 @@ class JsonLines:
             raise UserError(f"there is no file {path}; correct --jsonl")
         self.path, self.images = path, images or path.parent
         self.faults, self.unread = list[str](), dict[str, int]()
+        self.elsewhere = {} if self.images == path.parent else {"images": str(self.images)}
         starts, lines, digest, offset = array("q"), array("q"), hashlib.sha256(), 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -110,7 +113,7 @@ class ImageFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; correct --folder")
-        self.path, self.faults = path, list[str]()
+        self.path, self.faults, self.elsewhere = path, list[str](), dict[str, str]()
         found = sorted(str(file) for file in files_below(path, self.faults))
         sizes = {file: size for file in found if has_image_name(file) and (size := _size(path / file)) is not None}
         self.files = list(sizes)
@@ -132,23 +135,28 @@ class ImageFolder:
         image = self.path / self.files[number]
         check_name(self.files[number])
         text = image.with_suffix(".txt")
-        try:
-            caption = decode_text(text.read_bytes(), f"its caption {text.name}")
-        except OSError as error:
-            raise UserError(f"its caption {text.name} cannot be read ({error.strerror})") from error
+        caption = decode_text(_read_file(text, f"its caption {text.name}"), f"its caption {text.name}")
         identity = str(Path(self.files[number]).with_suffix(""))
         return InputSample({"id": identity, "caption": caption}, [_read_image(image)], {})
 
 
 def _read_image(path: Path) -> bytes:
+    return _read_file(path, f"its image {path}")
+
+
+def _read_file(path: Path, what: str) -> bytes:
+    """A regular file of a sensible size: a pipe or a device may have no end."""
     try:
-        if path.stat().st_size > MOST_FILE_BYTES:
-            raise UserError(f"its image {path} has over {MOST_FILE_BYTES} bytes")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{what} is no file")
+        if found.st_size > MOST_FILE_BYTES:
+            raise UserError(f"{what} has over {MOST_FILE_BYTES} bytes")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"its image {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def files_below(root: Path, faults: list[str]) -> Iterator[Path]:

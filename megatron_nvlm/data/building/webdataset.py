@@ -28,6 +28,7 @@ class WebDatasetShards:
     def __init__(self, path: Path) -> None:
         pattern = path if path.suffix == ".tar" or "*" in path.name else path / "*.tar"
         self.path, self.faults, self.unread = path, list[str](), dict[str, int]()
+        self.elsewhere: dict[str, str] = {}
         self.tars = sorted(pattern.parent.glob(pattern.name))
         if not self.tars:
             raise UserError(f"there is no shard {pattern}; correct --webdataset")
