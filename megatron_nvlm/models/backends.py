@@ -100,15 +100,16 @@ class TorchCoreAttention(torch.nn.Module):
         patches of a tile) -> [s, b, n * d].
         """
         if packed_seq_params is not None:
-            return causal_attention(query, key, value, packed_seq_params.cu_seqlens_q, self.scale).flatten(1)
+            output = causal_attention(query, key, value, packed_seq_params.cu_seqlens_q, self.scale)  # [s, n, d]
+            return output.flatten(1)  # [s, n * d]
         output = torch.nn.functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+            query.permute(1, 2, 0, 3),  # [b, n, s, d]
+            key.permute(1, 2, 0, 3),  # [b, g, s, d]
+            value.permute(1, 2, 0, 3),  # [b, g, s, d]
             scale=self.scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        return output.permute(2, 0, 1, 3).flatten(2)  # [s, b, n * d]
 
 
 class IntervalCoreAttention(torch.nn.Module):
@@ -122,8 +123,8 @@ class IntervalCoreAttention(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """query [s, 1, n, d], key and value [c, 1, g, d], attention_mask: intervals [s, 2] -> [s, 1, n * d]."""
-        output = interval_attention(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.scale)
-        return output.flatten(1)[:, None]
+        output = interval_attention(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.scale)  # [s, n, d]
+        return output.flatten(1)[:, None]  # [s, 1, n * d]
 
 
 @dataclass(frozen=True)

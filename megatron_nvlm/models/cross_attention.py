@@ -104,11 +104,11 @@ class GroupedQueryCrossAttention(Attention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[s, 1, h] and [c, 1, h] -> query [s, 1, n, d], key and value [c, 1, g, d]."""
         head = self.hidden_size_per_attention_head
-        query, _ = self.linear_q(hidden_states)
-        query = query.view(*query.shape[:-1], self.num_attention_heads_per_partition, head)
-        key_value, _ = self.linear_kv(key_value_states)
-        key_value = key_value.view(*key_value.shape[:-1], self.num_query_groups_per_partition, 2 * head)
-        key, value = key_value.split(head, dim=-1)
+        query, _ = self.linear_q(hidden_states)  # [s, 1, n * d]
+        query = query.unflatten(-1, (self.num_attention_heads_per_partition, head))  # [s, 1, n, d]
+        key_value, _ = self.linear_kv(key_value_states)  # [c, 1, g * 2 d]
+        key_value = key_value.unflatten(-1, (self.num_query_groups_per_partition, 2 * head))  # [c, 1, g, 2 d]
+        key, value = key_value.split(head, dim=-1)  # [c, 1, g, d]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key.contiguous(), value.contiguous()

@@ -103,7 +103,7 @@ class NVLMModel(MegatronModule):
             extra_block_kwargs=block_kwargs,
         )
         if self.post_process:
-            return self.without_padding(output[0])
+            return self.without_padding(output[0])  # [s, vocabulary / TP]
         return self._join_payload(micro_batch, output, context)
 
     def without_padding(self, logits: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class NVLMModel(MegatronModule):
         if self.vocabulary is None:
             return logits
         first = self.language_model.pg_collection.tp.rank() * logits.shape[-1]
-        columns = torch.arange(first, first + logits.shape[-1], device=logits.device)
+        columns = torch.arange(first, first + logits.shape[-1], device=logits.device)  # [vocabulary / TP]
         return logits.masked_fill(columns >= self.vocabulary.real, torch.finfo(logits.dtype).min)
 
     def encode(self, tiles: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class NVLMModel(MegatronModule):
         if features.shape[0] == 0:
             dtype, device = self.config.params_dtype, features.device
             return torch.zeros(0, self.config.hidden_size, dtype=dtype, device=device)
-        projected: Tensor = self.vision_projection(features.flatten(0, 1))
+        projected: Tensor = self.vision_projection(features.flatten(0, 1))  # [t * tokens per tile, h]
         return projected
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
@@ -159,20 +159,20 @@ class NVLMModel(MegatronModule):
         assert self.vision_model is not None
         self.vision_clock.tiles += len(pixels)
         parts = [self.vision_model(part) for part in pixels.split(self.tiles_at_once)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]  # [t, p, v]
 
     def _embed(self, micro_batch: MicroBatch, vision_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Decoder input [s, 1, h] and context [c, 1, h] (shards of both under sequence parallelism)."""
         num_tokens = len(micro_batch.tokens)
         tokens = torch.cat([micro_batch.tokens, micro_batch.context_tokens]) if self.has_context else micro_batch.tokens
         embedded = self.language_model.embedding(input_ids=tokens[None], position_ids=None)  # [s + c, 1, h]
-        hidden = insert(embedded[:num_tokens], vision_tokens, micro_batch.decoder_vision_index)
+        hidden = insert(embedded[:num_tokens], vision_tokens, micro_batch.decoder_vision_index)  # [s, 1, h]
         context = None
         if self.has_context:
-            context = insert(embedded[num_tokens:], vision_tokens, micro_batch.context_vision_index)
+            context = insert(embedded[num_tokens:], vision_tokens, micro_batch.context_vision_index)  # [c, 1, h]
         if self.config.sequence_parallel:
             group = self.language_model.pg_collection.tp
-            hidden = scatter_to_sequence_parallel_region(hidden, group=group)
+            hidden = scatter_to_sequence_parallel_region(hidden, group=group)  # [s / TP, 1, h]
             context = None if context is None else scatter_to_sequence_parallel_region(context, group=group)
         if torch.is_grad_enabled() and not hidden.requires_grad:
             # Nothing that trains stands before the decoder in this micro-batch (text only, with a frozen language model);
@@ -201,7 +201,7 @@ class NVLMModel(MegatronModule):
                     "parallelism.payload_vision_tokens by as many"
                 )
             parts.append(output.new_zeros(missing, *output.shape[1:]))
-        return torch.cat(parts) if len(parts) > 1 else output
+        return torch.cat(parts) if len(parts) > 1 else output  # [s + c, 1, h]
 
     @property
     def _sequence_shards(self) -> int:
@@ -212,7 +212,7 @@ def insert(embedded: Tensor, vision_tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens of `embedded` [n, 1, h], with vision token `index[i]` in place of token i wherever `index[i]` is not -1."""
     if len(vision_tokens) == 0:
         return embedded
-    chosen = vision_tokens[index.clamp(min=0)][:, None].to(embedded.dtype)
+    chosen = vision_tokens[index.clamp(min=0)][:, None].to(embedded.dtype)  # [n, 1, h]
     return torch.where((index >= 0)[:, None, None], chosen, embedded)
 
 

@@ -73,7 +73,7 @@ class SplitRMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[p, t, this rank's channels], normalised by the mean square over the channels of all ranks."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        squares: Tensor = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.group)
+        squares: Tensor = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self.group)  # [p, t, 1]
         return (wide * torch.rsqrt(squares / self.width + self.eps) * self.weight).to(x.dtype)
 
 

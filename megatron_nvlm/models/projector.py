@@ -30,7 +30,8 @@ class MLPProjector(MegatronModule):
 
     def forward(self, features: Tensor) -> Tensor:
         """[vision tokens, input size] -> [vision tokens, h], whole on every tensor-parallel rank."""
-        return self.mlp(self.layernorm(features[:, None]))[0][:, 0]
+        output: Tensor = self.mlp(self.layernorm(features[:, None]))[0]  # [vision tokens, 1, h]
+        return output[:, 0]  # [vision tokens, h]
 
 
 class LinearProjector(MegatronModule):
@@ -50,5 +51,5 @@ class LinearProjector(MegatronModule):
 
     def forward(self, features: Tensor) -> Tensor:
         """[vision tokens, input size] -> [vision tokens, h], whole on every tensor-parallel rank."""
-        output: Tensor = self.linear(features[:, None])[0]
-        return output[:, 0]
+        output: Tensor = self.linear(features[:, None])[0]  # [vision tokens, 1, h]
+        return output[:, 0]  # [vision tokens, h]

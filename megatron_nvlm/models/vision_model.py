@@ -69,8 +69,8 @@ class FullWidthNormSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """[p, t, v] -> query, key, value, each [p, t, n, d]."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        query = self.full_q_layernorm(query.flatten(2)).view_as(query)
-        key = self.full_k_layernorm(key.flatten(2)).view_as(key)
+        query = self.full_q_layernorm(query.flatten(2)).view_as(query)  # [p, t, n, d]
+        key = self.full_k_layernorm(key.flatten(2)).view_as(key)  # [p, t, n, d]
         return query, key, value
 
 
@@ -136,21 +136,21 @@ class VisionModel(MegatronModule):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> embeddings [t, 1 + p, v], the class token first; [t, p, v] without one."""
-        tokens: Tensor = self.conv1(pixels).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.conv1(pixels).flatten(2).transpose(1, 2)  # [t, p, v]
         if self.family.has_class_token:
-            tokens = torch.cat([self.class_token.expand(len(pixels), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.class_token.expand(len(pixels), -1, -1), tokens], dim=1)  # [t, 1 + p, v]
         return tokens + self.position_embeddings.weight
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [t, 3, S, S] -> features of the last layer without the class token, [t, p, v]."""
-        hidden = self.embed(pixels).transpose(0, 1).contiguous()
+        hidden = self.embed(pixels).transpose(0, 1).contiguous()  # [1 + p, t, v]
         hidden = self.decoder(hidden, attention_mask=None)
-        return hidden[int(self.family.has_class_token) :].transpose(0, 1)
+        return hidden[int(self.family.has_class_token) :].transpose(0, 1)  # [t, p, v]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Core's, with this rank named among the holders of the same part, so that one of them writes it."""
+        """As Megatron-core's, but with replica ids, so that one rank writes each copy."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for key, value in state.items():
             if isinstance(value, ShardedTensor):

@@ -98,12 +98,12 @@ class ByGroup(Transform):
 
     @override
     def to_ours(self, tensors: Sequence[Tensor]) -> Tensor:
-        parts = [tensor.reshape(self.groups, -1, *tensor.shape[1:]) for tensor in tensors]
-        return torch.cat(parts, dim=1).flatten(0, 1)
+        parts = [tensor.reshape(self.groups, -1, *tensor.shape[1:]) for tensor in tensors]  # [groups, rows, ...]
+        return torch.cat(parts, dim=1).flatten(0, 1)  # [all rows, ...]
 
     @override
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
-        by_group = ours.reshape(self.groups, -1, *ours.shape[1:])
+        by_group = ours.reshape(self.groups, -1, *ours.shape[1:])  # [groups, rows of all tensors, ...]
         head = by_group.shape[1] // sum(self.heads)
         return [part.flatten(0, 1) for part in by_group.split([head * count for count in self.heads], dim=1)]
 
@@ -122,14 +122,14 @@ class InterleaveHeads(Transform):
 
     @override
     def to_ours(self, tensors: Sequence[Tensor]) -> Tensor:
-        rows = tensors[0].reshape(3, -1, self.head_size, *tensors[0].shape[1:])
+        rows = tensors[0].reshape(3, -1, self.head_size, *tensors[0].shape[1:])  # [3, stored heads, d, ...]
         _refuse_used_padding(rows[:, self.heads :])
-        return rows[:, : self.heads].transpose(0, 1).flatten(0, 2)
+        return rows[:, : self.heads].transpose(0, 1).flatten(0, 2)  # [heads * 3 * d, ...]
 
     @override
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
-        rows = ours.reshape(self.heads, 3, self.head_size, *ours.shape[1:]).transpose(0, 1)
-        return [_with_zeros(rows, 1, self.stored_heads).flatten(0, 2)]
+        rows = ours.reshape(self.heads, 3, self.head_size, *ours.shape[1:]).transpose(0, 1)  # [3, heads, d, ...]
+        return [_with_zeros(rows, 1, self.stored_heads).flatten(0, 2)]  # [3 * stored heads * d, ...]
 
 
 @dataclass(frozen=True)

@@ -31,29 +31,30 @@ def causal_attention(
         for start, end in zip(starts, ends, strict=True)
         if end > start
     ]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [tokens, heads, head_dim]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """[batch, tokens, heads, head_dim] in and out."""
+    """Query [b, s, n, d], key and value [b, s, g, d] -> [b, s, n, d]."""
     output = scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query.transpose(1, 2),  # [b, n, s, d]
+        key.transpose(1, 2),  # [b, g, s, d]
+        value.transpose(1, 2),  # [b, g, s, d]
         is_causal=True,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
-    return output.transpose(1, 2)
+    return output.transpose(1, 2)  # [b, s, n, d]
 
 
 def _padded_batch(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None
 ) -> Tensor:
-    starts = cu_seqlens[:-1].long()
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    position = torch.arange(longest, device=query.device)
-    real = position[None] < lengths[:, None]
-    rows = (starts[:, None] + position[None]).clamp(max=query.shape[0] - 1)
-    output = _causal(query[rows], key[rows], value[rows], scale)
-    return output[real]
+    """All samples in one call; b samples of l tokens each, padding included."""
+    starts = cu_seqlens[:-1].long()  # [b]
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()  # [b]
+    position = torch.arange(longest, device=query.device)  # [l]
+    real = position[None] < lengths[:, None]  # [b, l]
+    rows = (starts[:, None] + position[None]).clamp(max=query.shape[0] - 1)  # [b, l]
+    output = _causal(query[rows], key[rows], value[rows], scale)  # [b, l, n, d]
+    return output[real]  # [tokens, n, d]

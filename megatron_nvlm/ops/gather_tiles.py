@@ -19,20 +19,20 @@ class _GatherTiles(torch.autograd.Function):
         ctx.own = share_of(num_tiles, ranks, rank)
         # Equal sizes for the collective: shares differ by one tile at most, and the last may be empty.
         most = -(-num_tiles // ranks)
-        padded = features.new_zeros(most, *features.shape[1:])
+        padded = features.new_zeros(most, *features.shape[1:])  # [most, ...]
         padded[: len(features)] = features
-        gathered = features.new_empty(ranks * most, *features.shape[1:])
+        gathered = features.new_empty(ranks * most, *features.shape[1:])  # [ranks * most, ...]
         dist.all_gather_into_tensor(gathered, padded, group=group)
         parts = []
         for other in range(ranks):
             start, end = share_of(num_tiles, ranks, other)
             parts.append(gathered[other * most : other * most + end - start])
-        return torch.cat(parts)
+        return torch.cat(parts)  # [num_tiles, ...]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
         start, end = ctx.own
-        return gradients[0][start:end].contiguous(), None, None
+        return gradients[0][start:end].contiguous(), None, None  # [this rank's tiles, ...]
 
 
 def gather_tiles(features: Tensor, num_tiles: int, group: dist.ProcessGroup) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
     """The ranges as a dense mask: [tokens, num_keys], true where the token sees the key. `intervals` is [tokens, 2]."""
-    position = torch.arange(num_keys, device=intervals.device)
+    position = torch.arange(num_keys, device=intervals.device)  # [num_keys]
     return (position >= intervals[:, :1]) & (position < intervals[:, 1:])
 
 
@@ -45,7 +45,7 @@ def interval_attention(
         _attend(query[first:last], key[start:end], value[start:end], intervals[first:last] - start, scale)
         for first, last, start, end in segments(intervals)
     ]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [tokens, heads, head_dim]
 
 
 def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
@@ -73,17 +73,17 @@ def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None) -> Tensor:
-    empty = intervals[:, 1] <= intervals[:, 0]
+    """Of one segment: query [s, n, d], key and value [k, g, d], intervals [s, 2] -> [s, n, d]."""
+    empty = intervals[:, 1] <= intervals[:, 0]  # [s]
     # An empty token sees everything here and is set to zero below: a fully masked softmax would give NaN or a mean.
-    mask = interval_mask(intervals, key.shape[0]) | empty[:, None]
+    mask = interval_mask(intervals, key.shape[0]) | empty[:, None]  # [s, k]
     output = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
+        query.transpose(0, 1)[None],  # [1, n, s, d]
+        key.transpose(0, 1)[None],  # [1, g, k, d]
+        value.transpose(0, 1)[None],  # [1, g, k, d]
         attn_mask=mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return torch.where(
-        empty[:, None, None], torch.zeros((), dtype=output.dtype, device=output.device), output[0].transpose(0, 1)
-    )
+    output = output[0].transpose(0, 1)  # [s, n, d]
+    return torch.where(empty[:, None, None], torch.zeros((), dtype=output.dtype, device=output.device), output)

@@ -24,14 +24,14 @@ def pixel_shuffle(features: Tensor) -> Tensor:
     if side * side != patches:
         raise ValueError(f"pixel shuffle needs a square of patches; got {patches} a tile")
     if side % 2:
-        grid = features.view(tiles, side, side, width)
-        features, side = torch.nn.functional.pad(grid, (0, 0, 0, 1, 0, 1)), side + 1
+        grid = features.view(tiles, side, side, width)  # [t, side, side, w]
+        features, side = torch.nn.functional.pad(grid, (0, 0, 0, 1, 0, 1)), side + 1  # [t, side + 1, side + 1, w]
     half = side // 2
-    blocks = features.view(tiles, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
-    return blocks.reshape(tiles, half * half, 4 * width)
+    blocks = features.view(tiles, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)  # [t, half, half, 2, 2, w]
+    return blocks.reshape(tiles, half * half, 4 * width)  # [t, half * half, 4 w]
 
 
 def source_patches(side: int) -> Tensor:
     """The four patch numbers of each output token, [(side / 2) ** 2, 4]: the rule above as a table."""
-    numbers = torch.arange(side * side).view(1, side * side, 1)
-    return pixel_shuffle(numbers)[0]
+    numbers = torch.arange(side * side).view(1, side * side, 1)  # [1, side * side, 1]
+    return pixel_shuffle(numbers)[0]  # [(side / 2) ** 2, 4]

@@ -15,9 +15,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))  # [tokens, columns]
         columns = scores.shape[-1]
-        largest = scores.max(dim=-1).values
+        largest = scores.max(dim=-1).values  # [tokens]
         if size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         scores = scores - largest[:, None]
@@ -25,19 +25,19 @@ class _VocabCrossEntropy(torch.autograd.Function):
         ours = (local >= 0) & (local < columns)
         local = local.clamp(0, columns - 1)
         exponentials = scores.exp()
-        sums = exponentials.sum(dim=-1)
-        target = scores.gather(1, local[:, None])[:, 0] * ours
+        sums = exponentials.sum(dim=-1)  # [tokens]
+        target = scores.gather(1, local[:, None])[:, 0] * ours  # [tokens]
         if size > 1:
-            both = torch.stack([sums, target])
+            both = torch.stack([sums, target])  # [2, tokens]
             dist.all_reduce(both, group=group)
             sums, target = both[0], both[1]
         ctx.save_for_backward(exponentials.div_(sums[:, None]), local, ours)
         ctx.logits_dtype = logits.dtype
-        return sums.log() - target
+        return sums.log() - target  # [tokens]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        probabilities, local, ours = ctx.saved_tensors
+        probabilities, local, ours = ctx.saved_tensors  # [tokens, columns], [tokens], [tokens]
         gradient = probabilities.clone()
         gradient.scatter_add_(1, local[:, None], -ours.to(gradient.dtype)[:, None])
         return (gradient * gradients[0][:, None]).to(ctx.logits_dtype), None, None

@@ -241,7 +241,10 @@ def test_another_build_is_refused(material: Path, capsys: pytest.CaptureFixture[
     build(material, "set")
     with pytest.raises(SystemExit):
         build(material, "set", *change)
-    assert "holds a build with other settings; repeat its command, or give --rebuild or another --out" in capsys.readouterr().err
+    assert (
+        "holds a build with other settings; repeat its command, or give --rebuild or another --out"
+        in capsys.readouterr().err
+    )
 
 
 def test_bad_inputs_are_each_named(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
