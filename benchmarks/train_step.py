@@ -50,7 +50,7 @@ class Timing:
 
 
 def measure(model: ResolvedModel, options: argparse.Namespace, device: Device, precision: Precision) -> Timing:
-    """The median of the steps behind the warm-up."""
+    """The median of the steps after the warm-up."""
     micro_batch = made_micro_batch(model, options)
     work = count_work(micro_batch, model.vision.tokens_per_tile)
     if device.torch_device.type == "cuda":

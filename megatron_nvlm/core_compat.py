@@ -1,7 +1,7 @@
 """The only file that patches Megatron-core or asks for its version.
 
 Megatron-core (0.16.1 and its successors to 0.19) runs on CPU with gloo once the few places that name `torch.cuda`
-outright are led to the CPU, and its distributed optimizer resumes correctly with torch's AdamW once its `step` is mended.
+outright are led to the CPU, and its distributed optimizer resumes correctly with torch's AdamW once its `step` is fixed.
 Each patch says where core needs it; none changes what core computes.
 """
 

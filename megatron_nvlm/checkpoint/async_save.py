@@ -1,4 +1,4 @@
-"""Saves that training does not wait for: it waits for the copy of its state, a process of each rank writes.
+"""Asynchronous saves: training blocks only while state is copied; a child process per rank writes.
 
 Core plans the save and copies tensors of a GPU, and parts of larger buffers, to memory of the host; the writer is forked
 from the rank, so it has all else as it was (the kernel copies what training changes meanwhile). At most one save is in
@@ -135,7 +135,7 @@ class CheckpointSaver:
         final = self._folder / step_folder(progress.step)
         flight = _Flight(progress, self._folder / f".{final.name}.partial", final)
         self._on_first_rank(flight, bind(_make_anew, flight.partial))
-        # Ranks agree before core's own collectives begin: whoever failed alone would answer them with something else.
+        # Ranks agree before core's own collectives begin: a rank that failed alone would call other collectives.
         state: dict[str, Any] = {}
         error = ""
         try:
@@ -223,5 +223,5 @@ def _agree(error: str, flight: _Flight) -> None:
                 shutil.rmtree(flight.partial, ignore_errors=True)
             raise UserError(
                 f"the checkpoint {flight.final.name} in {flight.final.parent} could not be saved (rank {rank}: {message}); "
-                "make room or mend the folder and start again: the run goes on from its last complete checkpoint"
+                "make room or fix the folder and start again: the run goes on from its last complete checkpoint"
             )

@@ -37,7 +37,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def write_latest(folder: Path, name: str) -> None:
-    """Name the newest complete checkpoint; whoever reads, or is killed, sees the old name or the new one."""
+    """Name the newest complete checkpoint, atomically: a reader sees the old name or the new one."""
     partial = folder / f"{LATEST_FILE}.partial"
     with partial.open("w") as file:
         file.write(name)
@@ -48,7 +48,7 @@ def write_latest(folder: Path, name: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know the folder's names."""
+    """Flush the folder's entries to disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,7 +66,7 @@ def remove_old(
     """Remove all but the last `keep_last` checkpoints up to `newest` and those of every `keep_every_steps`-th step.
 
     Damaged ones go as well: counted, they would push out those that a run can still go back to. Later ones than `newest`
-    (a run that went back) stay until the run comes to them and writes them anew.
+    (a run that went back) stay until the run comes to them and writes them again.
     """
     earlier = sorted((path for path in folder.glob("step_*") if 0 <= step_of(path) < step_of(newest)), key=step_of)
     complete = [path for path in earlier if is_whole(path)]

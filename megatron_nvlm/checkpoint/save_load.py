@@ -44,7 +44,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Complete checkpoints that stay; older ones are removed."""
     keep_every_steps: int | None = None
-    """Checkpoints of every so many steps stay for good; null for none."""
+    """Checkpoints of every N-th step are never removed; null for none."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
     verify: str = "size"
@@ -66,12 +66,12 @@ class Progress:
     """Where its data goes on."""
 
     def to_plain(self) -> dict[str, int]:
-        """What a checkpoint stores."""
+        """The value as a checkpoint stores it."""
         return {"step": self.step, **vars(self.position)}
 
     @classmethod
     def from_plain(cls, stored: Mapping[str, int]) -> "Progress":
-        """Of what a checkpoint stores."""
+        """Read what `to_plain` wrote."""
         position = {name: value for name, value in stored.items() if name != "step"}
         return cls(stored["step"], DataPosition(**position))
 
@@ -112,7 +112,7 @@ def checkpoint_to_resume(run_dir: RunDir, verify: str) -> Path | None:
     if damages:
         raise UserError(
             f"no checkpoint of {run_dir.path} is whole ({'; '.join(damages)}); restore one of them, or remove "
-            f"{run_dir.checkpoints} to begin anew"
+            f"{run_dir.checkpoints} to begin again"
         )
     return None
 

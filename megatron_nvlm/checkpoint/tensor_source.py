@@ -30,7 +30,7 @@ class TensorInfo:
 
     @property
     def rows(self) -> int:
-        """Along the first axis; 1 of a scalar."""
+        """Length of the first axis; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     @property
@@ -49,7 +49,7 @@ class TensorInfo:
 
 
 def in_pieces(tensor: Tensor, most_numbers: int) -> Sequence[Tensor]:
-    """Views of a tensor along its first axis, of at most so many numbers (a row at least); a scalar as it is."""
+    """Views of a tensor along its first axis, each of at most `most_numbers` numbers (a row at least); a scalar as it is."""
     if not tensor.dim() or not len(tensor):
         return [tensor]
     return tensor.split(max(1, most_numbers // max(1, tensor[0].numel())))

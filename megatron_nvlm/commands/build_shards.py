@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error}; the same command goes on when that is mended", file=sys.stderr)
+        print(f"error: {error}; the same command goes on when that is fixed", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

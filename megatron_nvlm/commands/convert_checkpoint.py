@@ -8,7 +8,7 @@
 
 Every tensor is accounted for on both sides, or nothing is written and the full list is printed. Weights pass through one
 at a time. Interrupted, the same command goes on. CKPT is the folder of a run or a checkpoint below its checkpoints/.
-Status: 0, 1 if `verify` finds differences, 2 for a mistake that can be mended.
+Status: 0, 1 if `verify` finds differences, 2 for a mistake that can be fixed.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Progress:
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not sys.stderr.isatty())
 
     def __call__(self, num_bytes: int) -> None:
-        """So many more bytes are done."""
+        """Count this number of bytes as done."""
         self._bar.update(num_bytes)
 
 

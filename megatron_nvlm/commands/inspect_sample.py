@@ -61,7 +61,7 @@ def make_panels(raw: RawSample, pipeline: SamplePipeline, stages: Sequence[str],
 
 
 def find_grids(raw: RawSample, tiling: TilingConfig, num_tiles: int) -> list[Grid]:
-    """The grids of a sample's images, by the ladder that too long samples go down, which ended at so many tiles."""
+    """The grids of a sample's images, by the rule for too long samples, which ended at this number of tiles."""
     described = describe_images(raw.record, raw.pictures)
     images = [
         SourceImage(image.width, image.height, Grid(image.cols, image.rows) if image.cols else None)
@@ -107,7 +107,7 @@ def make_pipelines(options: argparse.Namespace) -> list[SamplePipeline]:
 
 
 def find_sample(shards: ShardSet, number: int, key: str | None) -> RawSample:
-    """By number, or by key (which reads samples until it is found)."""
+    """Find a sample by number, or by key (which reads samples until it is found)."""
     if key is not None:
         for place in range(len(shards)):
             raw = shards.read(place)

@@ -10,7 +10,7 @@ processor gives: `CASE.num_tiles`, `CASE.vision_index`, `CASE.context_input_ids`
 `CASE.context_intervals`.
 Outputs: `CASE.logits` [b, r, vocabulary] (zeros at padding), `CASE.loss` [1] with labels, with tiles `CASE.vit_features`
 [t, patches, v], `CASE.pixel_shuffled`, `CASE.mlp1_out` [t, tokens per tile, h]; with --gradients `CASE.grad.NAME` of the
-loss for every weight under its Hugging Face name. With N x M over 1 it starts so many processes itself.
+loss for every weight under its Hugging Face name. With N x M over 1 it starts N x M processes itself.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""From shards to micro-batches. torch on the CPU; never Megatron-core."""
+"""Shards to micro-batches: torch on the CPU; never Megatron-core."""

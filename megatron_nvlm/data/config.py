@@ -36,12 +36,12 @@ class DataConfig:
     seed: int = 1234
     """Of the order of samples."""
     shuffle_window_shards: int = WINDOW_SHARDS
-    """Samples of so many shards are shuffled among each other; fewer read more in sequence, more mix better."""
+    """Number of shards whose samples are shuffled together: fewer read more in sequence, more mix better."""
     packing: PackingConfig = field(default_factory=PackingConfig)
     num_workers: int = 0
     """Processes of each rank that read and decode ahead; 0 does it in place."""
     prefetch_samples: int = PREFETCH_SAMPLES
-    """Samples that workers prepare ahead on each rank; where ranks share the tiles of a step, memory for so many."""
+    """Samples that workers prepare ahead on each rank; where ranks share the tiles of a step, the memory for them."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     max_bad_fraction: float = 0.01
     """Share of bad samples among those consumed past which the run stops."""

@@ -17,7 +17,7 @@ PACKED_KEYS = (
 
 
 def data_fingerprint(config: DataConfig, sets: Sequence[ShardSet], pipeline: SamplePipeline) -> dict[str, Any]:
-    """By key of the run file. Equal fingerprints give equal orders, wherever the sets lie.
+    """Fingerprint of the data by key of the run file. Equal fingerprints give equal orders, wherever the sets lie.
 
     Sets count by the hashes of their shards and by their share of the weights; sets of weight 0 do not count. With
     packing, the keys that decide how long a sample is are added, since its packs follow from them.

@@ -32,7 +32,7 @@ class ChunkSizes:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Of one micro-batch on one rank."""
+    """Activation bytes of one micro-batch on one rank."""
 
     kept: int
     """From its forward to its backward pass."""
@@ -102,7 +102,7 @@ class ActivationModel:
         return part in self.trainable
 
     def _norm(self, elements: int, shard: int, trains: bool) -> int:
-        """A norm's input, and its output where a linear layer behind it trains."""
+        """A norm's input, and its output where a linear layer after it trains."""
         output = self.dtype.itemsize * trains
         if self.backend == "te":
             return elements * (self.dtype.itemsize + output) // shard
@@ -147,7 +147,7 @@ class ActivationModel:
         return tokens * size * (inputs * (1 + trains) + inner + language.hidden_size)
 
     def _tiles_of_a_rank(self, work: Work) -> int:
-        """Of a micro-batch; of a step, where they are encoded ahead."""
+        """Tiles that a rank encodes in a micro-batch, or in a step where they are encoded ahead."""
         if self._ahead:
             return -(-work.tiles * self.micro_batches // self._ranks)
         return work.tiles if self._split_encoder else -(-work.tiles // self._tensor)
@@ -157,7 +157,7 @@ class ActivationModel:
 
     @property
     def _ranks(self) -> int:
-        """Of a model replica."""
+        """Ranks of a model replica."""
         return self._tensor * self.parallelism.pipeline_model_parallel_size
 
     @property
@@ -165,7 +165,7 @@ class ActivationModel:
         return self.parallelism.vision_placement == "tensor_parallel"
 
     def _encoder(self, tiles: int) -> int:
-        """Of so many tiles; nothing for a frozen encoder."""
+        """Bytes that the encoder keeps for a number of tiles; nothing if it is frozen."""
         if not self._trains("vision_model"):
             return 0
         vision, size = self.sizes.vision, self.dtype.itemsize
@@ -187,12 +187,12 @@ class ActivationModel:
         return self._norm(elements, 1, True)
 
     def _features(self, tiles: int) -> int:
-        """Of so many tiles, as they leave the encoder."""
+        """Bytes of the features of a number of tiles."""
         vision = self.sizes.vision
         return self.dtype.itemsize * tiles * vision.patches_per_tile * vision.hidden_size
 
     def _encoder_working(self, work: Work) -> int:
-        """Tiles that pass the encoder at once, and the features of a micro-batch before and behind pixel shuffle."""
+        """Tiles that pass the encoder at once, and the features of a micro-batch before and after pixel shuffle."""
         vision, size = self.sizes.vision, self.dtype.itemsize
         tiles = self._tiles_at_once(work)
         rows = tiles * vision_family_of(vision).tower_tokens(vision)

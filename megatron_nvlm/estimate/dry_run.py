@@ -1,4 +1,4 @@
-"""All that can be said of a run without running it: ranks, ownership, memory, FLOPs, bubble, predicted time."""
+"""What is known of a run without running it: ranks, ownership, memory, FLOPs, bubble, predicted time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class DryRunInput:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Type of the weights."""
         return self.precision.parameter_dtype
 
     @property
@@ -48,12 +48,12 @@ class DryRunInput:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, on each replica."""
+        """Micro-batches of a step on each replica."""
         return self.global_batch_size // (self.micro_batch_size * self.replicas)
 
     @property
     def sizes(self) -> ModelSizes:
-        """For counting."""
+        """Sizes of the model, as counting needs them."""
         return ModelSizes(
             self.model.variant,
             self.model.language,
@@ -84,7 +84,7 @@ class StageReport:
 
     @property
     def total_bytes(self) -> int:
-        """At the worst moment."""
+        """State, activations and working memory at the worst moment."""
         return self.state.total + self.activations + self.working
 
 
@@ -119,34 +119,34 @@ class DryRun:
 
     @property
     def micro_batches_of_all_replicas(self) -> int:
-        """In one step."""
+        """Micro-batches of all replicas in one step."""
         return self.plan.micro_batches * self.plan.replicas
 
     @property
     def decoder_flops(self) -> Flops:
-        """Of one micro-batch: all layers, cross-attention, output layer."""
+        """Decoder FLOPs of one micro-batch: all layers, cross-attention, output layer."""
         sizes = self.plan.sizes
         layers, cross = sizes.language.num_layers, len(sizes.cross_attention_layers)
         return self.flops.decoder(layers, cross) + self.flops.output_layer
 
     @property
     def step_flops(self) -> Flops:
-        """Of a step of all replicas."""
+        """FLOPs of one step on all replicas."""
         parts = self.flops.vision + self.flops.projector + self.decoder_flops
         return parts.times(self.micro_batches_of_all_replicas)
 
     @property
     def samples_per_second(self) -> float:
-        """Predicted."""
+        """Predicted throughput."""
         return self.plan.global_batch_size / self.time.total
 
     def model_flops_utilisation(self, samples_per_second: float, hardware: Hardware) -> float:
-        """Share of all GPUs' peak that so many samples a second amount to, recomputation not counted."""
+        """Share of all GPUs' peak that this rate of samples amounts to, recomputation not counted."""
         per_sample = self.step_flops.model / self.plan.global_batch_size
         return per_sample * samples_per_second / (self.plan.world_size * hardware.peak_tflops * 1e12)
 
     def free_gib(self, hardware: Hardware) -> float:
-        """Of the fullest rank; negative if the run does not fit."""
+        """Free memory of the fullest rank; negative if the run does not fit."""
         fullest = max(stage.total_bytes for stage in self.stages)
         return hardware.memory_gib - hardware.reserve_gib - fullest / GIB
 

@@ -37,7 +37,7 @@ class Flops:
         )
 
     def times(self, count: int) -> "Flops":
-        """As often as that."""
+        """These operations, repeated a number of times."""
         return Flops(
             self.forward * count, self.input_gradient * count, self.weight_gradient * count, self.recompute * count
         )
@@ -112,7 +112,7 @@ class ModelFlops:
     output_layer: Flops
 
     def decoder(self, layers: int, cross_attention_layers: int) -> Flops:
-        """So many layers, of which so many have cross-attention; without the output layer."""
+        """A number of layers, some of them with cross-attention; without the output layer."""
         return self.decoder_layer.times(layers) + self.cross_attention.times(cross_attention_layers)
 
 

@@ -55,7 +55,7 @@ class BuiltRank:
 
     @property
     def parameters(self) -> tuple[LocalParameter, ...]:
-        """Those of all chunks."""
+        """Parameters of all chunks."""
         return tuple(parameter for chunk in self.chunks for parameter in chunk)
 
 

@@ -44,7 +44,7 @@ def make_sample(shape: SampleShape, variant: Variant, tokens_per_tile: int) -> A
 
 
 def make_micro_batch(shape: SampleShape, variant: Variant, tokens_per_tile: int, samples: int) -> MicroBatch:
-    """So many of the sample, without pixels and without padding."""
+    """A micro-batch of copies of the sample, without pixels and without padding."""
     sample = make_sample(shape, variant, tokens_per_tile)
     keys = [f"sample_{number}" for number in range(samples)]
     no_tiles = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)

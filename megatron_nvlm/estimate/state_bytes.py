@@ -87,7 +87,7 @@ def state_bytes(
 def largest_state_bytes(
     rank: BuiltRank, precision: Precision, data_parallel_size: int, distributed: bool
 ) -> StateBytes:
-    """Those of the data-parallel rank that holds most; shards differ a little, since padding falls where it may."""
+    """State bytes of the data-parallel rank that holds most; shards differ a little because of padding."""
     shards = range(data_parallel_size) if distributed else range(1)
     return max(
         (state_bytes(rank, precision, shard, data_parallel_size, distributed) for shard in shards),

@@ -1,4 +1,4 @@
-"""Predicted time of a step: a few sums from stated rates, to rank layouts by. Nothing in it is fitted to a measurement.
+"""Predicted step time from stated rates, for ranking layouts; nothing is fitted to a measurement.
 
 A stage's time for a micro-batch is its operations (recomputation included) over its ranks' peak times one stated
 utilisation, with the tiles of the rank that encodes most, plus its tensor-parallel messages, plus what it sends to the
@@ -37,7 +37,7 @@ class Hardware:
         return self.peak_tflops * 1e12 * self.utilisation
 
     def bytes_per_second(self, ranks: int) -> float:
-        """What a GPU sends to ranks at most so many ranks away."""
+        """What a GPU sends to ranks within this distance."""
         inside = ranks <= self.gpus_per_node
         return 1e9 * (self.node_gigabytes_per_second if inside else self.network_gigabytes_per_second)
 
@@ -129,7 +129,7 @@ def predict_step(step: StepWork, hardware: Hardware) -> StepTime:
 
 
 def _encoding_operations(flops: ModelFlops, work: Work, parallelism: ParallelismConfig, micro_batches: int) -> float:
-    """Of the rank with most tiles: for a micro-batch, or for the whole step if tiles are encoded ahead."""
+    """Operations of the rank with most tiles: for a micro-batch, or for the whole step if tiles are encoded ahead."""
     if not work.tiles:
         return 0.0
     tensor = parallelism.tensor_model_parallel_size
@@ -142,7 +142,7 @@ def _encoding_operations(flops: ModelFlops, work: Work, parallelism: Parallelism
 
 
 def _chunk_operations(flops: ModelFlops, chunk: ChunkSizes) -> int:
-    """Of a chunk, the encoder left out, over all its ranks."""
+    """Operations of a chunk over all its ranks, without the encoder."""
     operations = flops.decoder(chunk.layers, chunk.cross_attention_layers).executed
     if chunk.has_projector:
         operations += flops.projector.executed
@@ -154,7 +154,7 @@ def _chunk_operations(flops: ModelFlops, chunk: ChunkSizes) -> int:
 def _chunk_messages(work: Work, sizes: ModelSizes, chunk: ChunkSizes, parallelism: ParallelismConfig) -> float:
     """Bytes that a rank sends to its tensor-parallel peers for a micro-batch, forward and backward.
 
-    Each half of a layer gathers its rows before and reduces them behind (an all-reduce without sequence parallelism is
+    Each half of a layer gathers its rows before and reduces them after (an all-reduce without sequence parallelism is
     both at once), in the forward pass, in the backward pass and in what is recomputed; under sequence parallelism rows are
     gathered once more for the gradients of weights.
     """

@@ -53,7 +53,7 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def to_micro_batch(case: Case, tokens_per_tile: int, tile_size: int, has_context: bool) -> MicroBatch:
-    """The case's samples one behind the other, padding left out.
+    """The case's samples one after the other, padding left out.
 
     Args:
         has_context: whether the model has cross-attention.
@@ -112,7 +112,7 @@ def _decoder_index(case: Case, first_token: Tensor) -> Tensor:
 
 
 def _context(case: Case, first_token: Tensor, in_context: bool, has_context: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and vision tokens of the context, and what each row sees of it; samples one behind the other."""
+    """Ids and vision tokens of the context, and what each row sees of it; samples one after the other."""
     rows = int(case.real.sum())
     if not in_context:
         filler = torch.zeros(1 if has_context else 0, dtype=torch.long)

@@ -49,7 +49,7 @@ class OurModel:
 
 
 def describe_model(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> OurModel:
-    """From a model's `sharded_state_dict` and the whole shapes of its parameters."""
+    """Describe a model by its `sharded_state_dict` and the whole shapes of its parameters."""
     objects = [entry.unique_key for entry in state.values() if hasattr(entry, "unique_key")]
     return OurModel({name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}, objects)
 
@@ -145,7 +145,7 @@ def export_source(
 
 
 def is_filled_up(name: str, info: TensorInfo, vocabulary: int) -> bool:
-    """Whether a checkpoint's embedding or output layer has zeros behind the vocabulary, for ranks that do not divide it."""
+    """Whether a checkpoint's embedding or output layer has zeros after the vocabulary, for ranks that do not divide it."""
     by_id = any(re.fullmatch(pattern, name) for pattern, _ in VOCABULARY_SPLITS)
     return by_id and vocabulary < info.shape[0] < 2 * vocabulary
 

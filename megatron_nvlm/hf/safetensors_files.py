@@ -132,7 +132,7 @@ def write_index(folder: Path, files: list[dict[str, TensorInfo]]) -> None:
 
 
 def file_names(count: int) -> list[str]:
-    """Hugging Face's names of so many files."""
+    """Hugging Face's names of a set of files."""
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

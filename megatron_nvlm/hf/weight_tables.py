@@ -15,7 +15,7 @@ from megatron_nvlm.models.weight_rows import (
 from megatron_nvlm.sequence.variants import Variant
 
 RELEASE_PADDING_HEADS = 7
-"""Heads of zeros that the NVLM-D release's code has behind the real ones of an RMSNorm encoder, whatever their number."""
+"""Heads of zeros that the NVLM-D release's code has after the real ones of an RMSNorm encoder, whatever their number."""
 
 _LAYER = "language_model.decoder.layers.*"
 
@@ -59,7 +59,7 @@ def vision_rows(preset: VisionPreset, theirs: str = "", padding_heads: int = 0) 
     """A vision model of any family, below the prefix `theirs` of the folder's names.
 
     Args:
-        padding_heads: heads of zeros that their tensors have behind the real ones. Any number is read; so many are written.
+        padding_heads: heads of zeros that their tensors have after the real ones; any number is read, this one is written.
     """
     return vision_family_of(preset).rows(preset, theirs, padding_heads)
 

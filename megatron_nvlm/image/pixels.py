@@ -43,24 +43,24 @@ def check_image_size(width: int, height: int) -> None:
 
 
 @contextmanager
-def picture_faults(what: str = "the image cannot be decoded", mend: str = "replace the file") -> Iterator[None]:
+def picture_faults(what: str = "the image cannot be decoded", fix: str = "replace the file") -> Iterator[None]:
     """Whatever is raised within, on a damaged picture, becomes one sentence: the one place for that.
 
     Pillow's readers raise many kinds (struct.error, SyntaxError, RuntimeError, MemoryError, ...), which change with its
     versions, so none is named here.
 
     Raises:
-        UserError: `what` happened, why, and how to mend it; one that was raised within stays as it is.
+        UserError: `what` happened, why, and how to fix it; one that was raised within stays as it is.
     """
     try:
         yield
     except UserError:
         raise
     except UnidentifiedImageError as error:  # its message holds an address in memory
-        raise UserError(f"{what} (its bytes are of no known format); {mend}") from error
+        raise UserError(f"{what} (its bytes are of no known format); {fix}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{what} ({reason}); {mend}") from error
+        raise UserError(f"{what} ({reason}); {fix}") from error
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_nvlm.runs.restore import TrainedRun
 
 HELP = "Ask; /image FILE adds a picture to the next question, /new begins again, /quit (or end of input) ends."
 STILL_HERE_SECONDS = 30
-"""How often the other ranks are told that someone is still thinking, since no collective waits for ever."""
+"""How often the other ranks are told that someone is still thinking, since no collective waits forever."""
 
 
 class _Terminal:

@@ -111,7 +111,7 @@ def _read_prompts(
 
 
 def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, token_multiple: int) -> Tensor | None:
-    """Logits [open samples, vocabulary / TP] behind one token more of each, on the last stage."""
+    """Logits [open samples, vocabulary / TP] after one token more of each, on the last stage."""
     num_tokens = len(tokens) + -len(tokens) % token_multiple
     language = model.language_model
 

@@ -3,7 +3,7 @@
 The pack of the prompts passes through the model once; each attention keeps what it computed, by sample. Then each
 step passes one token per open sample, and attention reads what is kept. For that time `KeyValueCache` stands in three
 places of the decoder: in the `core_attention` slots, in place of the projection of the context (whose keys and values are
-the same for every step), and behind the rotary module, since each token has a position of its own. What happens in a step is
+the same for every step), and after the rotary module, since each token has a position of its own. What happens in a step is
 this file's own attention, whatever backend the model was built with.
 Shapes: r tokens of a step (o open samples, then padding), b samples of a cache, l kept tokens of its longest sample,
 n query heads, g groups, d head size, s tokens of the prompts, c context tokens.
@@ -31,7 +31,7 @@ class KeptTokens:
         longest = int(lengths.max())
         position = torch.arange(longest, device=key.device)
         self.lengths = lengths
-        # Behind the end of a sample stands some other token, which no query sees.
+        # After the end of a sample stands some other token, which no query sees.
         rows = (starts[:, None] + position).clamp(max=max(len(key) - 1, 0))
         self.key, self.value = key[rows], value[rows]
 
@@ -134,7 +134,7 @@ class KeyValueCache:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The decoder keeps and reads; as it was before, behind."""
+        """The decoder keeps and reads; as it was before, after."""
         replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
 
         def replace(owner: Any, name: str, stand_in: torch.nn.Module) -> None:
@@ -174,7 +174,7 @@ class KeyValueCache:
         self.positions = self.positions + 1
 
     def _rotary(self, rotary: Any, arguments: Any, output: Tensor) -> Tensor:
-        """Behind core's rotary module: frequencies [r, 1, 1, d] of the tokens' own positions, instead of 0, 1, 2, ..."""
+        """After core's rotary module: frequencies [r, 1, 1, d] of the tokens' own positions, instead of 0, 1, 2, ..."""
         if self._step_positions is None:
             return output
         frequencies: Tensor = rotary.get_emb(int(self._step_positions.max()) + 1)

@@ -14,7 +14,7 @@ from megatron_nvlm.models.nvlm_model import NVLMModel
 
 
 def pass_through(model: NVLMModel, num_tokens: int, compute: Callable[[Tensor | None], Tensor]) -> Tensor | None:
-    """Receive from the stage before, compute, send to the stage behind.
+    """Receive from the stage before, compute, send to the stage after.
 
     Args:
         num_tokens: of the message between stages, over all sequence shards.

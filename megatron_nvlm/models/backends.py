@@ -1,6 +1,6 @@
 """Which class fills each kind of slot: `local` runs anywhere on PyTorch, `te` takes Transformer Engine's on GPUs.
 
-Parameter names and shapes are the same in both (norms are never fused into the linear layer behind them), so a
+Parameter names and shapes are the same in both (norms are never fused into the linear layer after them), so a
 checkpoint of one backend loads into the other.
 Shapes: s decoder tokens, b batch, n query heads, g key/value groups, d head size, h hidden.
 """
@@ -68,7 +68,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class TorchCoreAttention(torch.nn.Module):
-    """Core's `core_attention` slot on PyTorch's scaled dot product: grouped queries, ragged sequences, dense tiles."""
+    """Self-attention for core's `core_attention` slot by PyTorch: grouped queries, ragged sequences, dense tiles."""
 
     def __init__(
         self,

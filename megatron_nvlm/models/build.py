@@ -1,4 +1,4 @@
-"""From a run's configuration to this rank's part of the model. The only place that writes TransformerConfigs."""
+"""Builds this rank's part of the model from a resolved configuration. The only place that writes TransformerConfigs."""
 
 from collections.abc import Callable
 

@@ -46,7 +46,7 @@ class ModelChunks(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Core's, of each chunk under its number; names within the checkpoint are those of the whole model."""
+        """Core's state of each chunk under its number; names in the checkpoint are those of the whole model."""
         return {
             f"chunk_{number}": chunk.sharded_state_dict(prefix, sharded_offsets, metadata)
             for number, chunk in enumerate(self)

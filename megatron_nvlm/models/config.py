@@ -83,7 +83,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
 
 
 def _find_sizes(presets: dict[str, Preset], name: str, key: str, read: Callable[[Path], Preset]) -> Preset:
-    """Of a preset, or read from a folder: `hf:PATH`, or a path with a slash."""
+    """Sizes of a preset, or read from a folder: `hf:PATH`, or a path with a slash."""
     if name.startswith(FOLDER_PREFIX):
         return read(Path(name.removeprefix(FOLDER_PREFIX)))
     if name in presets or not Path(name).is_dir():

@@ -134,7 +134,7 @@ def _common(config: ModelConfig, dtype: torch.dtype, on_cpu: bool) -> dict[str, 
 
 
 def _softmax_scale(preset: LanguagePreset) -> float | None:
-    """Of self-attention's scores; None for 1 / sqrt(head size).
+    """Scale of self-attention's scores; None for 1 / sqrt(head size).
 
     YaRN multiplies cosine and sine, so all scores of a head by the square.
     """
@@ -144,6 +144,6 @@ def _softmax_scale(preset: LanguagePreset) -> float | None:
 
 
 def _virtual_size(parallelism: ParallelismConfig) -> int | None:
-    """Core's spelling of the number of chunks: None without interleaving."""
+    """Number of chunks as core spells it: None without interleaving."""
     chunks = parallelism.virtual_pipeline_model_parallel_size
     return chunks if chunks > 1 else None

@@ -27,7 +27,7 @@ class CrossAttentionConfig:
     """Where gated cross-attention stands and how it is made. The paper gives the number of layers and nothing else."""
 
     interval: int = 8
-    """One layer in so many has cross-attention: 6 for the 34B, 8 for the 72B model (paper, section 4.5)."""
+    """Every N-th layer has cross-attention: 6 for the 34B, 8 for the 72B model (paper, section 4.5)."""
     offset: int | None = None
     """Which layer of each group, from 0. The paper does not say; None is the last."""
     num_attention_heads: int | None = None

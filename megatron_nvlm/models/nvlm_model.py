@@ -28,7 +28,7 @@ from megatron_nvlm.sequence.micro_batch import MicroBatch
 class NVLMModel(MegatronModule):
     """A pipeline stage; the first also holds the vision model and its projector.
 
-    Between stages travels [s + c, 1, h] (under sequence parallelism each rank's shards of both): decoder tokens, and behind
+    Between stages travels [s + c, 1, h] (under sequence parallelism each rank's shards of both): decoder tokens, and after
     them the context that cross-attention layers of later stages read, so that gradients return to the projector.
 
     Args:

@@ -24,7 +24,7 @@ class Padding:
     """A multiple of the tensor-parallel ranks."""
 
     def pad(self, full: Tensor, dim: int) -> Tensor:
-        """Zeros behind the real heads along `dim`."""
+        """Zeros after the real heads along `dim`."""
         missing = list(full.shape)
         missing[dim] = full.shape[dim] // self.real * (self.padded - self.real)
         return torch.cat([full, full.new_zeros(missing)], dim)

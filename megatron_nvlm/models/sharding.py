@@ -17,7 +17,7 @@ class Split:
     dim: int
     blocks: int = 1
     padding: Padding | None = None
-    """Zeros that stand behind the whole tensor before it is cut, in units of heads, or of rows of the vocabulary."""
+    """Zeros that stand after the whole tensor before it is cut, in units of heads, or of rows of the vocabulary."""
 
 
 # (pattern of a parameter's name within NVLMModel, how it is split); what matches nothing is whole on every rank.

@@ -16,7 +16,7 @@ from megatron_nvlm.errors import UserError
 
 
 class Transform(ABC):
-    """From the tensors of a folder to one of ours and back."""
+    """Turns tensors of a folder into one of ours, and back."""
 
     @abstractmethod
     def to_ours(self, tensors: Sequence[Tensor]) -> Tensor:

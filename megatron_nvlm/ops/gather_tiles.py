@@ -38,7 +38,7 @@ class _GatherTiles(torch.autograd.Function):
 def gather_tiles(features: Tensor, num_tiles: int, group: dist.ProcessGroup) -> Tensor:
     """Features of all tiles on every rank, from each rank's share.
 
-    The gradient of the result must be the same on all ranks (as behind a tensor-parallel projector); each rank then
+    The gradient of the result must be the same on all ranks (as after a tensor-parallel projector); each rank then
     receives that of its own share, and gradients of the encoder are sums over the ranks.
 
     Args:

@@ -54,7 +54,7 @@ def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
     Each segment then needs scores for its own keys only, not for those of the whole sequence.
 
     Returns:
-        (first token, token behind the last, first key, key behind the last) of each segment; at least one key each, and all
+        (first token, token after the last, first key, key after the last) of each segment; at least one key each, and all
         tokens in order.
     """
     starts, ends = intervals.T.tolist()
@@ -73,7 +73,7 @@ def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None) -> Tensor:
-    """Of one segment: query [s, n, d], key and value [k, g, d], intervals [s, 2] -> [s, n, d]."""
+    """Attend within one segment: query [s, n, d], key and value [k, g, d], intervals [s, 2] -> [s, n, d]."""
     empty = intervals[:, 1] <= intervals[:, 0]  # [s]
     # An empty token sees everything here and is set to zero below: a fully masked softmax would give NaN or a mean.
     mask = interval_mask(intervals, key.shape[0]) | empty[:, None]  # [s, k]

@@ -3,7 +3,7 @@
 Before the pipeline starts, the tiles of the step's micro-batches are dealt to the tensor x pipeline ranks in equal ranges
 (one tile more or less), whatever micro-batch they are of, and each rank encodes its own with a whole encoder; the loader
 (data/loading/shared_decoding.py) decodes no others. The features
-then go to the first stage, which projects them in the pipeline. A trainable encoder gets their gradients back behind the
+then go to the first stage, which projects them in the pipeline. A trainable encoder gets their gradients back after the
 pipeline's last micro-batch, and encodes again: so no rank holds activations of more than `vision_tiles_at_once` tiles.
 
 Ranges are numbered so that the tiles of one tensor-parallel rank of all stages lie side by side: features travel along the
@@ -80,7 +80,7 @@ class SpreadVision:
         return any(parameter.requires_grad for parameter in self.model.vision_model.parameters())
 
     def _encode_round(self, first: int, last: int) -> Tensor:
-        """[last - first, tokens, 4 v] of this rank's tiles in that range, zeros behind the last."""
+        """[last - first, tokens, 4 v] of this rank's tiles in that range, zeros after the last."""
         tiles = self.own_tiles[first:last]
         if len(tiles):
             features = self.model.encode_tiles(tiles.to(self.device))
@@ -127,7 +127,7 @@ class SpreadVision:
                 self.model.vision_clock.tiles -= len(tiles)  # counted when they were encoded first
 
     def _from_first_stage(self, whole: Tensor | None, first: int, last: int) -> Tensor:
-        """[last - first, tokens, 4 v]: the gradient of this rank's features in that range, zeros behind the last.
+        """[last - first, tokens, 4 v]: the gradient of this rank's features in that range, zeros after the last.
 
         Args:
             whole: gradient of all features, on the first stage.
@@ -149,7 +149,7 @@ class SpreadVision:
         return own
 
     def _gradient(self) -> Tensor:
-        """Of all features. It is the same on all tensor-parallel ranks, since the projector's input is."""
+        """Gradient of all features. It is the same on all tensor-parallel ranks, since the projector's input is."""
         if not self._features:
             return self._empty().cpu()
         return torch.cat([part.grad if part.grad is not None else torch.zeros_like(part) for part in self._features])

@@ -35,7 +35,7 @@ class Effect(Enum):
     TRAINING = auto()
     """Decides the form of the text, or of the numbers, in which the run is trained."""
     ORDER = auto()
-    """Decides which sample comes when, as `data_fingerprint` says: refused unless allowed; then the order begins anew."""
+    """Decides which sample comes when, as `data_fingerprint` says: refused unless allowed; then the order begins again."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def refuse_other_order(path: Path, changed: Iterable[str], allowed: Iterable[str
 
 
 def describe_effect(key: str, keep_schedule: bool) -> str:
-    """In brackets, what becomes of a changed key; nothing for one that simply takes effect."""
+    """What becomes of a changed key, in brackets; nothing for one that simply takes effect."""
     effect = EFFECTS[key]
     if effect is Effect.NEW_WEIGHTS:
         return " (of new weights alone, so without effect here)"

@@ -57,7 +57,7 @@ def load_tokenizer(run: ResolvedRun) -> Tokenizer:
 
 
 def make_pipeline(run: ResolvedRun, tokenizer: Tokenizer) -> SamplePipeline:
-    """From stored samples to sequences, for this run's model."""
+    """The pipeline that turns stored samples into sequences for this run's model."""
     data = run.config.data
     return SamplePipeline(
         tokenizer=tokenizer,

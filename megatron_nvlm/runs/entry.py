@@ -38,7 +38,7 @@ def say(text: str) -> None:
 
 
 def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]:
-    """A `main` that returns 0, or 2 with one sentence on stderr for a mistake or a file system that the user can mend.
+    """A `main` that returns 0, or 2 with one sentence on stderr for a mistake or a file system that the user can fix.
 
     Every rank reads the same files and meets the same mistake; all but rank 0 say their rank.
     """
@@ -61,7 +61,7 @@ def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]
 
 
 def _file_system_sentence(error: OSError) -> str:
-    """What was met, where, and how to mend it; nothing for an error that is not the file system's."""
+    """What was met, where, and how to fix it; nothing for an error that is not the file system's."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails does not say where
     if error.errno not in _MENDS or (error.filename is None and not is_full):
         return ""

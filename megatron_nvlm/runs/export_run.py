@@ -50,7 +50,7 @@ def export_folder(
         path: a run's folder or a checkpoint. dtype: of the weights; None keeps the checkpoint's.
 
     Raises:
-        UserError: with what is wrong and how to mend it. CensusError: names or shapes that do not match.
+        UserError: with what is wrong and how to fix it. CensusError: names or shapes that do not match.
     """
     run, checkpoint = open_run(path, overrides)
     model = resolve_model(run.model)
@@ -87,7 +87,7 @@ def _find_tokenizer(run: RunConfig, checkpoint: Path) -> Path | None:
     if path.is_file():
         return path
     if save_load.read_identity(checkpoint).tokenizer:
-        raise UserError(f"there is no tokenizer at {path}; give data.tokenizer=FILE behind the options")
+        raise UserError(f"there is no tokenizer at {path}; give data.tokenizer=FILE after the options")
     return None
 
 

@@ -52,7 +52,7 @@ def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Do
     """Write the run's folder; returns a sentence of what was made.
 
     Raises:
-        UserError: with what is wrong and how to mend it. CensusError: names or shapes that do not match.
+        UserError: with what is wrong and how to fix it. CensusError: names or shapes that do not match.
     """
     _check_request(request)
     run = _describe_run(request)
@@ -156,7 +156,7 @@ def _template_of(request: ImportRequest, config: dict[str, Any], settings: dict[
         return "chatml"  # which the override replaces
     raise UserError(
         f"{request.whole or request.language} was trained with the template {named!r}, which is not known here; give "
-        f"data.template= behind the options, one of {', '.join(TEMPLATES)}"
+        f"data.template= after the options, one of {', '.join(TEMPLATES)}"
     )
 
 

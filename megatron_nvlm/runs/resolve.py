@@ -1,4 +1,4 @@
-"""From what the user wrote to what it means: names looked up and refusals made once, before anything else."""
+"""Resolves a run file: looks up names and refuses mistakes once, before anything else."""
 
 from dataclasses import dataclass
 

@@ -50,7 +50,7 @@ class RunDir:
 
     @property
     def stop(self) -> Path:
-        """A request to stop: whoever creates this file has the run save, remove the file and end."""
+        """A request to stop: when this file exists, the run saves, removes it and ends."""
         return self.path / "stop"
 
     @property

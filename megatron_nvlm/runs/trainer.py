@@ -1,4 +1,4 @@
-"""From a resolved run to what the training loop works with."""
+"""Builds what the training loop works with from a resolved run."""
 
 import logging
 from functools import partial

@@ -73,7 +73,7 @@ def pack(
     with_context: bool = False,
     first_tile: int = 0,
 ) -> MicroBatch:
-    """Put samples one behind the other into one ragged sequence.
+    """Put samples one after the other into one ragged sequence.
 
     Args:
         samples: at least one.

@@ -43,13 +43,13 @@ def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def qwen2_tokenizer(num_base_tokens: int | None = None) -> FastTokenizer:
-    """Qwen2's byte-level BPE with the ChatML specials behind the base tokens.
+    """Qwen2's byte-level BPE with the ChatML specials after the base tokens.
 
     Ranks stand in merge order, so the first N are a complete smaller vocabulary.
 
     Args:
-        num_base_tokens: keep the first so many of 151,643 (at least 256, the bytes); None keeps all, with the specials at
-            Qwen2's own ids.
+        num_base_tokens: how many of the 151,643 to keep, the first ones (at least 256, the bytes); None keeps all, with
+            the specials at Qwen2's own ids.
     """
     tokens = _read_ranks(num_base_tokens)
     ranks = {token: rank for rank, token in enumerate(tokens)}

@@ -60,7 +60,7 @@ def convert_sentencepiece(file: Path) -> FastTokenizer:
         (not model.is_byte_pair, "is no byte-pair model"),
         (model.has_normalization, "normalizes text"),
         (model.remove_extra_spaces, "removes spaces"),
-        (model.space_as_suffix, "puts spaces behind words"),
+        (model.space_as_suffix, "puts spaces after words"),
     ):
         if is_so:
             raise UserError(

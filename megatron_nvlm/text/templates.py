@@ -13,7 +13,7 @@ class Speech:
     header: str
     end: str
     behind: str
-    """Text behind `end`."""
+    """Text after `end`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Template:
     takes_system: bool = True
     """Whether the run's system turn (data.system) is put in front of conversations that have none."""
     learns_behind: bool = False
-    """Whether the text behind the answer's end token is a target too."""
+    """Whether the text after the answer's end token is a target too."""
     joins_first_tag: bool = False
     """Whether an image's first tag in the decoder is tokenised in one string with the text before it, so that a token may
     span both (`<Image><tile_1>` becomes `<Image`, `><`, `tile`, ...). Otherwise every tag is tokenised alone."""
@@ -68,7 +68,7 @@ def _without_headers(behind: str) -> dict[str, Speech]:
 
 
 TEMPLATES: dict[str, Template] = {
-    # Megatron-LM's NVLM example, which trained the release: a newline behind <|im_end|>, learned with the answer; tags and
+    # Megatron-LM's NVLM example, which trained the release: a newline after <|im_end|>, learned with the answer; tags and
     # wrapper tokenised apart
     "chatml": Template(_chatml("\n"), learns_behind=True),
     # the same ids; the end token is the last target, as the paper has it (our choice of name)

@@ -8,7 +8,7 @@ _ALTERNATIVES = 16
 
 
 def is_over(bad: int, seen: int, limit: float) -> bool:
-    """Whether so many bad samples among those seen show a share above the limit.
+    """Whether this number of bad samples among those seen shows a share above the limit.
 
     The likelihood of what was seen is averaged over shares between the limit and 1 and divided by its likelihood at the
     limit. While the true share is at most the limit, this ratio is a nonnegative supermartingale of mean at most 1, so it

@@ -1,4 +1,4 @@
-"""What a step is worth knowing: one JSON object a step, TensorBoard, and a line or a bar for whoever watches."""
+"""The metrics of a step: one JSON object a step, TensorBoard, and a line or a bar on the terminal."""
 
 import json
 import math
@@ -111,7 +111,7 @@ class MetricsWriter:
     """Writes metrics of rank 0; on other ranks it does nothing.
 
     Args:
-        first_step: steps behind it in an existing metrics.jsonl are dropped, since they are about to be made again.
+        first_step: steps after it in an existing metrics.jsonl are dropped, since they are about to be made again.
     """
 
     def __init__(self, run_dir: RunDir, config: LoggingConfig, first_step: int, train_steps: int) -> None:

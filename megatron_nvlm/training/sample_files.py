@@ -31,7 +31,7 @@ class SampleWriter:
     """Writes on rank 0 what all replicas met; every rank calls it.
 
     Args:
-        first_step: steps behind it are about to be made again.
+        first_step: steps after it are about to be made again.
         with_ledger: write the keys of all samples too.
     """
 

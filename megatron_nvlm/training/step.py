@@ -51,7 +51,7 @@ def wrap_model(
         grad_reduce_in_fp32=precision.gradient_dtype != precision.parameter_dtype,
         average_in_collective=False,
         # One bucket a buffer: with several, core (0.16.1 to 0.19.2) saves the moments of most parameters shifted by the
-        # padding between buckets, without an error; mended upstream after 0.19 (Megatron-LM #5077).
+        # padding between buckets, without an error; fixed upstream after 0.19 (Megatron-LM #5077).
         overlap_grad_reduce=False,
     )
     return [

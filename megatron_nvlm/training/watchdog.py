@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 
 EXIT_STATUS = 3
 _QUESTION_SECONDS = 5
-"""How long the last question to the store may take; whoever holds the store may be the one that hangs."""
+"""Seconds that the last question to the store may take: the rank that holds the store may be the one that hangs."""
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def test_too_many_rejects_fail_the_build(material: Path, capsys: pytest.CaptureF
     assert "over the rate of 0.01 that --max-reject-rate sets" in capsys.readouterr().err
     assert "the image cannot be decoded" in (material / "set" / "rejects.jsonl").read_text()
     assert not (material / "set" / "index.json").exists()
-    # With the picture mended, or the rate raised, the same command goes on.
+    # With the picture fixed, or the rate raised, the same command goes on.
     assert len(ShardSet(build(material, "set", "--max-reject-rate", "0.2"))) == 23
 
 

@@ -184,7 +184,7 @@ def test_random_sizes_of_every_family(
                 written = out.read(prefix + name)
                 if written.shape == info.shape:
                     assert torch.equal(written, stored.read(name)), name
-                else:  # the release's folders have heads of zeros behind the real ones
+                else:  # the release's folders have heads of zeros after the real ones
                     assert encoder == "6b" and "attn" in name
             assert {name for name in out.infos if name.startswith(prefix)} == {prefix + name for name in used}
 

@@ -102,7 +102,7 @@ def test_what_cannot_be_had_is_said_in_one_sentence(
     config = CacheConfig(str(tmp_path / "cache"), retries=2)
     shards = ShardSet(address, cache=config)
     Handler.drops = 10**9
-    with pytest.raises(StorageError, match=r"shard-00000\d.tar cannot be read after 3 tries \(.*\); mend the server"):
+    with pytest.raises(StorageError, match=r"shard-00000\d.tar cannot be read after 3 tries \(.*\); fix the server"):
         shards.read(0)
     Handler.drops = 0
     (folder / "shard-000001.tar").unlink()

@@ -66,7 +66,7 @@ def survive(state: Path, shards: list[Path], steps: int, kills: int, packed: boo
 
 
 def _began(ledger: Path, saved: int) -> bool:
-    """A step of this process stands in the ledger: what lay behind the saved one was cut off when it began."""
+    """A step of this process stands in the ledger: what lay after the saved one was cut off when it began."""
     return lines_of(ledger) > saved
 
 

@@ -41,7 +41,7 @@ from tests.support.tiny import tiny_config
 BASE_TOKENS = 2000
 """So many that `><` is one token, which `chatml_hf` lets span wrapper and tag."""
 END_ID, PLACE_ID = BASE_TOKENS + 2, BASE_TOKENS + 3
-"""<|im_end|>, and the first id behind the tokenizer's."""
+"""<|im_end|>, and the first id after the tokenizer's."""
 TEMPLATES_HERE = [name for name in TEMPLATES if name != "chatml_yi"]  # which needs Yi's begin token
 
 

@@ -153,7 +153,7 @@ def test_with_several_buckets_core_saves_other_moments(tmp_path: Path) -> None:
 
 
 def test_what_core_needs_and_does_not_declare_is_installed() -> None:
-    """Without psutil, saving a checkpoint hangs for ever."""
+    """Without psutil, saving a checkpoint hangs forever."""
     import psutil  # noqa: F401
 
     assert any(requirement.startswith("psutil") for requirement in requires("megatron-nvlm") or [])

@@ -54,7 +54,7 @@ class Rows:
         self._add([0] * len(numbers), numbers, None)
 
     def add_context(self, tag: Sequence[int], numbers: Sequence[int]) -> tuple[int, int]:
-        """A tile in the context, behind its tag; returns the range of the tile's own rows."""
+        """A tile in the context, after its tag; returns the range of the tile's own rows."""
         self.context_ids += [*tag, *[0] * len(numbers)]
         self.context_index += [*[-1] * len(tag), *numbers]
         return len(self.context_ids) - len(numbers), len(self.context_ids)

@@ -83,7 +83,7 @@ def test_special_ids_equal_qwens(tokenizer: Tokenizer) -> None:
 
 
 def test_megatrons_spelling_keeps_tags_apart_and_adds_newlines(tokenizer: Tokenizer) -> None:
-    """The two spellings side by side: the wrapper's end, the first tag's beginning, the newline behind each turn."""
+    """The two spellings side by side: the wrapper's end, the first tag's beginning, the newline after each turn."""
     turns = [Turn("user", "<image>\nPlease describe the image shortly.")]
     megatron = with_pads(rows_of(turns, [Grid(2, 1)], tokenizer, "chatml"))
     release = with_pads(rows_of(turns, [Grid(2, 1)], tokenizer, "chatml_hf"))

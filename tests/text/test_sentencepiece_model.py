@@ -78,7 +78,7 @@ def test_added_tokens_have_their_ids(tmp_path: Path) -> None:
         (dict(model_type="unigram"), "is no byte-pair model"),
         (dict(normalization_rule_name="nmt_nfkc"), "normalizes text"),
         (dict(remove_extra_whitespaces=True), "removes spaces"),
-        (dict(treat_whitespace_as_suffix=True), "puts spaces behind words"),
+        (dict(treat_whitespace_as_suffix=True), "puts spaces after words"),
     ],
 )
 def test_others_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:

@@ -64,7 +64,7 @@ class BuildSettings:
 
     sample: SampleSettings
     shard_megabytes: float = 256
-    """Size that a shard is to have, about: so many samples go into each as fit by a measurement of a few."""
+    """Approximate size of a shard: a few samples are measured to see how many fit."""
     samples_per_shard: int | None = None
     """Instead of a size."""
     shuffle_seed: int | None = None
@@ -157,10 +157,10 @@ class Builder:
     def _refuse_mended_inputs(self) -> None:
         path = self.folder / REJECTS_FILE
         rejects = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        mended = [reject["where"] for reject in rejects if self._is_mended(reject)]
-        if mended:
+        good = [reject["where"] for reject in rejects if self._is_mended(reject)]
+        if good:
             raise UserError(
-                f"{self.folder} was built without {len(mended)} inputs that are good by now, {mended[0]} first; give "
+                f"{self.folder} was built without {len(good)} inputs that are good by now, {good[0]} first; give "
                 "--rebuild to build it again, or another --out"
             )
 

@@ -162,7 +162,7 @@ def _read_file(path: Path, what: str) -> bytes:
 def files_below(root: Path, faults: list[str]) -> Iterator[Path]:
     """Files below a folder, relative to it, without hidden ones.
 
-    Linked folders are followed behind all others. What was seen already is not read again, and a link to a folder that it
+    Linked folders are followed after all others. What was seen already is not read again, and a link to a folder that it
     lies in leads nowhere, so no link makes a loop.
 
     Args:

@@ -47,7 +47,7 @@ class Findings:
     keys: dict[str, str] = field(default_factory=dict)
     """Key -> the shard that holds it."""
     unread: Counter[str] = field(default_factory=Counter)
-    """Fields and members that are not read, in so many samples. No faults: others may need them."""
+    """Fields and members that are not read, and in how many samples. No faults: others may need them."""
 
     def add(self, other: "Findings") -> None:
         """Take in what another found, and compare the keys of both."""
@@ -273,7 +273,7 @@ def lint_plain_shard(path: Path, check: Check) -> Findings:
             look.finish_sample()
             check_tar_end(path, tar.offset)
     except (OSError, tarfile.TarError, EOFError) as error:
-        look.fault("unreadable", f"it is broken or cut off behind {look.found.num_samples} samples ({error})")
+        look.fault("unreadable", f"it is broken or cut off after {look.found.num_samples} samples ({error})")
     if not look.found.keys and not look.found.faults:
         look.fault("empty", "it holds no sample")
     return look.found
@@ -293,7 +293,7 @@ class _PlainShard:
     def add(self, name: str, data: bytes) -> None:
         key, rest = split_name(name)
         if not rest or not key.rpartition("/")[2]:
-            self.fault("key", f"the member {name} has no name before a dot or none behind; readers skip it")
+            self.fault("key", f"the member {name} has no name before a dot or none after; readers skip it")
             return
         try:
             check_name(name)

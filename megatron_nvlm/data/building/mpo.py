@@ -14,7 +14,7 @@ _BEHIND_A_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 def first_picture(data: bytes) -> bytes:
     """Of an MPO the JPEG of its first picture; any other file as it is.
 
-    The pictures behind it (previews, depth, gain maps) and the list of them are left out; its own data, EXIF and colour
+    The pictures after it (previews, depth, gain maps) and the list of them are left out; its own data, EXIF and colour
     profile stay as they are. If its end is not found, which readers of JPEG may pass over, the file is left as it is.
 
     Raises:

@@ -32,7 +32,7 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def has_image_name(name: str) -> bool:
-    """Whether a file of this name, or behind this address, is a picture."""
+    """Whether a file of this name, or after this address, is a picture."""
     return name.partition("?")[0].lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -151,7 +151,7 @@ def choose_members(named: list[Any], held: list[str], key: str) -> list[str]:
 
     Args:
         named: of `named_pictures`.
-        held: names behind the key.
+        held: names after the key.
 
     Raises:
         UserError: the JSON names others than there are.

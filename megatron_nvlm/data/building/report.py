@@ -20,7 +20,7 @@ from megatron_nvlm.text.tokenizer import Tokenizer
 PAPER_LENGTHS = {"d": 3200, "x": 1024, "h": 1280}
 """Decoder length in SFT (NVLM paper, table 11)."""
 MOST_SAMPLES_LOOKED_AT = 100_000
-"""Larger sets are predicted from so many, evenly spaced."""
+"""Larger sets are predicted from this number of samples, evenly spaced."""
 _PIXELS_PER_TOKEN_EDGE = 28
 """Patches of the encoders have 14 pixels along an edge, and pixel shuffle joins 2x2 of them."""
 
@@ -178,7 +178,7 @@ def as_text(
         for name, count in histogram.bins:
             lines.append(f"  {name:>16} {count:>9} {'#' * round(40 * count / most)}")
     if manifest.get("unread"):
-        lines.append("\nnot read, in so many inputs or files")
+        lines.append("\nnot read, and in how many inputs or files")
         lines += [f"  {name:>26} {count:>9}" for name, count in manifest["unread"].items()]
     if predictions:
         lines.append(f"\ntraining with a global batch of {batch} (samples, or packs if packed)")
@@ -219,7 +219,7 @@ def as_html(
         page += [_row(reason, count) for reason, count in manifest["rejects_by_reason"].items()]
         page.append("</table>")
     if manifest.get("unread"):
-        page.append("<h2>Not read, in so many inputs or files</h2><table>")
+        page.append("<h2>Not read, and in how many inputs or files</h2><table>")
         page += [_row(name, count) for name, count in manifest["unread"].items()]
         page.append("</table>")
     settings = json.dumps(manifest["plan"], indent=1, ensure_ascii=False)

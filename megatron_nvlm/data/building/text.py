@@ -48,7 +48,7 @@ def load_json(data: bytes) -> Any:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])[1:-1]
-        raise UserError(f"its JSON holds half of a character ({half}, a lone surrogate); mend the text") from error
+        raise UserError(f"its JSON holds half of a character ({half}, a lone surrogate); fix the text") from error
     return content
 
 

@@ -47,7 +47,7 @@ class WebDatasetShards:
         self.fingerprint = hashlib.sha256("".join(sizes).encode(errors="surrogateescape")).hexdigest()
 
     def _scan(self, tar: Path) -> "_Scan":
-        """The samples of a tar; what cannot be read behind a fault is left out and said."""
+        """The samples of a tar; what cannot be read after a fault is left out and said."""
         scan = _Scan()
         try:
             with tarfile.open(tar, "r:") as members:
@@ -55,7 +55,7 @@ class WebDatasetShards:
                     scan.add(member)
                 check_tar_end(tar, members.offset)
         except (OSError, tarfile.TarError, EOFError) as error:
-            self.faults.append(f"{tar} is broken or cut off behind {len(scan.samples)} samples ({error})")
+            self.faults.append(f"{tar} is broken or cut off after {len(scan.samples)} samples ({error})")
             size = tar.stat().st_size
             scan.samples = [spans for spans in scan.samples if all(end <= size for _, end in spans)]
         return scan
@@ -90,7 +90,7 @@ class WebDatasetShards:
         return InputSample(content, [pictures[name] for name in chosen], tiles, unread)
 
     def _read_members(self, number: int) -> tuple[str, dict[str, bytes]]:
-        """Key and members of a sample, by the name behind the key in small letters."""
+        """Key and members of a sample, by the name after the key in small letters."""
         tar, first, count = self.samples[number].tolist()
         key, members = "", dict[str, bytes]()
         with self.tars[tar].open("rb") as file:

@@ -23,7 +23,7 @@ class Workers:
     def __init__(self, build_block: BuildBlock, num_processes: int, num_done: int) -> None:
         context = multiprocessing.get_context("fork")
         self._num_done = context.Value("q", num_done)
-        # Without a lock: a worker that is killed while it holds one would hold it for ever.
+        # Without a lock: a worker that is killed while it holds one would hold it forever.
         self._stop = context.RawValue("b", 0)
         self._pool = ProcessPoolExecutor(
             num_processes, context, _start_worker, (build_block, self._num_done, self._stop, os.getpid())

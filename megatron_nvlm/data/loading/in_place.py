@@ -19,7 +19,7 @@ class Preparers(Protocol):
         """Tiles that may be lent at once."""
 
     def submit(self, request: SampleRequest, room: int) -> int:
-        """Ask for a sample with so many tiles at most; returns its number. Ask in the order of use."""
+        """Ask for a sample with at most this number of tiles; returns its number. Ask in the order of use."""
 
     def collect(self, number: int) -> PreparedSample | BadRecord:
         """Wait for a sample."""

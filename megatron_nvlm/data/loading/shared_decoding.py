@@ -145,7 +145,7 @@ class SharingLoader:
         return _Step(position, planned.after, micro_batches, tickets)
 
     def _look_ahead(self, position: DataPosition) -> None:
-        """Ask for the tokens of the step that begins there and of the one behind, and for this rank's tiles of the first."""
+        """Ask for the tokens of the step that begins there and of the one after, and for this rank's tiles of the first."""
         while len(self._steps) < 2:
             self._steps.append(self._begin(self._steps[-1].after if self._steps else position))
         self._ask_for_share(self._steps[0])

@@ -180,7 +180,7 @@ class WorkerPool:
             except (EOFError, OSError):
                 if not self._shared.closing:
                     self._fail(Failed(self._describe_death(), True))
-            except Exception:  # without this thread the loader would wait for ever
+            except Exception:  # without this thread the loader would wait forever
                 self._fail(Failed(traceback.format_exc(), False))
             with self._shared.lock:
                 if self._shared.closing or self._shared.failure is not None:

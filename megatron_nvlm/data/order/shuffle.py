@@ -16,7 +16,7 @@ import numpy as np
 _ROUNDS = 4
 _MASK = 0xFFFFFFFF
 _SHARDS_HELD = 1 << 16
-"""Of epochs of small sets so many are held that their shards amount to this; of any set at least three."""
+"""Shards whose orders are held: as many epochs of a small set as have this number, and of any set at least three."""
 _WINDOW_KEYS_HELD = 4096
 
 

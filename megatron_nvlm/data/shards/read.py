@@ -110,7 +110,7 @@ class ShardSet:
             if pause is not None:
                 time.sleep(pause)
         raise StorageError(
-            f"the shard {self._path(shard)} cannot be read ({reason}); mend it or its file system and start again: "
+            f"the shard {self._path(shard)} cannot be read ({reason}); fix it or its file system and start again: "
             "the run goes on from its last checkpoint"
         )
 

@@ -13,7 +13,7 @@ from megatron_nvlm.image.pixels import read_header
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: its key, its JSON, and its pictures by the name behind the key (`0.tile_1.jpg`)."""
+    """A sample as stored: its key, its JSON, and its pictures by the name after the key (`0.tile_1.jpg`)."""
 
     key: str
     record: dict[str, Any]
@@ -73,7 +73,7 @@ def parse_sample(data: bytes) -> RawSample:
             raise
         raise UserError(f"its bytes are no tar members with a JSON ({error})") from error
     if len(data) - end >= 1024:
-        raise UserError(f"{len(data) - end} bytes behind its last member are no tar members")
+        raise UserError(f"{len(data) - end} bytes after its last member are no tar members")
     if key is None or not isinstance(record, dict):
         raise UserError(f"the sample {key} has no JSON")
     return RawSample(key, record, pictures)

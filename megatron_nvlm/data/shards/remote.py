@@ -63,7 +63,7 @@ class RemoteFolder:
         self._opened: tuple[Any, str] | None = None
 
     def fetch_index(self, index_file: str) -> None:
-        """Bring the index here, anew if it has changed.
+        """Bring the index here, again if it has changed.
 
         Raises:
             UserError: it is not there or cannot be read.
@@ -177,7 +177,7 @@ class RemoteFolder:
                     time.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
         raise StorageError(
-            f"{self.address}/{name} cannot be read after {self.config.retries + 1} tries ({reason}); mend the server or "
+            f"{self.address}/{name} cannot be read after {self.config.retries + 1} tries ({reason}); fix the server or "
             "the connection and start again: the run goes on from its last checkpoint"
         )
 

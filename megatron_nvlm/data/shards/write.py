@@ -69,7 +69,7 @@ def write_shard(
 
 
 def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardEntries:
-    """The rows of a shard that is there already, whoever wrote it, from one pass over its members.
+    """The rows of a shard that is there already, ours or not, from one pass over its members.
 
     Raises:
         UserError: it is no whole tar, or a sample in it is none.
@@ -102,7 +102,7 @@ def index_shard(path: str | Path, count_text: CountText | None = None) -> ShardE
 
 
 def check_tar_end(tar: Path, offset: int) -> None:
-    """Python's reader takes a broken or cut-off header behind the first for the end; the real end is a block of zeros.
+    """Python's reader takes a broken or cut-off header after the first for the end; the real end is a block of zeros.
 
     Raises:
         tarfile.ReadError: there is no such block.
@@ -119,7 +119,7 @@ def index_folder(
     count_text: CountText | None = None,
     text: TextCounting | None = None,
 ) -> None:
-    """Index all tars of a folder anew: shards of other writers, of format 1, or for another tokenizer.
+    """Index all tars of a folder again: shards of other writers, of format 1, or for another tokenizer.
 
     Args:
         settings: of the new index; None keeps those of an index that is there.
@@ -139,7 +139,7 @@ class ShardWriter:
 
     Args:
         folder: created; must not hold an index already. Leftovers of an interrupted writer are replaced.
-        samples_per_shard: a new tar is begun after so many,
+        samples_per_shard: a new tar is begun after this number,
         bytes_per_shard: or when this many are in it; None for no such limit.
         settings: written into the index; `tile_size` is compared with the run's.
         count_text, text: how text is counted, both or neither.

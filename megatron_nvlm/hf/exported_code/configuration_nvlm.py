@@ -46,7 +46,7 @@ class NVLMConfig(PretrainedConfig):
     Args:
         llm_config: of the language model (keys of Qwen2's and Llama's config.json). `attention_bias` is the bias of
             queries, keys and values alone.
-        vision_config: of the InternViT; `num_dummy_heads` heads behind the real ones are stored and must be zero.
+        vision_config: of the InternViT; `num_dummy_heads` heads after the real ones are stored and must be zero.
         cross_attention: of NVLM-X and NVLM-H; None for NVLM-D.
         force_image_size: pixels along an edge of a tile.
         img_context_token_id: id that stands in `input_ids` where a vision token goes; None if the inputs say it
@@ -136,7 +136,7 @@ class NVLMConfig(PretrainedConfig):
 
     @property
     def num_dummy_heads(self) -> int:
-        """Heads of the encoder that are stored behind the real ones."""
+        """Heads of the encoder that are stored after the real ones."""
         as_released = self.variant == "d" and self.vision_config.norm_type == "rms_norm"
         return int(getattr(self.vision_config, "num_dummy_heads", _RELEASE_DUMMY_HEADS if as_released else 0))
 

@@ -1,6 +1,6 @@
 """Images to normalised tiles, as NVLM was trained on them. Needs Pillow and torch; every step is Pillow's own.
 
-An image's aspect ratio decides its grid of tiles; behind the tiles of a larger grid comes the thumbnail, the whole image
+An image's aspect ratio decides its grid of tiles; after the tiles of a larger grid comes the thumbnail, the whole image
 squashed into one tile.
 """
 

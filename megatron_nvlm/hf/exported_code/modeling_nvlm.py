@@ -169,7 +169,7 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
             vision_tokens: [b, n, h] instead of pixel_values, from `encode_images`.
             context_key_values: of an earlier call with the same context.
             past_key_values: the cache, by the name that transformers before 5.24 have for it.
-            logits_to_keep: only of so many last rows; 0 for all.
+            logits_to_keep: number of last rows that logits are wanted of; 0 for all.
 
         Raises:
             ValueError: the inputs do not fit each other.

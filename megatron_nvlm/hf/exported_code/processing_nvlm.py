@@ -173,7 +173,7 @@ class NVLMProcessor(ProcessorMixin):
         return self.layout.spell(turns, is_open)
 
     def decode_answers(self, inputs: BatchFeature, outputs: torch.Tensor) -> list[str]:
-        """Texts that `generate` wrote behind the prompts."""
+        """Texts that `generate` wrote after the prompts."""
         return self.tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _read(self, prompt: Any, open_answer: bool) -> tuple[list[Turn], bool, list[Any]]:

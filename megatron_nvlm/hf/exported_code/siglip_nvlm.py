@@ -13,7 +13,7 @@ from .vision_nvlm import VisionEncoder, VisionMLP
 
 
 class SiglipEmbeddings(nn.Module):
-    """Patches with learned positions; pixels behind the last whole patch are not seen."""
+    """Patches with learned positions; pixels after the last whole patch are not seen."""
 
     def __init__(self, config: NVLMConfig) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ WITHOUT_EFFECT = frozenset(
     "attention_dropout dropout drop_path_rate hidden_dropout initializer_factor initializer_range pruned_heads "
     # ids of special tokens, which the tokenizer and the template decide
     "bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id "
-    # generation, which is asked for anew
+    # generation, which is asked for again
     "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
     "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
     "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values "

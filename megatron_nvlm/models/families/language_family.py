@@ -58,7 +58,7 @@ _NAMED_BY_BIAS = {"qwen2": True, "llama": False}
 
 
 def _insert(given: dict[str, Any], behind: str, name: str, value: object) -> dict[str, Any]:
-    """A dictionary with one more entry behind another."""
+    """A dictionary with one more entry after another."""
     entries = [(key, there) for key, there in given.items()]
     place = next(number for number, (key, _) in enumerate(entries) if key == behind) + 1
     return dict([*entries[:place], (name, value), *entries[place:]])

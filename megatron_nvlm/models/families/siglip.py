@@ -1,6 +1,6 @@
-"""SigLIP: no class token, no layer-scales, a norm behind the last layer. A second encoder; not of the paper.
+"""SigLIP: no class token, no layer-scales, a norm after the last layer. A second encoder; not of the paper.
 
-Features are taken behind that norm, as transformers' SiglipVisionModel gives them (our choice).
+Features are taken after that norm, as transformers' SiglipVisionModel gives them (our choice).
 """
 
 from collections.abc import Mapping

@@ -31,7 +31,7 @@ class VisionPreset:
 
     @property
     def patches_per_side(self) -> int:
-        """Patches along an edge of a tile; pixels behind the last whole one are not seen."""
+        """Patches along an edge of a tile; pixels after the last whole one are not seen."""
         return self.tile_size // self.patch_size
 
     @property
@@ -72,12 +72,12 @@ class VisionFamily:
     describe: Callable[[VisionPreset], dict[str, Any]]
     """The keys of config.json that are not every family's."""
     rows: Callable[[VisionPreset, str, int], list[Row]]
-    """(sizes, prefix of the folder's names, heads of zeros that the folder has behind the real ones) -> the weights."""
+    """(sizes, prefix of the folder's names, heads of zeros that the folder has after the real ones) -> the weights."""
     has_class_token: bool
     has_layer_scale: bool
     """Whether a vector scales what each half of a layer adds."""
     has_final_norm: bool
-    """Whether a norm stands behind the last layer."""
+    """Whether a norm stands after the last layer."""
     activation: str
     """A name of ACTIVATIONS (models/core_config.py), as Hugging Face spells it."""
     pixels: PixelStatistics

@@ -1,4 +1,4 @@
-"""A folder gives every picture in it, behind links too and each once, and names what it does not read."""
+"""A folder gives every picture in it, after links too and each once, and names what it does not read."""
 
 import json
 import os

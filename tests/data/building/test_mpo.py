@@ -15,7 +15,7 @@ from tests.support.pictures import encode, noise, with_exif
 
 
 def telephone(progressive: bool = False, turned: int = 6) -> bytes:
-    """An MPO as a telephone writes it: a large picture that lies on its side, restart markers, and a small one behind it."""
+    """An MPO as a telephone writes it: a large picture that lies on its side, restart markers, and a small one after it."""
     large = noise(640, 480).filter(ImageFilter.GaussianBlur(2))
     exif = Image.Exif()
     exif[0x0112] = turned
@@ -51,7 +51,7 @@ def test_an_mpo_of_a_tar_is_known_by_its_suffix(tmp_path: Path) -> None:
 def test_other_files_stay_as_they_are(kind: str) -> None:
     data = with_exif(kind)
     assert first_picture(data) == data
-    behind = with_exif("JPEG") + b"what some cameras write behind their picture"
+    behind = with_exif("JPEG") + b"what some cameras write after their picture"
     assert first_picture(behind) == behind
 
 
