@@ -18,7 +18,7 @@ from megatron_nvlm.data.shards.read import RawSample, ShardSet
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.accuracy import VIEWS, Answer, accuracy_table
 from megatron_nvlm.inference.answers import answer
-from megatron_nvlm.option_types import positive_int
+from megatron_nvlm.option_types import LaunchedParser, positive_int
 from megatron_nvlm.parallel.groups import get_groups, stop_groups
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
 from megatron_nvlm.runs.restore import TrainedRun, open_trained_run
@@ -78,7 +78,7 @@ def evaluate(options: argparse.Namespace) -> None:
 @user_errors_end_the_process
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="megatron_nvlm.evaluate", description="A trained run on held-out shards.")
+    parser = LaunchedParser(prog="megatron_nvlm.evaluate", description="A trained run on held-out shards.")
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the training")
     parser.add_argument("--checkpoint", type=Path, help="a folder below checkpoints/; the newest if not given")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="samples answered at once")

@@ -15,7 +15,7 @@ from megatron_nvlm.inference.answers import answer
 from megatron_nvlm.inference.chat import chat
 from megatron_nvlm.inference.questions import Conversation, read_picture
 from megatron_nvlm.inference.sampling import Sampling
-from megatron_nvlm.option_types import natural_float, natural_int, positive_int, share
+from megatron_nvlm.option_types import LaunchedParser, natural_float, natural_int, positive_int, share
 from megatron_nvlm.parallel.groups import stop_groups
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
 from megatron_nvlm.runs.restore import open_trained_run
@@ -23,7 +23,7 @@ from megatron_nvlm.runs.restore import open_trained_run
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="megatron_nvlm.generate", description="Ask a trained run about images.")
+    parser = LaunchedParser(prog="megatron_nvlm.generate", description="Ask a trained run about images.")
     add = parser.add_argument
     add("--run-dir", type=Path, required=True, help="folder of the training")
     add("--checkpoint", type=Path, help="a folder below checkpoints/; the newest if not given")

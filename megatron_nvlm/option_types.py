@@ -2,6 +2,17 @@
 
 import argparse
 import math
+from typing import NoReturn
+
+from megatron_nvlm.errors import UserError
+
+
+class LaunchedParser(argparse.ArgumentParser):
+    """For entry points that a launcher starts on every rank: a mistake is one sentence, which the launcher repeats last."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage on every rank."""
+        raise UserError(f"{message}; --help lists the options")
 
 
 def positive_int(text: str) -> int:

@@ -1,6 +1,5 @@
 """Entry point of training: `torchrun --nproc-per-node N -m megatron_nvlm.train --config FILE.yaml [key=value ...]`."""
 
-import argparse
 import sys
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences 
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.option_types import LaunchedParser
 from megatron_nvlm.parallel.groups import world_size_from_environment
 from megatron_nvlm.runs.changes import settings_of
 from megatron_nvlm.runs.components import make_identity, open_data
@@ -59,7 +59,7 @@ def run_training(config: RunConfig) -> None:
 @user_errors_end_the_process
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="megatron_nvlm.train", description="Train NVLM-D, NVLM-X or NVLM-H.")
+    parser = LaunchedParser(prog="megatron_nvlm.train", description="Train NVLM-D, NVLM-X or NVLM-H.")
     parser.add_argument("--config", required=True, help="run file, or the name of one of configs/")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)

@@ -24,7 +24,11 @@ def make_sample(key: str, turns: Sequence[dict[str, str]], images: Sequence[byte
 def read_image(path: Path) -> bytes:
     """An image file's bytes; UserError if it cannot be read."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may have no end
+            raise UserError(f"the image {path} is no file")
         return path.read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"the image {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 

@@ -1,7 +1,7 @@
 """Questions from a file of JSON lines, answers to another; a run that was interrupted goes on.
 
-A line in: {"id", "question", "images": [paths]} or {"id", "conversation": [turns], "images": [paths]}, the turns as stored
-samples have them. A line out: the same and "answer", or {"id", "error"} with one sentence.
+A line in: {"id", "question", "images": [paths]} or {"id", "conversation": [turns], "images": [paths]}, in the forms that
+builds of shards read (data/building/forms.py). A line out: the same and "answer", or {"id", "error"} with one sentence.
 """
 
 import json
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_nvlm.data.building.forms import to_question
+from megatron_nvlm.data.building.pictures import present
+from megatron_nvlm.data.building.text import parse_json
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.inference.questions import make_sample, read_image, with_images
-from megatron_nvlm.text.conversation import read_turns
+from megatron_nvlm.inference.questions import make_sample, read_image
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Request:
     """From 1."""
     id: str
     fields: dict[str, Any]
+    turns: Sequence[dict[str, Any]] = ()
+    images: Sequence[str] = ()
+    """Paths of its pictures."""
     error: str = ""
     """Why it is no question; empty if it is one."""
 
@@ -47,7 +52,7 @@ def read_requests(path: Path) -> list[Request]:
         request = _parse(number, line)
         if request.id in line_of:
             reason = f"its id {request.id!r} is that of line {line_of[request.id]} too"
-            request = Request(number, f"line {number}", {}, reason)
+            request = Request(number, f"line {number}", {}, error=reason)
         line_of[request.id] = number
         found.append(request)
     return found
@@ -55,21 +60,17 @@ def read_requests(path: Path) -> list[Request]:
 
 def _parse(number: int, line: bytes) -> Request:
     name = f"line {number}"
+    fields: dict[str, Any] = {}
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Request(number, name, {}, f"it is no JSON ({error})")
-    if not isinstance(fields, dict):
-        return Request(number, name, {}, "it is no JSON object")
-    if not isinstance(fields.get("id", ""), str | int):
-        return Request(number, name, {}, "its 'id' is neither text nor a number")
-    name = str(fields.get("id", name))
-    if isinstance(fields.get("question"), str) == ("conversation" in fields):
-        return Request(number, name, fields, "it needs either 'question', a text, or 'conversation', a list of turns")
-    images = fields.get("images", [])
-    if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
-        return Request(number, name, fields, "its 'images' is no list of paths")
-    return Request(number, name, fields)
+        fields = present(parse_json(line))
+        if not isinstance(fields.get("id", ""), str | int):
+            fields = {}
+            raise UserError("its 'id' is neither text nor a number")
+        name = str(fields.get("id", name))
+        turns, images = to_question(fields)
+    except UserError as error:
+        return Request(number, name, fields, error=str(error))
+    return Request(number, name, fields, turns, images)
 
 
 def load_request(request: Request, folder: Path) -> RawSample:
@@ -83,13 +84,7 @@ def load_request(request: Request, folder: Path) -> RawSample:
     """
     if request.error:
         raise UserError(request.error)
-    images = [read_image(folder / path) for path in request.fields.get("images", [])]
-    if "question" in request.fields:
-        turns = [{"from": "human", "value": with_images(request.fields["question"], len(images))}]
-    else:
-        read_turns(request.fields)
-        turns = request.fields["conversation"]
-    return make_sample(request.id, turns, images)
+    return make_sample(request.id, request.turns, [read_image(folder / path) for path in request.images])
 
 
 class AnswerFile:

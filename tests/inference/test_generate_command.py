@@ -66,7 +66,7 @@ def test_a_file_of_questions_under_two_layouts(run_dir: Path, image: Path, tmp_p
     found = lines_of(tmp_path / "joined.jsonl")
     assert [line["id"] for line in found] == ["text", 2, "broken", "truth is left out", "two", "places", "line 8"]
     assert found[0]["note"] == "kept" and all("answer" in found[place] for place in (0, 1, 3, 4))
-    for place, line, reason in ((2, 3, "cannot be decoded"), (5, 6, "2 images"), (6, 8, "it is no JSON")):
+    for place, line, reason in ((2, 3, "cannot be decoded"), (5, 6, "2 images"), (6, 8, "its JSON is broken")):
         assert re.match(f"line {line} of {inputs}: .*{reason}", found[place]["error"])
         assert found[place]["error"] in joined.stderr
 
@@ -124,7 +124,7 @@ def test_a_conversation_on_the_terminal(run_dir: Path, image: Path, tmp_path: Pa
     ("arguments", "sentence"),
     [
         (("--inputs", "in.jsonl"), "--inputs and --outputs belong together"),
-        (("--question", "?", "--temperature", "-1"), "temperature is -1.0; it must be at least 0"),
+        (("--question", "?", "--temperature", "-1"), "argument --temperature: -1 is under 0"),
         (("--question", "?", "--image", "nothing.png"), "the image nothing.png cannot be read"),
     ],
 )
@@ -146,11 +146,11 @@ def test_lines_that_are_no_question(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(
         '{"question": "no id"}\n[]\n{"id": 1, "question": "a"}\n{"id": "1", "question": "b"}\n'
-        '{"id": 2}\n{"id": 3, "question": "c", "images": "a.png"}\n{"id": {}, "question": "d"}\n'
+        '{"id": 2}\n{"id": 3, "question": "c", "images": {"a": 1}}\n{"id": {}, "question": "d"}\n'
     )
     requests = read_requests(path)
     assert [request.id for request in requests] == ["line 1", "line 2", "1", "line 4", "2", "3", "line 7"]
-    reasons = ["", "no JSON object", "", "line 3 too", "either 'question'", "no list of paths", "neither text"]
+    reasons = ["", "JSON is no object", "", "line 3 too", "either 'question'", "list of paths", "neither text"]
     for request, reason in zip(requests, reasons, strict=True):
         assert reason in request.error and bool(reason) == bool(request.error)
 

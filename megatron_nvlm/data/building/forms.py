@@ -146,18 +146,46 @@ def to_conversation(content: Content, num_images: int, caption_prompt: str) -> l
     if num_images == 0:
         refuse_unread_picture(content, READ_FIELDS)
     turns = _find_form(content, num_images).turns(content, caption_prompt)
+    _clean(turns, content)
+    check_turns(read_turns({"conversation": turns}))
+    _match_places(turns, num_images)
+    return turns
+
+
+def to_question(content: Content) -> tuple[list[StoredTurn], list[str]]:
+    """The turns of a question that is to be answered, and the paths of its pictures: one placeholder for each.
+
+    Raises:
+        UserError: it is no question, pictures are named in another way, or placeholders and pictures differ in number.
+    """
+    content = present(content)
+    raw, question = _raw_turns(content), content.get("question")
+    if isinstance(question, str) == (raw is not None):
+        raise UserError("it needs either 'question', a text, or 'conversation', a list of turns")
+    paths = image_paths(content)
+    if not paths:
+        refuse_unread_picture(content, READ_FIELDS)
+    turns = [_human(question)] if isinstance(question, str) else _conversation(content, "")
+    _clean(turns, content)
+    _match_places(turns, len(paths))
+    return turns, paths
+
+
+def _clean(turns: list[StoredTurn], content: Content) -> None:
+    """Placeholders for names of pictures in users' turns, no byte order marks, the system turn in front."""
     for turn in turns:
         text = turn["value"].removeprefix(BYTE_ORDER_MARK)
         turn["value"] = replace_image_tags(text, IMAGE_PLACEHOLDER) if turn["from"] == "human" else text
     _add_system(turns, content)
-    read = read_turns({"conversation": turns})
-    check_turns(read)
-    placeholders = sum(turn.num_images for turn in read)
+
+
+def _match_places(turns: list[StoredTurn], num_images: int) -> None:
+    """All pictures stand in front where the turns do not say where."""
+    placeholders = sum(turn.num_images for turn in read_turns({"conversation": turns}))
     if placeholders == 0 and num_images:
         _place_images(turns, num_images)
     elif placeholders != num_images:
         raise UserError(f"its text has {placeholders} {IMAGE_PLACEHOLDER} and it has {num_images} images")
-    return turns
 
 
 def has_form(content: Content) -> bool:
