@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,16 @@ def begin(lines: Path, out: Path) -> subprocess.Popen[str]:
     return started
 
 
-def left_over(group: int) -> bool:
+def ends(started: subprocess.Popen[str]) -> str:
+    """What it says as it ends, soon and with all its processes."""
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        _, said = started.communicate(timeout=SECONDS)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(started.pid, 0)
+        return said
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -66,9 +71,7 @@ def test_ctrl_c_stops_it_at_once(lines: Path, tmp_path: Path, times: int) -> Non
     for number in range(times):
         time.sleep(0.05 * number)
         os.killpg(started.pid, signal.SIGINT)
-    _, said = started.communicate(timeout=SECONDS)
-    assert started.returncode == 130 and said == "interrupted; the same command goes on\n"
-    assert not left_over(started.pid)
+    assert ends(started) == "interrupted; the same command goes on\n" and started.returncode == 130
     assert not (out / "manifest.json").exists() and len(list(out.glob("shard-*.tar"))) == 0
 
 
@@ -77,7 +80,7 @@ def test_the_same_command_goes_on(lines: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     started = begin(lines, out)
     os.killpg(started.pid, signal.SIGINT)
-    started.communicate(timeout=SECONDS)
+    ends(started)
     subprocess.run(command(lines, out), env=environment(), check=True)
     assert len(ShardSet(out)) == COUNT
 
@@ -93,7 +96,5 @@ def test_after_too_many_rejects_no_process_works_on(lines: Path, tmp_path: Path)
         text=True,
         start_new_session=True,
     )
-    _, said = started.communicate(timeout=SECONDS)
-    assert started.returncode == 2 and "100 of 500 inputs were rejected" in said
-    assert not left_over(started.pid)
+    assert "100 of 500 inputs were rejected" in ends(started) and started.returncode == 2
     assert len(list(out.glob("shard-*.tar"))) == 0
