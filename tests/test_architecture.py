@@ -13,8 +13,8 @@ PACKAGE = ROOT / "megatron_nvlm"
 
 # Each line may import from the lines above it (and a room from itself).
 LAYERS = (
-    {"errors", "option_types", "quiet", "runs.run_dir"},
-    {"core_compat"},
+    {"errors", "quiet", "runs.run_dir"},
+    {"core_compat", "option_types"},
     {"image", "text", "ops"},
     {"sequence"},
     {"data", "models"},

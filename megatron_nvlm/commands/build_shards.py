@@ -1,9 +1,9 @@
 """Shards from images and conversations: `python -m tools.build_shards --out DIR --jsonl FILE --tokenizer FILE`.
 
 Input is any number of
-  --jsonl FILE       one JSON object a line: `image` (a path or several, relative to --images) and a conversation
-                     (`conversations` as LLaVA and ShareGPT have it, or `messages`), or `question` and `answer`,
-                     or `caption`; text alone has no image
+  --jsonl FILE       one JSON object a line, or one JSON array of them: `image` (a path or several, relative to
+                     --images-dir) and a conversation (`conversations` as LLaVA and ShareGPT have it, or `messages`), or
+                     `question` and `answer`, or `caption`; text alone has no image
   --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
   --webdataset PATH  a folder of tars or a pattern: samples with a .json of these forms or a .txt caption
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
-from megatron_nvlm.data.building.inputs import ImageFolder, Input, JsonLines
+from megatron_nvlm.data.building.inputs import ImageFolder, Input, open_json
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
 from megatron_nvlm.data.building.text import printable
@@ -37,7 +37,7 @@ from megatron_nvlm.text.tokenizer import Tokenizer
 
 def open_inputs(options: argparse.Namespace) -> list[Input]:
     """All inputs, in the order: JSON lines, folders, WebDataset shards."""
-    inputs: list[Input] = [JsonLines(path, options.images_dir) for path in options.jsonl]
+    inputs: list[Input] = [open_json(path, options.images_dir) for path in options.jsonl]
     inputs += [ImageFolder(path) for path in options.folder]
     inputs += [WebDatasetShards(path) for path in options.webdataset]
     if not inputs:

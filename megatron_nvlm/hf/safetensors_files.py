@@ -32,6 +32,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_COMPUTED = ".rotary_emb.inv_freq"
+"""End of the names of buffers that older transformers stored and that every model computes for itself."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES_AT_ONCE = 64 << 20
 
@@ -53,12 +55,19 @@ class SafetensorsFolder:
             try:
                 opened = safe_open(path, framework="pt")
                 for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    if name.endswith(_COMPUTED):
+                        continue
                     part = opened.get_slice(name)
+                    if part.get_dtype() not in DTYPES:
+                        raise UserError(
+                            f"{path} holds {name} as {part.get_dtype()}, a type that is not read; take the weights in bf16, "
+                            "fp16 or fp32"
+                        )
                     if name in self._file_of:
                         raise UserError(f"{folder} holds {name} twice; remove the files that its index does not name")
                     self.infos[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
                     self._file_of[name] = opened
-            except (SafetensorError, OSError, KeyError) as error:
+            except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is broken ({error}); fetch it again") from error
         self._check_index()
 

@@ -103,7 +103,7 @@ def _describe_run(request: ImportRequest) -> RunConfig:
             copied = request.out / f"{key}_model"
             copied.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / CONFIG_FILE, copied / CONFIG_FILE)
-            model[key] = str(copied)
+            model[key] = str(copied.resolve())
     if request.whole is not None:
         if not is_whole_folder(config):
             raise UserError(f"{request.whole} holds no whole NVLM; name it with --language-model or --vision-model")

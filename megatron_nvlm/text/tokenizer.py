@@ -37,7 +37,10 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a tokenizer.json; UserError if it is missing or is none."""
         if not Path(path).is_file():
-            raise UserError(f"there is no tokenizer at {path}; set data.tokenizer to a tokenizer.json")
+            raise UserError(
+                f"there is no tokenizer at {path}; set data.tokenizer to a tokenizer.json (transformers makes one of a folder: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT))"
+            )
         if Path(path).suffix == ".model":
             raise UserError(
                 f"{path} is a SentencePiece model; make a tokenizer.json of it with nvlm-convert-checkpoint tokenizer "

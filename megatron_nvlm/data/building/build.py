@@ -315,10 +315,11 @@ class Builder:
 
     def _check_rejects(self, rejected: int) -> None:
         """Stop as soon as the rate over the whole input must be too high."""
-        if rejected > self.settings.max_reject_rate * self.num_inputs:
+        total = self.num_inputs + sum(len(source.faults) for source in self.inputs)
+        if rejected > self.settings.max_reject_rate * total:
             self._write_rejects()
             raise UserError(
-                f"{rejected} of {self.num_inputs} inputs were rejected, over the rate of "
+                f"{rejected} of {total} inputs were rejected, over the rate of "
                 f"{self.settings.max_reject_rate:g} that --max-reject-rate sets; see {self.folder / REJECTS_FILE}"
             )
 

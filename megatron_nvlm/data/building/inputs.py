@@ -1,10 +1,12 @@
-"""What shards are built from: JSON lines, a folder of images (WebDataset: webdataset.py). Each a numbered list of samples.
+"""What shards are built from, each a numbered list of samples: JSON lines, a JSON array, a folder (tars: webdataset.py).
 
 Opening an input looks at all of it once, so that any sample is reached by its number from any process.
 """
 
 import hashlib
+import json
 import os
+import re
 import stat
 from array import array
 from collections import Counter, deque
@@ -21,6 +23,11 @@ from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
 
+_MOST_SPACE = 4096
+"""Bytes by which a file that is an array has begun."""
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+_MOST_SHOWN = 300
+"""Characters of a path in a sentence: what stands there may be a whole picture in base64."""
 MOST_FILE_BYTES = 4 * MAX_PIXELS
 """A larger file is no image that could be used."""
 
@@ -75,8 +82,12 @@ class JsonLines:
         self.path, self.images = path, images or path.parent
         self.faults, self.unread = list[str](), dict[str, int]()
         self.elsewhere = {} if self.images == path.parent else {"images": str(self.images)}
+        self._number()
+
+    def _number(self) -> None:
+        """Find the samples."""
         starts, lines, digest, offset = array("q"), array("q"), hashlib.sha256(), 0
-        with path.open("rb") as file:
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(offset)
@@ -95,11 +106,70 @@ class JsonLines:
 
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
+        content = parse_json(self._bytes_of(number))
+        return InputSample(content, [_read_image(self.images / path) for path in image_paths(content)], {})
+
+    def _bytes_of(self, number: int) -> bytes:
         with self.path.open("rb") as file:
             file.seek(int(self.starts[number]))
-            line = file.readline()
-        content = parse_json(line)
-        return InputSample(content, [_read_image(self.images / path) for path in image_paths(content)], {})
+            return file.readline()
+
+
+class JsonArray(JsonLines):
+    """A file with one JSON array of objects, as LLaVA's; read like JSON lines."""
+
+    kind = "json"
+
+    @classmethod
+    def is_one(cls, path: Path) -> bool:
+        """Whether a file begins as an array does."""
+        with path.open("rb") as file:
+            return file.read(_MOST_SPACE).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+    def _number(self) -> None:
+        data = self.path.read_bytes()
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        text = decode_text(data, str(self.path))
+        place = text.index("[") + 1
+        at = len(data) - len(text.encode()) + place  # in bytes, the mark before the text included
+        decoder, starts, ends = json.JSONDecoder(), array("q"), array("q")
+        while (begin := _BETWEEN.match(text, place).end()) < len(text) and text[begin] != "]":  # type: ignore[union-attr]
+            at += begin - place
+            try:
+                _, place = decoder.raw_decode(text, begin)
+            except (ValueError, RecursionError) as error:
+                self.faults.append(f"its JSON array is broken after {len(starts)} entries ({error})")
+                break
+            starts.append(at)
+            at += len(text[begin:place].encode())
+            ends.append(at)
+        else:
+            if begin >= len(text):
+                self.faults.append(f"its JSON array has no end; it is cut off after {len(starts)} entries")
+            elif text[begin + 1 :].strip():
+                self.faults.append("more stands after the end of its JSON array; give one array, or one object a line")
+        self.starts, self.ends = np.array(starts), np.array(ends)
+        self.lines = np.arange(1, len(starts) + 1)
+
+    def where(self, number: int) -> str:
+        """Place of a sample, for messages."""
+        return f"{self.path} entry {self.lines[number]}"
+
+    def _bytes_of(self, number: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(int(self.starts[number]))
+            return file.read(int(self.ends[number] - self.starts[number]))
+
+
+def open_json(path: Path, images: Path | None) -> JsonLines:
+    """JSON lines, or one JSON array.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if path.is_file() and JsonArray.is_one(path):
+        return JsonArray(path, images)
+    return JsonLines(path, images)
 
 
 class ImageFolder:
@@ -141,7 +211,7 @@ class ImageFolder:
 
 
 def _read_image(path: Path) -> bytes:
-    return _read_file(path, f"its image {path}")
+    return _read_file(path, f"its image {printable(str(path)[:_MOST_SHOWN])}")
 
 
 def _read_file(path: Path, what: str) -> bytes:
