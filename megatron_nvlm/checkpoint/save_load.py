@@ -253,6 +253,9 @@ def load(
     loaded = _load(state, path)
     model.load_state_dict(loaded["model"])
     if trains:
+        # Newer cores find a stored group of parameters by its rates too, which may have changed; `built` has the new ones.
+        for group in optimizer.param_groups:
+            group.update({key: loaded["scheduler"][key] for key in ("max_lr", "min_lr")})
         optimizer.load_state_dict(loaded["optimizer"])
     if keep_schedule:
         scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made

@@ -8,32 +8,41 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
-from megatron_nvlm.models.families.config_file import CONFIG_FILE
-from megatron_nvlm.models.families.config_keys import MustBe, check_keys
+from megatron_nvlm.models.families.config_file import CONFIG_FILE, number_of, section_of
+from megatron_nvlm.models.families.config_keys import COUNT, FLAG, SECTION, TEXT, WHOLE, Meanings, check_keys, is_count
 from megatron_nvlm.models.families.language_json import describe_language
 from megatron_nvlm.models.families.visions import describe_vision
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
 
-_READ = frozenset(
-    "cross_attention dynamic_image_size force_image_size img_context_token_id llm_config max_dynamic_patch tag_format "
-    "template thumbnail_tag tie_word_embeddings variant vision_config".split()
-)
+_CROSS_ATTENTION: Meanings = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), COUNT),
+    "layers": (
+        lambda layers: isinstance(layers, list) and all(layer == 0 or is_count(layer) for layer in layers),
+        "a list of layers, from 0",
+    ),
+    "qk_norm": FLAG,
+}
 _DEFAULTS = {"ps_version": "v1", "use_thumbnail": False}
 """What the release's code takes where a key is absent, and which is not what NVLM computes."""
 
 
-def _must_be(config: Mapping[str, Any]) -> MustBe:
-    """Keys of a whole folder that have one meaning here."""
-    depth = config["vision_config"].get("num_hidden_layers")
+def _meanings(config: Mapping[str, Any], where: str) -> Meanings:
+    """Keys of a whole folder."""
+    depth = section_of(config, "vision_config", where).get("num_hidden_layers")
     return {
+        **dict.fromkeys(("cross_attention", "llm_config", "vision_config"), SECTION),
+        **dict.fromkeys(("force_image_size", "max_dynamic_patch"), COUNT),
+        **dict.fromkeys(("dynamic_image_size", "tie_word_embeddings"), FLAG),
+        **dict.fromkeys(("tag_format", "template", "thumbnail_tag", "variant"), TEXT),
+        "img_context_token_id": WHOLE,
         "downsample_ratio": (lambda ratio: ratio == 0.5, "0.5, NVLM's pixel shuffle"),
-        "min_dynamic_patch": (lambda tiles: tiles == 1, "1"),
-        "pad2square": (lambda pads: not pads, "false"),
+        "min_dynamic_patch": (lambda tiles: tiles is not True and tiles == 1, "1"),
+        "pad2square": (lambda pads: pads is False, "false"),
         "ps_version": (lambda version: version == "v2", "v2, the order of channels that NVLM's pixel shuffle has"),
         "select_layer": (lambda layer: layer in (-1, depth), f"-1 or {depth}, since features are the last layer's"),
         "use_backbone_lora": (lambda rank: not rank, "0; merge the adapter into the weights"),
         "use_llm_lora": (lambda rank: not rank, "0; merge the adapter into the weights"),
-        "use_thumbnail": (bool, "true, since an image of several tiles has a thumbnail"),
+        "use_thumbnail": (lambda has: has is True, "true, since an image of several tiles has a thumbnail"),
     }
 
 
@@ -43,14 +52,15 @@ def check_whole_folder(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         UserError: naming the key.
     """
-    check_keys({**_DEFAULTS, **config}, _READ, _must_be(config), str(folder / CONFIG_FILE))
+    where = str(folder / CONFIG_FILE)
+    check_keys({**_DEFAULTS, **config}, _meanings(config, where), where)
 
 
 def most_tiles_of(config: Mapping[str, Any]) -> int:
     """Most tiles of an image: of whole folders, where images may be one tile each."""
     if is_whole_folder(config) and not config.get("dynamic_image_size", False):
         return 1
-    return int(config.get("max_dynamic_patch", 6))
+    return number_of(config, "max_dynamic_patch", CONFIG_FILE, 6)
 
 
 def is_whole_folder(config: Mapping[str, Any]) -> bool:
@@ -70,7 +80,7 @@ def variant_of(config: Mapping[str, Any], folder: Path) -> Variant:
 
 def padding_heads_of(config: Mapping[str, Any]) -> int | None:
     """Heads of zeros that the folder says its encoder stores; None if it does not say."""
-    found = config.get("vision_config", config).get("num_dummy_heads")
+    found = section_of(config, "vision_config", CONFIG_FILE).get("num_dummy_heads")
     return None if found is None else int(found)
 
 
@@ -83,8 +93,11 @@ def cross_attention_of(config: Mapping[str, Any], folder: Path) -> CrossAttentio
         raise UserError(
             f"{folder / CONFIG_FILE} does not say where cross-attention stands; is this a folder of NVLM-X or H?"
         )
+    where = str(folder / CONFIG_FILE)
+    check_keys(found, _CROSS_ATTENTION, f"{where}: cross_attention")
+    depth = number_of(section_of(config, "llm_config", where), "num_hidden_layers", where)
     layers = list(found["layers"])
-    interval = layers[1] - layers[0] if len(layers) > 1 else config["llm_config"]["num_hidden_layers"]
+    interval = layers[1] - layers[0] if len(layers) > 1 else depth
     described = CrossAttentionConfig(
         interval=interval,
         offset=layers[0],
@@ -92,7 +105,7 @@ def cross_attention_of(config: Mapping[str, Any], folder: Path) -> CrossAttentio
         num_query_groups=found.get("num_key_value_heads"),
         qk_norm=bool(found.get("qk_norm", False)),
     )
-    if sorted(described.layers(config["llm_config"]["num_hidden_layers"])) != layers:
+    if interval < 1 or layers[0] >= interval or sorted(described.layers(depth)) != layers:
         raise UserError(
             f"{folder / CONFIG_FILE}: cross-attention layers {layers} are not evenly spaced, which ours must be"
         )

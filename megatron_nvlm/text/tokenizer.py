@@ -38,7 +38,7 @@ class Tokenizer:
         """Read a tokenizer.json; UserError if it is missing or is none."""
         if not Path(path).is_file():
             raise UserError(
-                f"there is no tokenizer at {path}; set data.tokenizer to a tokenizer.json (transformers makes one of a folder: "
+                f"there is no tokenizer at {path}; set data.tokenizer to a tokenizer.json (transformers makes one: "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT))"
             )
         if Path(path).suffix == ".model":
@@ -47,9 +47,13 @@ class Tokenizer:
                 f"{path} --out tokenizer.json"
             )
         try:
-            return cls(FastTokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is no tokenizer.json ({error})") from error
+            loaded = cls(FastTokenizer.from_file(str(path)))
+            loaded.encode("A")
+            return loaded
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and on some broken files it panics
+            raise UserError(f"{path} is no tokenizer.json ({' '.join(str(error).split())[:300]})") from error
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; nothing is added.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.models.families.config_keys import is_count, shorten
 
 CONFIG_FILE = "config.json"
 
@@ -25,9 +26,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def number_of(config: Mapping[str, Any], key: str, where: str) -> int:
-    """A whole number of a config.json; UserError if it is none."""
-    value = config.get(key)
-    if not isinstance(value, int):
-        raise UserError(f"{where}: {key} is {value!r}, not a number; is this the config.json of the model?")
-    return value
+def number_of(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """A whole number of a config.json; UserError if it is none, or absent without a default."""
+    value = default if config.get(key) is None else config[key]
+    if not is_count(value):
+        raise UserError(
+            f"{where}: {key} is {shorten(value)}, not a whole number from 1; is this the config.json of the model?"
+        )
+    return int(value)  # type: ignore[arg-type]
+
+
+def section_of(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """The keys of a part of a whole folder's model, or of the folder's only model; UserError if they are no object."""
+    section = config.get(key, config)
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where}: {key} is {shorten(section)}; it must be an object")
+    return section

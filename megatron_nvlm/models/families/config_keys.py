@@ -3,7 +3,7 @@
 A key that nobody here knows may change numbers, so it is refused by name. A key whose value is null is absent.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_nvlm.errors import UserError
@@ -31,37 +31,75 @@ WITHOUT_EFFECT = frozenset(
 )
 """Keys that transformers writes into every config.json, and others that change no number."""
 
-MustBe = Mapping[str, tuple[Callable[[Any], bool], str]]
-"""Of a key: whether a value is what is computed here, and which values are."""
+Meaning = tuple[Callable[[Any], bool], str]
+"""Whether a value is one that this package computes, and in words which values are."""
+Meanings = Mapping[str, Meaning]
+"""By key."""
 
-COMMON: MustBe = {
+_MOST_SHOWN = 200
+"""Characters of a value that a sentence shows."""
+_MOST = 2**40
+"""Over what any size is: larger numbers are mistakes, and would be asked of memory first."""
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 1; true and false are none."""
+    return type(value) is int and 0 < value < _MOST
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number over 0; true and false are none."""
+    return type(value) in (int, float) and 0 < value < _MOST
+
+
+COUNT: Meaning = (is_count, "a whole number from 1")
+WHOLE: Meaning = (lambda value: value == 0 or is_count(value), "a whole number from 0")
+NUMBER: Meaning = (is_number, "a number over 0")
+FLAG: Meaning = (lambda value: isinstance(value, bool), "true or false")
+TEXT: Meaning = (lambda value: isinstance(value, str), "text")
+TEXTS: Meaning = (
+    lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    "a list of texts",
+)
+SECTION: Meaning = (lambda value: isinstance(value, Mapping), "an object")
+ANYTHING: Meaning = (lambda value: True, "anything")
+
+COMMON: Meanings = {
+    "architectures": TEXTS,
+    "model_type": TEXT,
     "quantization_config": (
         lambda value: False,
         "absent, since quantised weights are not read; take the plain weights",
     ),
 }
+"""Keys that all models have."""
 
 
-def check_keys(config: Mapping[str, Any], read: Collection[str], must_be: MustBe, where: str) -> None:
-    """Refuse keys that are not known, and values that mean another computation.
+def check_keys(config: Mapping[str, Any], meanings: Meanings, where: str) -> None:
+    """Refuse values that mean another computation, or none, and keys that are not known.
 
     Args:
         config: the keys of one model.
-        read: keys that the caller reads.
-        must_be: keys with one meaning here; those of COMMON are added.
+        meanings: keys that the caller reads, or that have one meaning here; those of COMMON are added.
         where: the file and section, for messages.
 
     Raises:
         UserError: naming the key.
     """
-    must_be = {**COMMON, **must_be}
+    meanings = {**COMMON, **meanings}
     given = {key: value for key, value in config.items() if value is not None}
-    for key, (is_ours, words) in must_be.items():
+    for key, (is_ours, words) in meanings.items():
         if key in given and not is_ours(given[key]):
-            raise UserError(f"{where}: {key} is {given[key]!r}; it must be {words}")
-    unknown = sorted(set(given) - set(read) - set(must_be) - WITHOUT_EFFECT)
+            raise UserError(f"{where}: {key} is {shorten(given[key])}; it must be {words}")
+    unknown = sorted(set(given) - set(meanings) - WITHOUT_EFFECT)
     if unknown:
         raise UserError(
-            f"{where}: {', '.join(unknown)} is not known here and may change what the model computes; remove it from the "
-            "file if it does not"
+            f"{where}: {', '.join(unknown)[:_MOST_SHOWN]} is not known here and may change what is computed; remove it "
+            "from the file if it does not"
         )
+
+
+def shorten(value: Any) -> str:
+    """A value in a sentence."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

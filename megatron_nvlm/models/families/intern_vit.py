@@ -16,7 +16,7 @@ NORMS = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
 
 
 def _read(config: Mapping[str, Any], inner: Mapping[str, Any], where: str) -> VisionPreset:
-    norm = inner.get("norm_type", "rms_norm")
+    norm = inner.get("norm_type") or "rms_norm"
     if norm not in NORMS:
         raise UserError(
             f"{where}: the vision model is of {inner.get('model_type')!r} with norms {norm!r}; use an InternViT "
@@ -25,7 +25,7 @@ def _read(config: Mapping[str, Any], inner: Mapping[str, Any], where: str) -> Vi
     qk_norm = bool(inner.get("qk_normalization"))
     if qk_norm and norm != "rms_norm":
         raise UserError(f"{where}: query and key norms stand in InternViT with norm_type rms_norm only, not {norm!r}")
-    if inner.get("hidden_act", "gelu") != "gelu":
+    if (inner.get("hidden_act") or "gelu") != "gelu":
         raise UserError(f"{where}: the vision model has the activation {inner['hidden_act']!r}, and InternViT has gelu")
     return VisionPreset(
         num_layers=number_of(inner, "num_hidden_layers", where),
@@ -34,12 +34,12 @@ def _read(config: Mapping[str, Any], inner: Mapping[str, Any], where: str) -> Vi
         num_attention_heads=number_of(inner, "num_attention_heads", where),
         normalization=NORMS[norm],
         qk_norm=qk_norm,
-        qkv_bias=bool(inner.get("qkv_bias", False)),
+        qkv_bias=bool(inner.get("qkv_bias")),
         # The 6B release was trained at 448 pixels and its positions are stored for the size that the config names.
-        tile_size=int(config.get("force_image_size") or inner.get("image_size") or 448),
-        patch_size=int(inner.get("patch_size", 14)),
-        layernorm_epsilon=float(inner.get("layer_norm_eps", 1e-6)),
-        layer_scale_init=float(inner.get("initializer_factor", 0.1)),
+        tile_size=number_of(config, "force_image_size", where, number_of(inner, "image_size", where, 448)),
+        patch_size=number_of(inner, "patch_size", where, 14),
+        layernorm_epsilon=float(inner.get("layer_norm_eps") or 1e-6),
+        layer_scale_init=float(inner.get("initializer_factor") or 0.1),
     )
 
 

@@ -8,21 +8,40 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.families.config_file import CONFIG_FILE, number_of, read_config
-from megatron_nvlm.models.families.config_keys import MustBe, check_keys
+from megatron_nvlm.models.families.config_file import CONFIG_FILE, number_of, read_config, section_of
+from megatron_nvlm.models.families.config_keys import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    SECTION,
+    TEXT,
+    WHOLE,
+    Meaning,
+    Meanings,
+    check_keys,
+    is_number,
+)
 from megatron_nvlm.models.families.language_family import LanguageFamily, LanguagePreset
 from megatron_nvlm.models.families.languages import LANGUAGE_FAMILIES, family_of
 from megatron_nvlm.models.families.rope_scaling import RopeScaling
 
 _DEFAULT_ROPE_THETA = 10_000
-_READ = frozenset(
-    "attention_bias head_dim hidden_act hidden_size intermediate_size max_position_embeddings max_window_layers mlp_bias "
-    "num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor query_key_norm rms_norm_eps "
-    "rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings use_sliding_window vocab_size".split()
-)
-_MUST_BE: MustBe = {
-    "layer_types": (lambda kinds: set(kinds) <= {"full_attention"}, "full_attention in every layer"),
-    "use_mrope": (lambda value: not value, "false"),
+_BASE: Meaning = (lambda base: is_number(base) and base == int(base), "a whole number over 0")
+_MEANINGS: Meanings = {
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"), COUNT
+    ),
+    **dict.fromkeys(("head_dim", "max_position_embeddings", "num_key_value_heads", "sliding_window"), COUNT),
+    **dict.fromkeys(
+        ("attention_bias", "mlp_bias", "query_key_norm", "tie_word_embeddings", "use_sliding_window"), FLAG
+    ),
+    **dict.fromkeys(("partial_rotary_factor", "rms_norm_eps"), NUMBER),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), SECTION),
+    "hidden_act": TEXT,
+    "layer_types": (lambda kinds: kinds == ["full_attention"] * len(kinds), "full_attention in every layer"),
+    "max_window_layers": WHOLE,
+    "rope_theta": _BASE,
+    "use_mrope": (lambda value: value is False, "false"),
 }
 
 
@@ -33,7 +52,8 @@ def language_preset_of(folder: Path) -> LanguagePreset:
         UserError: there is none, or it computes something that ours does not.
     """
     config = read_config(folder)
-    return read_language(config.get("llm_config", config), str(folder / CONFIG_FILE))
+    where = str(folder / CONFIG_FILE)
+    return read_language(section_of(config, "llm_config", where), where)
 
 
 def read_language(config: Mapping[str, Any], where: str) -> LanguagePreset:
@@ -43,8 +63,8 @@ def read_language(config: Mapping[str, Any], where: str) -> LanguagePreset:
         where: the file, for messages.
     """
     family = _find_family(config, where)
+    check_keys(config, _MEANINGS, f"{where}: the language model")
     _refuse(config, family, where)
-    check_keys(config, _READ, _MUST_BE, f"{where}: the language model")
     heads = number_of(config, "num_attention_heads", where)
     hidden = number_of(config, "hidden_size", where)
     head = config.get("head_dim") or family.default_head_size
@@ -53,12 +73,12 @@ def read_language(config: Mapping[str, Any], where: str) -> LanguagePreset:
         hidden_size=hidden,
         ffn_hidden_size=number_of(config, "intermediate_size", where),
         num_attention_heads=heads,
-        num_query_groups=int(config.get("num_key_value_heads") or heads),
+        num_query_groups=number_of(config, "num_key_value_heads", where, heads),
         vocab_size=number_of(config, "vocab_size", where),
-        rotary_base=int(_rope(config).get("rope_theta") or _DEFAULT_ROPE_THETA),
+        rotary_base=_rotary_base(config, where),
         family=family.name,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        layernorm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        layernorm_epsilon=float(config.get("rms_norm_eps") or 1e-6),
         # Qwen3 has a head size of its own even where it is the quotient: presets name it.
         kv_channels=head if head and (family.default_head_size or head * heads != hidden) else None,
         rope_scaling=_scaling(config, family, where),
@@ -96,7 +116,8 @@ def describe_language(preset: LanguagePreset, max_sequence_length: int, dtype: s
 
 
 def _find_family(config: Mapping[str, Any], where: str) -> LanguageFamily:
-    architecture = (config.get("architectures") or [""])[0]
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
     for family in LANGUAGE_FAMILIES.values():
         if family.architecture == architecture:
             return family
@@ -110,6 +131,12 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Base and scaling of the rotary embedding, in one place as newer versions of transformers have them."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {"rope_theta": config.get("rope_theta"), **found}
+
+
+def _rotary_base(config: Mapping[str, Any], where: str) -> int:
+    base = _rope(config).get("rope_theta")
+    check_keys({"rope_theta": base}, {"rope_theta": _BASE}, f"{where}: the language model")
+    return int(base or _DEFAULT_ROPE_THETA)
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -20,6 +20,10 @@ _KEYS: dict[str, tuple[str, ...]] = {
 """What the settings of each kind must say."""
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**40
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Settings of a scaled rotary embedding, by the names of Hugging Face's config.json."""
@@ -57,6 +61,10 @@ class RopeScaling:
             raise ValueError(f"scales its rotary embedding by {kind} without {', '.join(missing)}")
         if kind == YARN and given.get("attention_factor") is None and given.get("mscale_all_dim"):
             raise ValueError("scales its rotary embedding by yarn with mscale_all_dim, which no supported family has")
+        for name in cls.__dataclass_fields__:
+            value = given.get(name)
+            if name not in ("rope_type", "truncate") and not (value is None or _is_number(value)):
+                raise ValueError(f"scales its rotary embedding with the {name} {value!r}, which is no number over 0")
         known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
         return cls(**{**known, "rope_type": kind})
 

@@ -16,7 +16,7 @@ _ACTIVATION = "gelu_pytorch_tanh"
 
 
 def _read(config: Mapping[str, Any], inner: Mapping[str, Any], where: str) -> VisionPreset:
-    activation = inner.get("hidden_act", _ACTIVATION)
+    activation = inner.get("hidden_act") or _ACTIVATION
     if activation != _ACTIVATION:
         raise UserError(f"{where}: the vision model has the activation {activation!r}, and SigLIP has {_ACTIVATION}")
     return VisionPreset(
@@ -29,7 +29,7 @@ def _read(config: Mapping[str, Any], inner: Mapping[str, Any], where: str) -> Vi
         qkv_bias=True,
         tile_size=number_of(inner, "image_size", where),
         patch_size=number_of(inner, "patch_size", where),
-        layernorm_epsilon=float(inner.get("layer_norm_eps", 1e-6)),
+        layernorm_epsilon=float(inner.get("layer_norm_eps") or 1e-6),
         family="siglip",
     )
 

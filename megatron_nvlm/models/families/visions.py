@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.models.families.config_file import CONFIG_FILE, read_config
-from megatron_nvlm.models.families.config_keys import MustBe, check_keys
+from megatron_nvlm.models.families.config_file import CONFIG_FILE, read_config, section_of
+from megatron_nvlm.models.families.config_keys import COUNT, FLAG, NUMBER, TEXT, WHOLE, Meanings, check_keys
 from megatron_nvlm.models.families.intern_vit import INTERN_VIT
 from megatron_nvlm.models.families.siglip import SIGLIP
 from megatron_nvlm.models.families.vision_family import VisionFamily, VisionPreset
@@ -24,12 +24,15 @@ VISION_PRESETS: dict[str, VisionPreset] = {
 }
 
 
-_READ = frozenset(
-    "exported_class hidden_act hidden_size image_size intermediate_size layer_norm_eps norm_type num_attention_heads "
-    "num_dummy_heads num_hidden_layers patch_size qk_normalization qkv_bias tie_word_embeddings "
-    "vision_use_head".split()
-)
-_MUST_BE: MustBe = {"num_channels": (lambda channels: channels == 3, "3")}
+_MEANINGS: Meanings = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"), COUNT),
+    **dict.fromkeys(("image_size", "patch_size"), COUNT),
+    **dict.fromkeys(("exported_class", "hidden_act", "norm_type"), TEXT),
+    **dict.fromkeys(("initializer_factor", "layer_norm_eps"), NUMBER),
+    **dict.fromkeys(("qk_normalization", "qkv_bias", "tie_word_embeddings", "vision_use_head"), FLAG),
+    "num_channels": (lambda channels: channels == 3, "3"),
+    "num_dummy_heads": WHOLE,
+}
 
 
 def vision_family_of(preset: VisionPreset) -> VisionFamily:
@@ -39,7 +42,8 @@ def vision_family_of(preset: VisionPreset) -> VisionFamily:
 
 def find_vision_family(config: Mapping[str, Any]) -> VisionFamily | None:
     """The family of the vision model that a config.json describes, alone or within another model's; None if it is none."""
-    kind = str(config.get("vision_config", config).get("model_type", ""))
+    inner = config.get("vision_config", config)
+    kind = str(inner.get("model_type", "")) if isinstance(inner, Mapping) else ""
     return next((family for family in VISION_FAMILIES.values() if kind.startswith(family.model_type)), None)
 
 
@@ -61,15 +65,14 @@ def read_vision(config: Mapping[str, Any], where: str) -> VisionPreset:
     Raises:
         UserError: there is none, or it computes something that ours does not.
     """
-    inner, family = config.get("vision_config", config), find_vision_family(config)
+    inner, family = section_of(config, "vision_config", where), find_vision_family(config)
     if family is None:
         known = ", ".join(f"{known.name} (model_type {known.model_type})" for known in VISION_FAMILIES.values())
         raise UserError(
             f"{where}: the vision model is of {inner.get('model_type')!r}, which is not supported; use one of {known}"
         )
-    preset = family.read(config, inner, where)
-    check_keys(inner, _READ, _MUST_BE, f"{where}: the vision model")
-    return preset
+    check_keys(inner, _MEANINGS, f"{where}: the vision model")
+    return family.read(config, inner, where)
 
 
 def describe_vision(preset: VisionPreset, dtype: str) -> dict[str, Any]:
