@@ -1,0 +1,66 @@
+"""An exported folder answers the same in every version of transformers that it is for, by Auto classes and its own code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_nvlm.parallel.device import Device
+from tests.hf.folders import VARIANT_NAMES, write_folder
+from tests.support.launch import environment
+from tests.support.tiny import tiny_config, tiny_model
+
+OLDER = {
+    "4.46.3": ("transformers==4.46.3", "tokenizers>=0.20,<0.21", "huggingface_hub<1"),
+    "4.57.1": ("transformers==4.57.1", "tokenizers>=0.22,<0.23", "huggingface_hub<1"),
+}
+SCRIPT = """
+import json, sys
+import numpy as np, transformers
+from PIL import Image
+folder = sys.argv[1]
+processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 180, 3), dtype=np.uint8))
+inputs = processor(text="<image>\\nWhat is this?", images=[picture])
+answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+print(json.dumps([transformers.__version__, inputs["input_ids"].tolist(), answer.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, world_of_one: Device) -> Path:
+    root = tmp_path_factory.mktemp("exported")
+    for variant in VARIANT_NAMES:
+        write_folder(root / variant, tiny_model(tiny_config(variant), world_of_one), tiny_config(variant))
+    return root
+
+
+def ask(folder: Path, cache: Path, packages: Path | None) -> list[object]:
+    path = [] if packages is None else [str(packages)]
+    # Nothing of this repository on the path: the folder's code is to stand alone.
+    own = {"PYTHONPATH": os.pathsep.join(path), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder)]
+    done = subprocess.run(command, env={**environment(), **own}, cwd=cache, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", OLDER)
+def test_it_answers_the_same_in_older_versions(folders: Path, tmp_path: Path, version: str) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "packages")]
+    installed = subprocess.run([*pip, *OLDER[version]], capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"pip cannot install transformers {version}: {installed.stderr.splitlines()[-1:]}")
+    for variant in VARIANT_NAMES:
+        caches = [tmp_path / f"{variant}_{name}" for name in ("now", "then")]
+        for cache in caches:
+            cache.mkdir()
+        now = ask(folders / variant, caches[0], None)
+        then = ask(folders / variant, caches[1], tmp_path / "packages")
+        assert then[0] == version and then[0] != now[0]
+        assert then[1:] == now[1:]
