@@ -49,7 +49,6 @@ def language_config(
         layernorm_epsilon=preset.layernorm_epsilon,
         add_bias_linear=False,
         add_qkv_bias=family_of(preset).qkv_bias,
-        qk_layernorm=family_of(preset).query_key_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         attention_dropout=config.attention_dropout,

@@ -4,10 +4,12 @@ One weight [head size] serves the heads of all tensor-parallel ranks, each with 
 ranks, whether the sequence is sharded or not.
 """
 
+import copy
 from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_nvlm.models.gradient_marks import SUM_OVER_TENSOR_PARALLEL, mark
 
@@ -21,7 +23,11 @@ def mark_head_norm(norm: torch.nn.Module) -> None:
 class HeadNormSelfAttention(SelfAttention):
     """Self-attention with norms of the heads in core's slots `q_layernorm` and `k_layernorm`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        # Newer cores want the switch beside the norms. In the model's own configuration it would have core sum the gradients
+        # of all norms of these names, which the mark does already.
+        own = copy.copy(config)
+        own.qk_layernorm = True
+        super().__init__(own, *args, **kwargs)
         for norm in (self.q_layernorm, self.k_layernorm):
             mark_head_norm(norm)
