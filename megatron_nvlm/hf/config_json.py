@@ -124,7 +124,7 @@ def describe_folder(model: ResolvedModel, tiling: TilingConfig, template: str, d
     cross_attention, max_sequence_length = model.config.cross_attention, model.config.max_sequence_length
     letter = variant.name.upper()
     config: dict[str, Any] = {
-        "architectures": [f"NVLM_{letter}_Model"],
+        "architectures": [f"NVLM_{letter}"],
         "model_type": f"NVLM_{letter}",
         "variant": variant.name,
         "downsample_ratio": 0.5,

@@ -64,3 +64,35 @@ def test_it_answers_the_same_in_older_versions(folders: Path, tmp_path: Path, ve
         then = ask(folders / variant, caches[1], tmp_path / "packages")
         assert then[0] == version and then[0] != now[0]
         assert then[1:] == now[1:]
+
+
+LORA = """
+import sys, torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+adapted = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj", "v_proj"], r=4))
+ids = torch.arange(12)[None]
+optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+losses = []
+for _ in range(3):
+    loss = adapted(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    losses.append(float(loss))
+print(losses)
+assert losses[2] < losses[1] < losses[0]
+assert adapted.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape == (1, 14)
+"""
+
+
+@pytest.mark.slow
+def test_peft_trains_an_adapter(folders: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "packages")]
+    installed = subprocess.run([*pip, "peft", "accelerate"], capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"pip cannot install peft: {installed.stderr.splitlines()[-1:]}")
+    own = {"PYTHONPATH": str(tmp_path / "packages"), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", LORA, str(folders / "h")]
+    done = subprocess.run(command, env={**environment(), **own}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

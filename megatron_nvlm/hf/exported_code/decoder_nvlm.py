@@ -197,6 +197,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(language.vocab_size, language.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(language.num_hidden_layers))
         self.norm = RMSNorm(language.hidden_size, language.rms_norm_eps)
+        self.gradient_checkpointing = False  # transformers sets these two
+        self._gradient_checkpointing_func: Any = None
 
     def forward(
         self,
@@ -216,7 +218,11 @@ class Decoder(nn.Module):
         states, kept = [x], []
         for layer in self.layers:
             key_value = next(known, None) if layer.has_cross_attention else None
-            x, key_value = layer(x, turn, mask, is_causal, cache, context, key_value)
+            parts = (x, turn, mask, is_causal, cache, context, key_value)
+            if self.gradient_checkpointing and self.training and cache is None:
+                x, key_value = self._gradient_checkpointing_func(layer.__call__, *parts)
+            else:
+                x, key_value = layer(*parts)
             states.append(x)
             if key_value is not None:
                 kept.append(key_value)

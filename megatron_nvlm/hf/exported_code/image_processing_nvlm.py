@@ -84,6 +84,8 @@ def open_image(image: Any) -> Image.Image:
     with picture_faults("an image cannot be read", "give Pillow images, arrays, paths or bytes"):
         if isinstance(image, np.ndarray | Tensor):
             image = Image.fromarray(np.asarray(image))
+        elif isinstance(image, str) and "://" in image:
+            raise TypeError(f"{image[:80]!r} is an address; download it and name the file")
         elif isinstance(image, str | Path):
             image = Path(image).read_bytes()
     if isinstance(image, bytes):

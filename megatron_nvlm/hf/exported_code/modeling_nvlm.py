@@ -23,7 +23,6 @@ in NVLM-D's release.
 """
 
 from dataclasses import dataclass, fields
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nvlm import NVLM_D_Config, NVLM_H_Config, NVLM_X_Config, NVLMConfig
 from .decoder_nvlm import Context, CrossAttention, KeyValue, LanguageModel
-from .vision_nvlm import RMSNorm, VisionEmbeddings, VisionLayer, pixel_shuffle
+from .rows_nvlm import loss_of, positions_of
+from .vision_nvlm import RMSNorm, VisionEmbeddings, VisionLayer, pixel_shuffle, vision_class_of
 
 TILES_AT_ONCE = 8
 """Most tiles that pass through the encoder together; bounds memory."""
@@ -49,12 +49,6 @@ class NVLMOutput(CausalLMOutputWithPast):
     context_key_values: tuple[KeyValue, ...] | None = None
 
 
-def _vision_class(config: NVLMConfig) -> Any:
-    """The class of the vision model's family, which the folder's config.json names; InternViT's where it does not."""
-    module, name = getattr(config.vision_config, "exported_class", "vision_nvlm.VisionModel").split(".")
-    return getattr(import_module(f".{module}", __package__), name)
-
-
 class NVLMModel(PreTrainedModel, GenerationMixin):
     """What the three variants share; use the class of a variant."""
 
@@ -62,6 +56,7 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _supports_cache_class = True
     _can_compile_fullgraph = False
 
@@ -69,7 +64,7 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         config.check()
         super().__init__(config)
         hidden, width = config.llm_config.hidden_size, 4 * config.vision_config.hidden_size
-        self.vision_model: Any = _vision_class(config)(config)
+        self.vision_model: Any = vision_class_of(config)(config)
         layers = {type(layer).__name__ for layer in self.vision_model.encoder.layers}
         self._no_split_modules = ["DecoderLayer", *sorted(layers)]
         self.mlp1: nn.Module
@@ -125,6 +120,16 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         """Replace the output layer."""
         self.language_model.lm_head = new_embeddings
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As transformers', without reentrance: layers share the context, whose graph would be walked twice."""
+        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers', and the configuration says the new size."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.config.llm_config.vocab_size = embedding.num_embeddings
+        return embedding
+
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Normalised tiles [t, 3, S, S] -> vision tokens [t, tokens per tile, h]."""
         size = self.config.tile_size
@@ -139,7 +144,7 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -155,6 +160,8 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         cache: Any = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
@@ -169,11 +176,18 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
             vision_tokens: [b, n, h] instead of pixel_values, from `encode_images`.
             context_key_values: of an earlier call with the same context.
             past_key_values: the cache, by the name that transformers before 5.24 have for it.
+            inputs_embeds: [b, r, h] of the rows, vision tokens in their places already, instead of `input_ids`.
+            output_attentions: refused: the kernels of attention do not give their weights.
             logits_to_keep: number of last rows that logits are wanted of; 0 for all.
 
         Raises:
             ValueError: the inputs do not fit each other.
         """
+        if output_attentions:
+            raise ValueError("NVLM gives no attention weights; leave output_attentions out or set it to False")
+        rows = input_ids if inputs_embeds is None else inputs_embeds
+        if rows is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give the rows once, as input_ids or as inputs_embeds")
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = DynamicCache()
@@ -182,17 +196,18 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
                 "NVLM generates with a cache that grows; leave cache_implementation out or set it to dynamic"
             )
         rows_before = 0 if cache is None else int(cache.get_seq_length())
-        here = slice(rows_before, rows_before + input_ids.shape[1])
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), here.stop):
+        here = slice(rows_before, rows_before + rows.shape[1])
+        if attention_mask is not None and attention_mask.shape != (len(rows), here.stop):
             raise ValueError(
                 f"attention_mask has shape {list(attention_mask.shape)} and the rows, cached ones included, are "
-                f"{[len(input_ids), here.stop]}"
+                f"{[len(rows), here.stop]}"
             )
         if pixel_values is not None:
             vision_tokens, vision_index = self.encode_images(
-                input_ids, pixel_values, num_tiles, image_flags, vision_index, context_vision_index
+                rows, pixel_values, num_tiles, image_flags, vision_index, context_vision_index
             )
-        hidden = self._embed(input_ids, vision_tokens, None if vision_index is None else vision_index[:, here])
+        index = None if vision_index is None else vision_index[:, here]
+        hidden = rows if inputs_embeds is not None else self._embed(rows, vision_tokens, index)
         context = None
         if self.config.variant != "d" and context_intervals is not None:
             embeddings = None
@@ -202,11 +217,11 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
                 embeddings = self._embed_context(context_input_ids, vision_tokens, context_vision_index)
                 num_rows = embeddings.shape[1]
             context = Context.of(embeddings, context_intervals[:, here], num_rows) if num_rows else None
-        positions = _positions(attention_mask, here, input_ids) if position_ids is None else position_ids
+        positions = positions_of(attention_mask, here, hidden) if position_ids is None else position_ids
         states, kept = self.language_model.model(hidden, positions, attention_mask, cache, context, context_key_values)
         logits = self.language_model.logits(states[-1][:, -logits_to_keep:])
         output = NVLMOutput(
-            loss=None if labels is None else _loss(logits, labels),
+            loss=None if labels is None else loss_of(logits, labels),
             logits=logits,
             hidden_states=tuple(states) if output_hidden_states else None,
             context_key_values=kept or None,
@@ -382,18 +397,3 @@ class NVLM_H_Model(NVLMModel):
     """NVLM-H."""
 
     config_class = NVLM_H_Config
-
-
-def _positions(attention_mask: Tensor | None, here: slice, input_ids: Tensor) -> Tensor:
-    """[b, r] positions that start at 0 in each sample's first row that is no padding."""
-    if attention_mask is None:
-        return torch.arange(here.start, here.stop, device=input_ids.device).expand(len(input_ids), -1)
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, here]
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over targets of the cross-entropy of the next token, in at least float32."""
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels have shape {list(labels.shape)} and the logits are of rows {list(logits.shape[:2])}")
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

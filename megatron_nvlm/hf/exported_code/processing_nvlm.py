@@ -95,6 +95,7 @@ class NVLMProcessor(ProcessorMixin):
         padding: bool | str = True,
         padding_side: str = "left",
         return_tensors: str | None = "pt",
+        **others: Any,
     ) -> BatchFeature:
         """Inputs of the model for one prompt or a batch.
 
@@ -106,6 +107,8 @@ class NVLMProcessor(ProcessorMixin):
             padding: True, or False where the prompts have equal lengths.
             padding_side: left for `generate`; right or left for training.
             return_tensors: only `pt`.
+            others: what transformers' pipelines and trainers pass to any processor: `text_kwargs` and the like with the
+                options above, and switches that must be off (videos, truncation, ...).
 
         Returns:
             `input_ids`, `attention_mask` and, if there are images, what modeling_nvlm.py's table lists.
@@ -113,6 +116,10 @@ class NVLMProcessor(ProcessorMixin):
         Raises:
             ValueError: images and their places differ in number, or an argument is none of the above.
         """
+        if others:
+            named: dict[str, Any] = dict(add_generation_prompt=add_generation_prompt, padding=padding)
+            named |= dict(padding_side=padding_side, return_tensors=return_tensors)
+            return self(images, text, **{**named, **_own_options(others)})
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors is {return_tensors!r}; NVLM's processors make torch tensors, 'pt'")
         if padding_side not in ("left", "right"):
@@ -152,6 +159,10 @@ class NVLMProcessor(ProcessorMixin):
             images: those that the conversation does not hold itself.
             kwargs: of `__call__`.
         """
+        if kwargs.pop("continue_final_message", False):
+            raise ValueError(
+                "an answer cannot be continued; leave continue_final_message out and ask with the question"
+            )
         if chat_template is not None:
             raise ValueError(
                 "another chat_template would not give training's tokens; change processor_config.json's template"
@@ -218,6 +229,31 @@ class NVLMProcessor(ProcessorMixin):
                 dim=-1,
             )
         return BatchFeature(data)
+
+
+_GROUPS = ("processor_kwargs", "text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
+_OWN = ("add_generation_prompt", "padding", "padding_side", "return_tensors")
+_MUST_BE_OFF = {
+    "videos": "NVLM takes images; give frames as images",
+    "audio": "NVLM takes images",
+    "truncation": "a cut prompt would lose vision tokens; shorten the text, or lower the image processor's max_tiles",
+    "max_length": "prompts are as long as they are; leave it out",
+    "continue_final_message": "an answer cannot be continued",
+    "return_mm_token_type_ids": "there are none",
+}
+
+
+def _own_options(others: dict[str, Any]) -> dict[str, Any]:
+    """What of transformers' options is ours; ValueError for those that ask for something else."""
+    given = {name: value for name, value in others.items() if name not in _GROUPS}
+    for group in _GROUPS:
+        given |= others.get(group) or {}
+    for name, value in given.items():
+        if name in _MUST_BE_OFF and value not in (None, False):
+            raise ValueError(f"{name} is {value!r}; {_MUST_BE_OFF[name]}")
+        if name not in _MUST_BE_OFF and name not in _OWN:
+            raise ValueError(f"NVLM's processor has no option {name}; it has {', '.join(_OWN)}")
+    return {name: value for name, value in given.items() if name in _OWN}
 
 
 def _is_conversation(text: Any) -> bool:

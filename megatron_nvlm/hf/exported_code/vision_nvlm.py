@@ -4,6 +4,8 @@ Shapes: t tiles, p patches of a tile, v vision hidden, n heads, d head size.
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,3 +147,9 @@ def pixel_shuffle(features: Tensor) -> Tensor:
     half = side // 2
     blocks = features.view(tiles, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
     return blocks.reshape(tiles, half * half, 4 * width)
+
+
+def vision_class_of(config: NVLMConfig) -> Any:
+    """The class of the vision model's family, which the folder's config.json names; InternViT's where it does not."""
+    module, name = getattr(config.vision_config, "exported_class", "vision_nvlm.VisionModel").split(".")
+    return getattr(import_module(f".{module}", __package__), name)

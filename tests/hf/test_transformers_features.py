@@ -1,0 +1,115 @@
+"""What users of transformers do with any model works with an exported folder's, or is refused in a sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import pipeline
+
+from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Model, NVLM_X_Model, NVLMModel
+from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
+from megatron_nvlm.parallel.device import Device
+from tests.hf.folders import PROMPTS, VARIANT_NAMES, opened, write_folder
+from tests.hf.processors import load_processor
+from tests.support.shards import picture
+from tests.support.tiny import tiny_config, tiny_model
+
+CLASSES: dict[str, type[NVLMModel]] = {"d": NVLM_D_Model, "x": NVLM_X_Model, "h": NVLM_H_Model}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, world_of_one: Device) -> Path:
+    root = tmp_path_factory.mktemp("exported")
+    for variant in VARIANT_NAMES:
+        write_folder(root / variant, tiny_model(tiny_config(variant), world_of_one), tiny_config(variant))
+    return root
+
+
+def opened_folder(folders: Path, variant: str) -> tuple[NVLMModel, NVLMProcessor]:
+    return CLASSES[variant].from_pretrained(folders / variant), load_processor(folders / variant)
+
+
+def inputs_of(processor: NVLMProcessor) -> Any:
+    prompt = PROMPTS["two images"]
+    return processor([opened(prompt.images)], [prompt.messages])
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_gradient_checkpointing_changes_no_gradient(folders: Path, variant: str) -> None:
+    model, processor = opened_folder(folders, variant)
+    inputs, gradients = inputs_of(processor), []
+    model.train()
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+            assert model.language_model.model.gradient_checkpointing
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_more_tokens_are_saved_and_loaded(folders: Path, tmp_path: Path, variant: str) -> None:
+    model, processor = opened_folder(folders, variant)
+    inputs, rows = inputs_of(processor), model.config.llm_config.vocab_size
+    with torch.no_grad():
+        before = model.eval()(**inputs).logits
+        model.resize_token_embeddings(rows + 8)
+        after = model(**inputs).logits
+        model.save_pretrained(tmp_path / "more")
+        again = CLASSES[variant].from_pretrained(tmp_path / "more").eval()(**inputs).logits
+    assert after.shape[-1] == rows + 8 and torch.equal(after[..., :rows], before)
+    assert torch.equal(again, after)
+
+
+def test_embeddings_stand_for_ids(folders: Path) -> None:
+    """As PEFT passes them, by name, whether they are there or not."""
+    model, _ = opened_folder(folders, "h")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, inputs_embeds=None, output_attentions=False).logits
+        found = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    assert torch.equal(found, expected)
+    for wrong in ({}, {"input_ids": ids, "inputs_embeds": torch.zeros(1, 6, 4)}):
+        with pytest.raises(ValueError, match="give the rows once"):
+            model(**wrong)
+    with pytest.raises(ValueError, match="NVLM gives no attention weights"):
+        model(input_ids=ids, output_attentions=True)
+
+
+def test_the_chat_pipeline_answers(folders: Path) -> None:
+    model, processor = opened_folder(folders, "h")
+    image = opened([picture(120, 90)])[0]
+    asked = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    (answer,) = pipe(text=asked, max_new_tokens=4, generate_kwargs={"do_sample": False})
+    inputs = processor.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)
+    expected = processor.decode_answers(inputs, model.generate(**inputs, max_new_tokens=4, do_sample=False))
+    assert answer["generated_text"][-1] == {"role": "assistant", "content": expected[0]}
+
+
+def test_options_that_any_processor_is_given(folders: Path) -> None:
+    _, processor = opened_folder(folders, "d")
+    expected = processor(text=["Hi", "Hello there"], padding_side="right")
+    grouped = {"text_kwargs": {"padding": True, "padding_side": "right"}, "images_kwargs": {}, "common_kwargs": None}
+    found = processor(text=["Hi", "Hello there"], videos=None, audio=None, truncation=False, max_length=None, **grouped)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    refused: dict[str, dict[str, Any]] = {
+        "truncation is True; a cut prompt": {"truncation": True},
+        "NVLM takes images; give frames": {"videos": ["a.mp4"]},
+        "prompts are as long as they are": {"text_kwargs": {"max_length": 5}},
+        "has no option stride": {"stride": 3},
+    }
+    for words, options in refused.items():
+        with pytest.raises(ValueError, match=words):
+            processor(text="Hi", **options)
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He"}]
+    assert processor.apply_chat_template(talk, continue_final_message=False)
+    with pytest.raises(ValueError, match="cannot be continued"):
+        processor.apply_chat_template(talk, continue_final_message=True)
+    with pytest.raises(ValueError, match="is an address; download it"):
+        processor("https://example.org/a.png", "<image>")
