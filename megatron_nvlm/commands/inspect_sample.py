@@ -111,7 +111,7 @@ def find_sample(shards: ShardSet, number: int, key: str | None) -> RawSample:
     if key is not None:
         for place in range(len(shards)):
             raw = shards.read(place)
-            if raw.key == key or raw.record.get("id") == key:
+            if key in (raw.key, str(raw.record.get("id", raw.key))):
                 return raw
         raise UserError(f"no sample of {shards.folder} has the key or id {key!r}")
     if not 0 <= number < len(shards):
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("overrides", nargs="*", help="section.key=value of the run file")
-    add("--shards", type=Path, required=True, metavar="DIR", help="a set of shards")
+    add("--shards", required=True, metavar="DIR", help="a set of shards: a folder, or an address that data.train takes")
     add("--number", type=natural_int, default=0, help="the sample's number in the set (default 0)")
     add("--key", help="its key or the id of its record, instead of a number")
     add("--out", type=Path, required=True, metavar="FILE", help="a .png or .html")
@@ -145,14 +145,19 @@ def main(arguments: list[str] | None = None) -> None:
         if options.out.suffix not in (".png", ".html"):
             raise UserError(f"--out is {options.out}; its name must end in .png or .html")
         raw = find_sample(ShardSet(options.shards), options.number, options.key)
+        stages: Sequence[str] = options.stage or STAGES
         panels: list[draw.Panel] = []
-        for number, pipeline in enumerate(make_pipelines(options)):
-            panels += make_panels(raw, pipeline, options.stage or STAGES, first=number == 0)
+        if set(stages) == {"stored"}:  # needs no tokenizer, and shows samples that cannot be trained on
+            panels.append(draw.draw_stored(raw))
+        else:
+            for number, pipeline in enumerate(make_pipelines(options)):
+                panels += make_panels(raw, pipeline, stages, first=number == 0)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         if options.out.suffix == ".png":
             draw.stack(panels).save(options.out)
         else:
             options.out.write_text(as_html(panels, f"{options.shards} {raw.key}"))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{options.out} shows {raw.key}")

@@ -106,3 +106,12 @@ def test_mistakes_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         with pytest.raises(SystemExit) as status:
             main(arguments)
         assert status.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_sample_is_found_by_an_id_that_is_a_number_and_shown_as_stored(tmp_path: Path) -> None:
+    """Whatever its length, without a tokenizer, into a folder that is not there yet."""
+    content = {**record("word " * 3000, "Yes.", 0), "id": 17}
+    write_samples(tmp_path / "set", [(record("other", "1"), {"0.png": picture(40, 40)}), (content, {})])
+    out = tmp_path / "new" / "folder" / "a.png"
+    main(["--shards", str(tmp_path / "set"), "--key", "17", "--stage", "stored", "--out", str(out)])
+    assert Image.open(out).width == draw.WIDTH

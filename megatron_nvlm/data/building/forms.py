@@ -208,7 +208,9 @@ def _find_form(content: Content, num_images: int) -> Form:
         if any(field in content for field in form.fields) and form.needs_image in (None, num_images > 0):
             return form
     wanted = ", ".join(field for form in FORMS.values() for field in form.fields)
-    raise UserError(f"it has none of the fields that tell a form ({wanted})")
+    there = ", ".join(map(str, content))[:200] or "none"
+    image = "" if num_images else " and no picture"
+    raise UserError(f"it has none of the fields that tell a form ({wanted}); it has {there}{image}")
 
 
 def _add_system(turns: list[StoredTurn], content: Content) -> None:
