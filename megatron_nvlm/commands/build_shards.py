@@ -9,7 +9,7 @@ Input is any number of
 
 DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give
 the same bytes, whatever the number of processes. Killed at any moment, the same command goes on; inputs that were rejected
-are tried again. Pictures and captions that were good are not read again: after changing those, give --rebuild.
+are tried again. A finished set whose inputs were written since is refused: --rebuild begins again.
 """
 
 import argparse

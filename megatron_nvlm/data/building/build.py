@@ -25,7 +25,7 @@ from PIL import features
 from tqdm import tqdm
 
 import megatron_nvlm
-from megatron_nvlm.data.building.inputs import Input
+from megatron_nvlm.data.building.inputs import Input, newest_change
 from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample, unread_parts
 from megatron_nvlm.data.building.workers import Workers
 from megatron_nvlm.data.order.lengths import TextTokenCounter
@@ -115,7 +115,7 @@ class Builder:
         if finished.is_file() and not rebuild:
             manifest: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
             self._refuse_other_plan(manifest["plan"])
-            self._refuse_mended_inputs()
+            self._refuse_changed_inputs(finished)
             return manifest
         if (self.folder / INDEX_FILE).exists() and not (self.parts.exists() or finished.is_file()):
             raise UserError(f"{self.folder} already holds shards of another kind; give another --out")
@@ -154,7 +154,8 @@ class Builder:
             if any(self._is_mended(reject) for reject in part["rejects"]):
                 self._part(block, "json").unlink()
 
-    def _refuse_mended_inputs(self) -> None:
+    def _refuse_changed_inputs(self, finished: Path) -> None:
+        """Refuse to call a set built whose inputs have changed since: what was good, and what was rejected."""
         path = self.folder / REJECTS_FILE
         rejects = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
         good = [reject["where"] for reject in rejects if self._is_mended(reject)]
@@ -162,6 +163,13 @@ class Builder:
             raise UserError(
                 f"{self.folder} was built without {len(good)} inputs that are good by now, {good[0]} first; give "
                 "--rebuild to build it again, or another --out"
+            )
+        built = finished.stat().st_mtime_ns
+        changed = next(filter(None, (newest_change(source, built) for source in self.inputs)), None)
+        if changed is not None:
+            raise UserError(
+                f"{changed} was written after {self.folder} was built of it; give --rebuild to build it again, or another "
+                "--out"
             )
 
     def _take(self, lock: Any) -> None:

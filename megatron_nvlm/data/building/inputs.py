@@ -11,6 +11,7 @@ import stat
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,9 @@ class Input(Protocol):
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
 
+    def files(self) -> Iterator[Path]:
+        """Every file that a sample is read from, there or not."""
+
 
 class JsonLines:
     """A file with one JSON object a line; paths of images are relative to `images`."""
@@ -108,6 +112,13 @@ class JsonLines:
         """The sample; UserError if it is none."""
         content = parse_json(self._bytes_of(number))
         return InputSample(content, [_read_image(self.images / path) for path in image_paths(content)], {})
+
+    def files(self) -> Iterator[Path]:
+        """Every file that a sample is read from, there or not."""
+        yield self.path
+        for number in range(len(self)):
+            with suppress(UserError):
+                yield from (self.images / path for path in image_paths(parse_json(self._bytes_of(number))))
 
     def _bytes_of(self, number: int) -> bytes:
         with self.path.open("rb") as file:
@@ -186,28 +197,43 @@ class ImageFolder:
         self.path, self.faults, self.elsewhere = path, list[str](), dict[str, str]()
         found = sorted(str(file) for file in files_below(path, self.faults))
         sizes = {file: size for file in found if has_image_name(file) and (size := _size(path / file)) is not None}
-        self.files = list(sizes)
-        captions = {str(Path(file).with_suffix(".txt")) for file in self.files}
-        left = Counter(map(_name_of_unread, set(found) - set(self.files) - captions))
+        self.names = list(sizes)
+        captions = {str(Path(file).with_suffix(".txt")) for file in self.names}
+        left = Counter(map(_name_of_unread, set(found) - set(self.names) - captions))
         self.unread = dict(sorted(left.items()))
         listed = "".join(f"{file} {size}\n" for file, size in sizes.items())
         self.fingerprint = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def where(self, number: int) -> str:
         """Place of a sample, for messages."""
-        return str(self.path / self.files[number])
+        return str(self.path / self.names[number])
 
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
-        image = self.path / self.files[number]
-        check_name(self.files[number])
+        image = self.path / self.names[number]
+        check_name(self.names[number])
         text = image.with_suffix(".txt")
         caption = decode_text(_read_file(text, f"its caption {text.name}"), f"its caption {text.name}")
-        identity = str(Path(self.files[number]).with_suffix(""))
+        identity = str(Path(self.names[number]).with_suffix(""))
         return InputSample({"id": identity, "caption": caption}, [_read_image(image)], {})
+
+    def files(self) -> Iterator[Path]:
+        """Every file that a sample is read from, there or not."""
+        for name in self.names:
+            image = self.path / name
+            yield from (image, image.with_suffix(".txt"))
+
+
+def newest_change(source: Input, since: int) -> Path | None:
+    """A file of an input that was written after a time (`st_mtime_ns`); None if none was."""
+    for path in source.files():
+        with suppress(OSError, ValueError):
+            if path.stat().st_mtime_ns > since:
+                return path
+    return None
 
 
 def _read_image(path: Path) -> bytes:

@@ -89,6 +89,10 @@ class WebDatasetShards:
         unread = tuple(name for name in members if name not in used.union(tiles, chosen))
         return InputSample(content, [pictures[name] for name in chosen], tiles, unread)
 
+    def files(self) -> Iterator[Path]:
+        """Every file that a sample is read from, there or not."""
+        return iter(self.tars)
+
     def _read_members(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members of a sample, by the name after the key in small letters."""
         tar, first, count = self.samples[number].tolist()

@@ -57,7 +57,7 @@ def test_links_make_no_loop_and_repeat_nothing(tmp_path: Path) -> None:
     for link, target in links.items():
         link.symlink_to(target)
     source = ImageFolder(root)
-    assert source.files == ["1/b.png", "x/a.png"]
+    assert source.names == ["1/b.png", "x/a.png"]
     assert source.faults == [] and source.unread == {"file round": 1}
 
 

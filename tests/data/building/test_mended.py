@@ -65,11 +65,35 @@ def test_a_finished_set_says_what_could_be_added(lines: Path, capsys: pytest.Cap
     assert not [path for path in out.iterdir() if "partial" in path.name or path.name == "parts"]
 
 
-def test_pictures_that_have_changed_are_read_by_a_rebuild(lines: Path) -> None:
+@pytest.mark.parametrize("changed", ["green.png", "lines.jsonl"])
+def test_a_finished_set_is_not_called_built_of_inputs_that_have_changed(
+    lines: Path, changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     build(lines, "--max-reject-rate", "1")
-    (lines.parent / "green.png").write_bytes(coloured("blue"))
-    assert "blue" not in colours(build(lines, "--max-reject-rate", "1"))
-    assert colours(build(lines, "--max-reject-rate", "1", "--rebuild")) == ["red", "blue", "red", "blue", "red"]
+    path = lines.parent / changed
+    path.write_bytes(coloured("blue") if changed == "green.png" else path.read_bytes() + b'{"text": "One more."}\n')
+    with pytest.raises(SystemExit):
+        build(lines, "--max-reject-rate", "1")
+    said = capsys.readouterr().err
+    assert "--rebuild" in said and ("green.png was written after" in said or "from other inputs" in said)
+    out = build(lines, "--max-reject-rate", "1", "--rebuild")
+    assert len(ShardSet(out)) == (5 if changed == "green.png" else 6)
+    if changed == "green.png":
+        assert colours(out) == ["red", "blue", "red", "blue", "red"]
+
+
+def test_a_caption_that_has_changed(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = lines.parent / "folder", lines.parent / "captioned"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(coloured("red"))
+    (folder / "a.txt").write_text("Red.")
+    own = ["--out", str(out), "--folder", str(folder), "--images", "whole", "--processes", "1", "--quiet"]
+    main(own)
+    main(own)
+    (folder / "a.txt").write_text("Dark red.")
+    with pytest.raises(SystemExit):
+        main(own)
+    assert "a.txt was written after" in capsys.readouterr().err
 
 
 def test_another_folder_of_pictures_is_another_build(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
