@@ -113,15 +113,14 @@ class Builder:
         """
         finished = self.folder / MANIFEST_FILE
         if finished.is_file() and not rebuild:
-            manifest: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-            self._refuse_other_plan(manifest["plan"])
-            self._refuse_changed_inputs(finished)
-            return manifest
+            return self._read_finished(finished)
         if (self.folder / INDEX_FILE).exists() and not (self.parts.exists() or finished.is_file()):
             raise UserError(f"{self.folder} already holds shards of another kind; give another --out")
         self.parts.mkdir(parents=True, exist_ok=True)
         with (self.parts / LOCK_FILE).open("w") as lock:
             self._take(lock)
+            if finished.is_file() and not rebuild:  # by another build that was waited for
+                return self._read_finished(finished)
             if rebuild:
                 self._clear()
             self._plan()
@@ -129,6 +128,12 @@ class Builder:
             self._build_blocks(num_processes, progress)
             manifest = self._finish()
         shutil.rmtree(self.parts)
+        return manifest
+
+    def _read_finished(self, finished: Path) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+        self._refuse_other_plan(manifest["plan"])
+        self._refuse_changed_inputs(finished)
         return manifest
 
     def _clear(self) -> None:
@@ -205,20 +210,25 @@ class Builder:
         path = self.parts / PLAN_FILE
         if path.is_file():
             plan = json.loads(path.read_text(encoding="utf-8"))
-            self._refuse_other_plan(plan)
             self.per_shard = plan["samples_per_shard"]
-            return
+            if any(part["samples"] for _, part in self._read_parts()) or self._differs_from(plan) is None:
+                self._refuse_other_plan(plan)
+                return
+            self._clear()  # a first try with a wrong option has made nothing
         self.per_shard = self.settings.samples_per_shard or self._measure()
         _write_whole(path, json.dumps({**self._facts(), "samples_per_shard": self.per_shard}))
 
+    def _differs_from(self, plan: dict[str, Any]) -> str | None:
+        return next((name for name, ours in json.loads(json.dumps(self._facts())).items() if plan[name] != ours), None)
+
     def _refuse_other_plan(self, plan: dict[str, Any]) -> None:
-        for name, ours in json.loads(json.dumps(self._facts())).items():
-            if plan[name] != ours:
-                what = {"inputs": "from other inputs", "text": "with another tokenizer, template or system turn"}
-                raise UserError(
-                    f"{self.folder} holds a build {what.get(name, 'with other settings')}; repeat its command, or give "
-                    "--rebuild or another --out"
-                )
+        name = self._differs_from(plan)
+        if name is not None:
+            what = {"inputs": "from other inputs", "text": "with another tokenizer, template or system turn"}
+            raise UserError(
+                f"{self.folder} holds a build {what.get(name, 'with other settings')}; repeat its command, or give "
+                "--rebuild or another --out"
+            )
 
     def _measure(self) -> int:
         """Samples that a shard of the wished size holds, from a few made as they will be."""

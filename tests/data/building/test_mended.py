@@ -108,6 +108,14 @@ def test_another_folder_of_pictures_is_another_build(lines: Path, capsys: pytest
     assert set(colours(build(lines, "--images-dir", str(others), "--rebuild"))) == {"blue"}
 
 
+def test_a_first_try_that_made_nothing_is_forgotten(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build(lines, "--images-dir", str(lines.parent / "nowhere"))
+    assert "of 6 inputs were rejected" in capsys.readouterr().err
+    (lines.parent / "blue.png").write_bytes(coloured("blue"))
+    assert len(colours(build(lines))) == 6
+
+
 def test_a_rebuild_removes_no_set_of_another_kind(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = build(lines, "--max-reject-rate", "1")
     (out / "manifest.json").unlink()
