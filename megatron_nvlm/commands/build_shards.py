@@ -14,7 +14,6 @@ are tried again. A finished set whose inputs were written since is refused: --re
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, h
 from megatron_nvlm.data.building.samples import SampleSettings
 from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.building.webdataset import WebDatasetShards
+from megatron_nvlm.data.building.workers import first_interrupt_only
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.shards.index import open_index
 from megatron_nvlm.errors import UserError
@@ -121,7 +121,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    options = make_parser().parse_args(arguments)
+    with first_interrupt_only():
+        _main(make_parser().parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> None:
     try:
         text = build(options)
     except UserError as error:
@@ -131,7 +135,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}; the same command goes on when that is fixed", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if not options.quiet:

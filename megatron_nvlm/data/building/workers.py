@@ -5,9 +5,31 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def first_interrupt_only() -> Iterator[None]:
+    """Within it, the first Ctrl-C raises KeyboardInterrupt and later ones are passed over: stopping takes a moment."""
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            if signal.getsignal(signal.SIGINT) is interrupt:  # else the process is about to end
+                signal.signal(signal.SIGINT, before)
+    else:
+        yield
+
 
 BuildBlock = Callable[[int, Callable[[], None]], None]
 """(block, what to call after each sample)."""
