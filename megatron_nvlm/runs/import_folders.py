@@ -148,8 +148,9 @@ def _describe_run(request: ImportRequest) -> RunConfig:
 
 
 def _template_of(request: ImportRequest, config: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The template that the folder names, or NVLM's; UserError if there is none of that name and none is asked for."""
-    named = settings.get("template", {}).get("name") or config.get("template") or "chatml"
+    """The template that a whole folder names, or NVLM's; UserError if there is none of that name and none is asked for."""
+    of_model = config.get("template") if request.whole is not None else None  # parts begin a model of their own
+    named = settings.get("template", {}).get("name") or of_model or "chatml"
     if named in TEMPLATES:
         return named
     if any(override.startswith("data.template=") for override in request.overrides):

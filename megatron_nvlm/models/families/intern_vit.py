@@ -22,7 +22,7 @@ def _read(config: Mapping[str, Any], inner: Mapping[str, Any], where: str) -> Vi
             f"{where}: the vision model is of {inner.get('model_type')!r} with norms {norm!r}; use an InternViT "
             "(model_type intern_vit_6b, norm_type rms_norm or layer_norm)"
         )
-    qk_norm = bool(inner.get("qk_normalization"))
+    qk_norm = inner.get("qk_normalization") is not False  # what is absent is as in the class of the release
     if qk_norm and norm != "rms_norm":
         raise UserError(f"{where}: query and key norms stand in InternViT with norm_type rms_norm only, not {norm!r}")
     if (inner.get("hidden_act") or "gelu") != "gelu":
@@ -36,7 +36,7 @@ def _read(config: Mapping[str, Any], inner: Mapping[str, Any], where: str) -> Vi
         qk_norm=qk_norm,
         qkv_bias=bool(inner.get("qkv_bias")),
         # The 6B release was trained at 448 pixels and its positions are stored for the size that the config names.
-        tile_size=number_of(config, "force_image_size", where, number_of(inner, "image_size", where, 448)),
+        tile_size=number_of(config, "force_image_size", where, number_of(inner, "image_size", where, 224)),
         patch_size=number_of(inner, "patch_size", where, 14),
         layernorm_epsilon=float(inner.get("layer_norm_eps") or 1e-6),
         layer_scale_init=float(inner.get("initializer_factor") or 0.1),
