@@ -237,6 +237,21 @@ def test_x_and_h_come_out_and_go_in_again(tmp_path: Path, parts: tuple[object, .
         assert load_run(again / "config.yaml").tiling == TilingConfig(28, 4, "2d_box", "<whole>")
 
 
+def test_an_unknown_template_is_asked_for(
+    tmp_path: Path, parts: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = tmp_path / "run", tmp_path / "folder"
+    assert convert("import", *parts, "--variant", "d", "--out", run) == 0
+    assert convert("export", "--checkpoint", run, "--out", folder) == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "template": "internlm2-chat"}))
+    whole = ("import", "--hf", folder, "--variant", "d", "--out", tmp_path / "again")
+    assert convert(*whole) == 2
+    assert "template 'internlm2-chat', which is not known here; give data.template=" in capsys.readouterr().err
+    assert convert(*whole, "data.template=plain") == 0
+    assert load_run(tmp_path / "again" / "config.yaml").data.template == "plain"
+
+
 def test_verify_says_what_differs(
     tmp_path: Path, parts: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
