@@ -21,12 +21,14 @@ def exported_files(vision_class: str) -> dict[str, str]:
         vision_class: of the family's record, as `siglip_nvlm.SiglipModel`.
     """
     vision = f"{_ROOM}.{vision_class.split('.')[0]}"
+    module_of: dict[str, str] = {}
     texts: dict[str, str] = {}
     imports: dict[str, set[str]] = {}
     waiting = {*(f"{_ROOM}.{name}" for name in _ENTRIES), vision}
     while waiting:
         module = waiting.pop()
         package, stem = module.rsplit(".", 1)
+        assert module_of.setdefault(stem, module) == module, f"{module} and {module_of[stem]} have one name in a folder"
         if stem not in texts:
             texts[stem] = (files(package) / f"{stem}.py").read_text()
             imported = {_module_of(found) for found in _IMPORT.finditer(texts[stem])}

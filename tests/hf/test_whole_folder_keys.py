@@ -60,6 +60,7 @@ def test_images_of_one_tile() -> None:
 @pytest.mark.parametrize(
     ("section", "keys", "words"),
     [
+        ("llm_config", {"layer_types": 5}, "layer_types is 5; it must be full_attention in every layer"),
         ("llm_config", {"use_mrope": True}, "use_mrope is True; it must be false"),
         ("llm_config", {"final_logit_softcapping": 30.0}, "the language model: final_logit_softcapping is not known"),
         ("vision_config", {"num_channels": 4}, "num_channels is 4; it must be 3"),

@@ -62,7 +62,6 @@ TEXTS: Meaning = (
     "a list of texts",
 )
 SECTION: Meaning = (lambda value: isinstance(value, Mapping), "an object")
-ANYTHING: Meaning = (lambda value: True, "anything")
 
 COMMON: Meanings = {
     "architectures": TEXTS,

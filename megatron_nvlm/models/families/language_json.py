@@ -38,7 +38,10 @@ _MEANINGS: Meanings = {
     **dict.fromkeys(("partial_rotary_factor", "rms_norm_eps"), NUMBER),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), SECTION),
     "hidden_act": TEXT,
-    "layer_types": (lambda kinds: kinds == ["full_attention"] * len(kinds), "full_attention in every layer"),
+    "layer_types": (
+        lambda kinds: isinstance(kinds, list) and {*map(str, kinds)} <= {"full_attention"},
+        "full_attention in every layer",
+    ),
     "max_window_layers": WHOLE,
     "rope_theta": _BASE,
     "use_mrope": (lambda value: value is False, "false"),
