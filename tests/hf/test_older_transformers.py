@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nvlm.parallel.device import Device
-from tests.hf.folders import VARIANT_NAMES, write_folder
+from tests.hf.folders import VARIANT_NAMES
 from tests.support.launch import environment
-from tests.support.tiny import tiny_config, tiny_model
 
 OLDER = {
     "4.46.3": ("transformers==4.46.3", "tokenizers>=0.20,<0.21", "huggingface_hub<1"),
@@ -31,12 +29,14 @@ print(json.dumps([transformers.__version__, inputs["input_ids"].tolist(), answer
 """
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, world_of_one: Device) -> Path:
-    root = tmp_path_factory.mktemp("exported")
-    for variant in VARIANT_NAMES:
-        write_folder(root / variant, tiny_model(tiny_config(variant), world_of_one), tiny_config(variant))
-    return root
+def install(folder: Path, *requirements: str) -> Path:
+    """Packages beside this environment; the test is skipped where pip does not find them."""
+    packages = folder / "packages"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
+    done = subprocess.run([*pip, *requirements], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot install {' '.join(requirements)}: {done.stderr.splitlines()[-1:]}")
+    return packages
 
 
 def ask(folder: Path, cache: Path, packages: Path | None) -> list[object]:
@@ -52,16 +52,13 @@ def ask(folder: Path, cache: Path, packages: Path | None) -> list[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", OLDER)
 def test_it_answers_the_same_in_older_versions(folders: Path, tmp_path: Path, version: str) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "packages")]
-    installed = subprocess.run([*pip, *OLDER[version]], capture_output=True, text=True)
-    if installed.returncode:
-        pytest.skip(f"pip cannot install transformers {version}: {installed.stderr.splitlines()[-1:]}")
+    packages = install(tmp_path, *OLDER[version])
     for variant in VARIANT_NAMES:
         caches = [tmp_path / f"{variant}_{name}" for name in ("now", "then")]
         for cache in caches:
             cache.mkdir()
         now = ask(folders / variant, caches[0], None)
-        then = ask(folders / variant, caches[1], tmp_path / "packages")
+        then = ask(folders / variant, caches[1], packages)
         assert then[0] == version and then[0] != now[0]
         assert then[1:] == now[1:]
 
@@ -88,11 +85,8 @@ assert adapted.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape 
 
 @pytest.mark.slow
 def test_peft_trains_an_adapter(folders: Path, tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "packages")]
-    installed = subprocess.run([*pip, "peft", "accelerate"], capture_output=True, text=True)
-    if installed.returncode:
-        pytest.skip(f"pip cannot install peft: {installed.stderr.splitlines()[-1:]}")
-    own = {"PYTHONPATH": str(tmp_path / "packages"), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    packages = install(tmp_path, "peft", "accelerate")
+    own = {"PYTHONPATH": str(packages), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", LORA, str(folders / "h")]
     done = subprocess.run(command, env={**environment(), **own}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

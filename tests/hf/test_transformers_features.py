@@ -9,21 +9,11 @@ from transformers import pipeline
 
 from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Model, NVLM_X_Model, NVLMModel
 from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
-from megatron_nvlm.parallel.device import Device
-from tests.hf.folders import PROMPTS, VARIANT_NAMES, opened, write_folder
+from tests.hf.folders import PROMPTS, VARIANT_NAMES, opened
 from tests.hf.processors import load_processor
 from tests.support.shards import picture
-from tests.support.tiny import tiny_config, tiny_model
 
 CLASSES: dict[str, type[NVLMModel]] = {"d": NVLM_D_Model, "x": NVLM_X_Model, "h": NVLM_H_Model}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, world_of_one: Device) -> Path:
-    root = tmp_path_factory.mktemp("exported")
-    for variant in VARIANT_NAMES:
-        write_folder(root / variant, tiny_model(tiny_config(variant), world_of_one), tiny_config(variant))
-    return root
 
 
 def opened_folder(folders: Path, variant: str) -> tuple[NVLMModel, NVLMProcessor]:

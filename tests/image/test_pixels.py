@@ -1,6 +1,5 @@
 """Tile pixels equal the rule, and image files of every kind become the RGB that a viewer shows."""
 
-import io
 import struct
 import zlib
 
@@ -13,18 +12,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET, MAX_PIXELS, decode_image, to_array
 from megatron_nvlm.image.tiling import Grid, choose_grid, cut_tiles
 from megatron_nvlm.models.nvlm_model import normalise
-
-
-def noise(width: int, height: int, mode: str = "RGB", seed: int = 1) -> Image.Image:
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    shape = (height, width, bands) if bands > 1 else (height, width)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode)
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.support.pictures import encode, noise
 
 
 @pytest.mark.parametrize("size", [(640, 480), (1, 1), (100, 700), (449, 447)])
