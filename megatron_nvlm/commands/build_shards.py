@@ -28,6 +28,7 @@ from megatron_nvlm.data.building.workers import first_interrupt_only
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.shards.index import open_index
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.pixels import check_background
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.option_types import natural_int, positive_float, positive_int, share
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, find_template
@@ -48,6 +49,7 @@ def open_inputs(options: argparse.Namespace) -> list[Input]:
 def build(options: argparse.Namespace) -> str:
     """Build or go on; returns the report's text."""
     find_template(options.template)
+    check_background(options.background)
     sample = SampleSettings(
         images=options.images,
         tile_size=options.tile_size,
@@ -55,6 +57,7 @@ def build(options: argparse.Namespace) -> str:
         quality=options.quality,
         source=options.source or options.out.name,
         caption_prompt=options.caption_prompt,
+        background=options.background,
         keep=tuple(options.keep),
     )
     settings = BuildSettings(
@@ -100,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="the run's data.template (default chatml)")
     add("--system", default=DEFAULT_SYSTEM, help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})")
     add("--tag-format", default="1d", help="the run's tiling.tag_format, for the report (default 1d)")
+    add("--background", metavar="COLOUR", help="the run's tiling.background (default: transparency is dropped)")
     add("--caption-prompt", default=DEFAULT_CAPTION_PROMPT, help="question of captions")
     add("--source", help="name under which training counts bad samples (default: the name of --out)")
     add("--keep", action="append", default=[], metavar="FIELD", help="copy this field of the input, such as a licence")

@@ -95,7 +95,7 @@ class ModelThread:
     def show_tiles(self, data: bytes) -> dict[str, Any]:
         """Tiles of an image as they lie, with their tags, the thumbnail last; as PNG in data addresses."""
         tiling = self.trained.run.tiling
-        image = decode_image(data)
+        image = decode_image(data, tiling.background)
         grid = choose_grid(*image.size, tiling.max_tiles, tiling.tile_size)
         tiles = [_data_address(tile) for tile in cut_tiles(image, grid, tiling.tile_size)]
         tags = tile_tags(grid, tiling.tag_format, tiling.thumbnail_tag)

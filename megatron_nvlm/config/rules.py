@@ -7,6 +7,7 @@ from megatron_nvlm.checkpoint.integrity import VERIFY_CHOICES
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.image.pixels import check_background
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.image.tiling import candidate_grids
 from megatron_nvlm.models.backends import BACKENDS
@@ -33,6 +34,7 @@ def tiles_fit_the_encoder(run: RunConfig, model: ResolvedModel, world_size: int)
             f"set tiling.tile_size={size}"
         )
     candidate_grids(run.tiling.max_tiles)
+    check_background(run.tiling.background)
     if run.tiling.tag_format not in TAG_FORMATS:
         raise UserError(f"tiling.tag_format is {run.tiling.tag_format!r}; choose one of {', '.join(TAG_FORMATS)}")
 
@@ -248,4 +250,10 @@ def check_data(run: RunConfig, model: ResolvedModel, tokenizer: Tokenizer, sets:
             raise UserError(
                 f"the shards in {shards.folder} hold tiles of {tile_size} pixels and tiling.tile_size is "
                 f"{run.tiling.tile_size}; build them with that size"
+            )
+        background = shards.index.settings.get("background")
+        if shards.index.settings.get("images") == "tiles" and background != run.tiling.background:
+            raise UserError(
+                f"the tiles in {shards.folder} were cut with background {background or 'null'} and tiling.background is "
+                f"{run.tiling.background or 'null'}; build them with --background, or set tiling.background to theirs"
             )

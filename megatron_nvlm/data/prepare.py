@@ -118,15 +118,14 @@ class SamplePipeline:
         except UserError as error:
             raise BadSample(kind, str(error)) from error
 
-    @staticmethod
-    def _find_image(raw: RawSample, image: int, size: tuple[int, int]) -> "_StoredImage":
+    def _find_image(self, raw: RawSample, image: int, size: tuple[int, int]) -> "_StoredImage":
         """What is known of an image without decoding it, if its size is known."""
         whole = [name for name in raw.pictures if name.split(".")[0] == str(image) and is_whole(name)]
         if not whole:
             return _StoredImage(image, grid=stored_grid(raw, image))
         if all(size):
             return _StoredImage(image, whole[0], size)
-        picture = _decode_member(raw, whole[0])
+        picture = self._decode_member(raw, whole[0])
         return _StoredImage(image, whole[0], picture.size, picture)
 
     def _decode(
@@ -156,7 +155,7 @@ class SamplePipeline:
     ) -> None:
         """Pixels of the tiles with these numbers in one image, cut now or in advance; tiles [numbers, 3, S, S]."""
         if image.member:
-            picture = image.picture or _decode_member(raw, image.member)
+            picture = image.picture or self._decode_member(raw, image.member)
             if picture.size != image.size:
                 width, height = image.size
                 raise BadSample(
@@ -174,13 +173,20 @@ class SamplePipeline:
             member = f"{image.number}.{names[number]}.jpg"
             if member not in raw.pictures:
                 raise UserError(f"its {member} is missing")
-            tile = _decode_member(raw, member)
+            tile = self._decode_member(raw, member)
             if tile.size != (self.tiling.tile_size, self.tiling.tile_size):
                 raise UserError(
                     f"its {member} has {tile.size[0]}x{tile.size[1]} pixels and tiling.tile_size is "
                     f"{self.tiling.tile_size}; build the shards with that size"
                 )
             write_array(tile, tiles[place])
+
+    def _decode_member(self, raw: RawSample, member: str) -> Image.Image:
+        """A picture of the sample; UserError that names the member if it is none."""
+        try:
+            return decode_image(raw.pictures[member], self.tiling.background)
+        except UserError as error:
+            raise UserError(f"its {member}: {error}") from error
 
     def _assemble(self, turns: list[Turn], grids: list[Grid], open_answer: bool) -> AssembledSample:
         images = [
@@ -200,14 +206,6 @@ def _lay_out_grid(
     """(first tag in the decoder, layout) of an image on this grid; the same for every such image."""
     tags = encode_tags(grid, tiling, variant, tokenizer, find_template(template))
     return tags.first_in_decoder, lay_out_image(tags.ids, variant, tokens_per_tile)
-
-
-def _decode_member(raw: RawSample, member: str) -> Image.Image:
-    """A picture of the sample; UserError that names the member if it is none."""
-    try:
-        return decode_image(raw.pictures[member])
-    except UserError as error:
-        raise UserError(f"its {member}: {error}") from error
 
 
 def number_of_images(raw: RawSample) -> int:

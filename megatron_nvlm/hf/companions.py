@@ -94,9 +94,6 @@ def write_companions(
     if tokenizer_file.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(jinja)
-    place_id = config.get("img_context_token_id")
-    if place_id is None:
-        place_id = image_context_token_id(tokenizer_file, config["llm_config"]["vocab_size"])
     described = {
         **_describe_tokenizer(config, tokenizer_file, form, jinja),
         "preprocessor_config.json": {
@@ -104,6 +101,7 @@ def write_companions(
             "image_processor_type": "NVLMImageProcessor",
             "tile_size": config["force_image_size"],
             "max_tiles": tiling.max_tiles,
+            "background": tiling.background,
             "image_mean": list(family.pixels.mean),
             "image_std": list(family.pixels.std),
         },
@@ -116,11 +114,19 @@ def write_companions(
             "tag_format": tiling.tag_format,
             "thumbnail_tag": tiling.thumbnail_tag,
             "tokens_per_tile": vision.tokens_per_tile,
-            "img_context_token_id": place_id,
+            "img_context_token_id": _place_id(config, tokenizer_file),
         },
     }
     for name, content in described.items():
         _write_json(folder / name, content)
+
+
+def _place_id(config: dict[str, Any], tokenizer_file: Path) -> int:
+    """The token that stands where vision tokens go: the folder's own, or the first id that the tokenizer leaves free."""
+    found: int | None = config.get("img_context_token_id")
+    if found is not None:
+        return found
+    return image_context_token_id(tokenizer_file, config["llm_config"]["vocab_size"])
 
 
 def _describe_tokenizer(

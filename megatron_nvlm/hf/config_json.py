@@ -33,7 +33,7 @@ def _meanings(config: Mapping[str, Any], where: str) -> Meanings:
         **dict.fromkeys(("cross_attention", "llm_config", "vision_config"), SECTION),
         **dict.fromkeys(("force_image_size", "max_dynamic_patch"), COUNT),
         **dict.fromkeys(("dynamic_image_size", "tie_word_embeddings"), FLAG),
-        **dict.fromkeys(("tag_format", "template", "thumbnail_tag", "variant"), TEXT),
+        **dict.fromkeys(("background", "tag_format", "template", "thumbnail_tag", "variant"), TEXT),
         "img_context_token_id": WHOLE,
         "downsample_ratio": (lambda ratio: ratio == 0.5, "0.5, NVLM's pixel shuffle"),
         "min_dynamic_patch": (lambda tiles: tiles is not True and tiles == 1, "1"),
@@ -143,6 +143,8 @@ def describe_folder(model: ResolvedModel, tiling: TilingConfig, template: str, d
         "use_thumbnail": True,
         "vision_config": describe_vision(vision, dtype),
     }
+    if tiling.background is not None:
+        config["background"] = tiling.background
     if variant.needs_cross_attention:
         config["cross_attention"] = {
             "layers": sorted(cross_attention.layers(language.num_layers)),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from megatron_nvlm.errors import UserError
 
@@ -40,6 +40,21 @@ def check_image_size(width: int, height: int) -> None:
         raise UserError(f"an image of {width}x{height} pixels has no content")
     if width * height > MAX_PIXELS:
         raise UserError(f"an image of {width}x{height} pixels is over the limit of {MAX_PIXELS} pixels; scale it down")
+
+
+def check_background(name: str | None) -> None:
+    """Raise UserError unless the name is that of an opaque colour, or null."""
+    if name is None:
+        return
+    try:
+        is_opaque = len(ImageColor.getrgb(name)) == 3
+    except ValueError:
+        is_opaque = False
+    if not is_opaque:
+        raise UserError(
+            f"tiling.background is {name[:40]!r}, which is no opaque colour; give one such as white or "
+            "'rgb(255, 255, 255)', or null to drop transparency"
+        )
 
 
 @contextmanager
@@ -93,25 +108,29 @@ def read_header(data: bytes) -> PictureHeader:
             return PictureHeader(image.format or "", width, height, image.mode)
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, background: str | None = None) -> Image.Image:
     """An image file's bytes -> RGB image, upright.
 
     EXIF orientation is applied; CMYK, palette and 16-bit images become 8-bit RGB as Pillow converts them (12- and 16-bit
-    grey is scaled down first, which Pillow's own conversion would clip); transparency is dropped and colour profiles are not
-    applied, as in the release; of an animation the first frame is taken.
+    grey is scaled down first, which Pillow's own conversion would clip); colour profiles are not applied, as in the release;
+    of an animation the first frame is taken.
+
+    Args:
+        background: colour behind transparent pixels; None drops transparency, as in the release.
 
     Raises:
         UserError: the bytes are no complete image, or its numbers have no known range (signed, 32-bit or float TIFF).
     """
     with picture_faults():
-        return upright_rgb(Image.open(io.BytesIO(data)), in_place=True)
+        return upright_rgb(Image.open(io.BytesIO(data)), in_place=True, background=background)
 
 
-def upright_rgb(image: Image.Image, in_place: bool = False) -> Image.Image:
+def upright_rgb(image: Image.Image, in_place: bool = False, background: str | None = None) -> Image.Image:
     """An opened image -> RGB image, upright, as `decode_image` describes.
 
     Args:
         in_place: the given image may be changed.
+        background: colour behind transparent pixels; None drops transparency.
 
     Raises:
         UserError: it is no complete image, or its numbers have no known range.
@@ -128,7 +147,16 @@ def upright_rgb(image: Image.Image, in_place: bool = False) -> Image.Image:
             return image
         if bits > 8:
             return Image.fromarray((np.asarray(image, dtype=np.uint32) >> (bits - 8)).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB") if background is None else _on_background(image, background)
+
+
+def _on_background(image: Image.Image, background: str) -> Image.Image:
+    """An 8-bit image of any mode -> RGB, transparent pixels mixed with the colour by their alpha."""
+    if not image.has_transparency_data:
         return image.convert("RGB")
+    canvas = Image.new("RGBA", image.size, background)
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas.convert("RGB")
 
 
 def _bits_of_grey(image: Image.Image) -> int:

@@ -39,6 +39,9 @@ class TilingConfig:
     """none, 1d, 2d_grid or 2d_box."""
     thumbnail_tag: str = "<tile_global_thumbnail>"
     """The release's for Qwen2; <tile_global> in the paper and for Yi."""
+    background: str | None = None
+    """Colour behind transparent pixels, as Pillow names colours (white, "rgb(255, 255, 255)"); null drops transparency, as
+    the release does, which shows whatever colour the file has there."""
 
 
 @lru_cache(maxsize=64)

@@ -98,7 +98,7 @@ EFFECTS: dict[str, Effect] = {
             "tiling.tile_size",
         ],
         Effect.STATE: ["parallelism.use_distributed_optimizer"],
-        Effect.MEANING: ["tiling.tag_format", "tiling.thumbnail_tag"],
+        Effect.MEANING: _keys("tiling.", "tag_format thumbnail_tag background"),
         Effect.TRAINING: ["data.template", "training.precision"],
         Effect.ORDER: [
             *_keys("data.", "train seed shuffle_window_shards"),

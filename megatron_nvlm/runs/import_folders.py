@@ -48,6 +48,10 @@ class ImportRequest:
     overrides: tuple[str, ...]
 
 
+_TILING_KEYS = ("tag_format", "thumbnail_tag", "background")
+"""Of a folder's config.json and of section `tiling` alike."""
+
+
 def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Done]) -> str:
     """Write the run's folder; returns a sentence of what was made.
 
@@ -113,7 +117,7 @@ def _describe_run(request: ImportRequest) -> RunConfig:
     else:
         model |= {"language_weights": str(request.language), "vision_weights": str(request.vision)}
     settings = _processor_settings(language)
-    tags: dict[str, Any] = {name: config[name] for name in ("tag_format", "thumbnail_tag") if name in config}
+    tags: dict[str, Any] = {name: config[name] for name in _TILING_KEYS if name in config}
     run = {
         "run_dir": str(request.out),
         "model": model,

@@ -227,14 +227,15 @@ def test_x_and_h_come_out_and_go_in_again(tmp_path: Path, parts: tuple[object, .
     for variant in "xh":
         run, out, again = (tmp_path / f"{name}_{variant}" for name in ("run", "out", "again"))
         interval = "model.cross_attention.interval=2"
-        tiling = ("tiling.thumbnail_tag=<whole>", "tiling.tag_format=2d_box", "tiling.max_tiles=4")
+        tiling = ("thumbnail_tag=<whole>", "tag_format=2d_box", "max_tiles=4", "background=white")
+        tiling = tuple(f"tiling.{key}" for key in tiling)
         assert convert("import", *parts, "--variant", variant, "--out", run, interval, *tiling, "--dtype", "bf16") == 0
         assert convert("export", "--checkpoint", run, "--out", out) == 0
         assert convert("import", "--hf", out, "--variant", variant, "--out", again) == 0
         assert convert("verify", run, again) == convert("verify", out, again) == 0
         config = json.loads((out / "config.json").read_text())
         assert config["cross_attention"]["layers"] == [1] and config["torch_dtype"] == "bfloat16"
-        assert load_run(again / "config.yaml").tiling == TilingConfig(28, 4, "2d_box", "<whole>")
+        assert load_run(again / "config.yaml").tiling == TilingConfig(28, 4, "2d_box", "<whole>", "white")
 
 
 def test_an_unknown_template_is_asked_for(

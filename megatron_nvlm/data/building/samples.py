@@ -38,6 +38,8 @@ class SampleSettings:
     source: str = "unknown"
     """Name by which training counts bad samples."""
     caption_prompt: str = DEFAULT_CAPTION_PROMPT
+    background: str | None = None
+    """Colour behind transparent pixels of what is stored as tiles or becomes PNG; None drops transparency."""
     keep: tuple[str, ...] = ()
     """Further fields of the input that go into the record."""
 
@@ -47,6 +49,8 @@ class SampleSettings:
         if self.images == "whole":
             for name in TILE_FIELDS:
                 del facts[name]
+        if self.background is None:
+            del facts["background"]  # sets of before it could be chosen do not name it
         return {**facts, "keep": list(self.keep)}
 
 
@@ -91,7 +95,8 @@ def tile_names(num_tiles: int) -> list[str]:
 def _store_image(data: bytes, settings: SampleSettings) -> tuple[dict[str, Any], dict[str, bytes]]:
     if settings.images == "whole":
         data = first_picture(data)
-    image = decode_image(data)  # the whole file, so that a cut-off one is found now and not in training
+    # The whole file, so that a cut-off one is found now and not in training
+    image = decode_image(data, settings.background)
     entry: dict[str, Any] = {"width": image.width, "height": image.height}
     if settings.images == "whole":
         suffix = _KEPT_FORMATS.get(read_header(data).format)

@@ -15,7 +15,14 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from megatron_nvlm.image.pixels import IMAGENET, decode_image, picture_faults, to_array, upright_rgb
+from megatron_nvlm.image.pixels import (
+    IMAGENET,
+    check_background,
+    decode_image,
+    picture_faults,
+    to_array,
+    upright_rgb,
+)
 from megatron_nvlm.image.tiling import choose_grid, cut_tiles
 
 
@@ -25,6 +32,7 @@ class NVLMImageProcessor(BaseImageProcessor):
     Args:
         tile_size: pixels along an edge of a tile.
         max_tiles: most tiles of an image, its thumbnail not counted.
+        background: colour behind transparent pixels, as Pillow names colours; None drops transparency.
         image_mean, image_std: of each channel, for values from 0 to 1.
     """
 
@@ -36,12 +44,15 @@ class NVLMImageProcessor(BaseImageProcessor):
         max_tiles: int = 6,
         image_mean: Sequence[float] = IMAGENET.mean,
         image_std: Sequence[float] = IMAGENET.std,
+        background: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if max_tiles < 1:
             raise ValueError(f"max_tiles is {max_tiles}; it must be at least 1")
+        check_background(background)
         self.tile_size = tile_size
+        self.background = background
         self.max_tiles = max_tiles
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -62,7 +73,10 @@ class NVLMImageProcessor(BaseImageProcessor):
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors is {return_tensors!r}; NVLM's processors make torch tensors, 'pt'")
         max_tiles = kwargs.get("max_tiles") or self.max_tiles
-        pictures = [open_image(image) for image in (images if isinstance(images, list | tuple) else [images])]
+        background = self.background
+        pictures = [
+            open_image(image, background) for image in (images if isinstance(images, list | tuple) else [images])
+        ]
         grids = [choose_grid(*picture.size, max_tiles, self.tile_size) for picture in pictures]
         tiles = [
             torch.from_numpy(to_array(tile))
@@ -79,7 +93,7 @@ class NVLMImageProcessor(BaseImageProcessor):
         return (tiles.float() / 255 - mean) / std
 
 
-def open_image(image: Any) -> Image.Image:
+def open_image(image: Any, background: str | None = None) -> Image.Image:
     """An upright RGB image from a Pillow image, an array, a path or bytes, as training reads it."""
     with picture_faults("an image cannot be read", "give Pillow images, arrays, paths or bytes"):
         if isinstance(image, np.ndarray | Tensor):
@@ -89,7 +103,7 @@ def open_image(image: Any) -> Image.Image:
         elif isinstance(image, str | Path):
             image = Path(image).read_bytes()
     if isinstance(image, bytes):
-        return decode_image(image)
+        return decode_image(image, background)
     if not isinstance(image, Image.Image):
         raise ValueError(f"{type(image).__name__} is no image; give Pillow images, arrays, paths or bytes")
-    return upright_rgb(image)
+    return upright_rgb(image, background=background)
