@@ -82,6 +82,7 @@ class TorchCoreAttention(torch.nn.Module):
         super().__init__()
         self.scale = softmax_scale
         self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout
 
     def forward(
         self,
@@ -99,13 +100,16 @@ class TorchCoreAttention(torch.nn.Module):
         Without: query [s, b, n, d], key and value [s, b, g, d]; every token sees every token of its own batch entry (the
         patches of a tile) -> [s, b, n * d].
         """
+        dropout = self.dropout if self.training else 0.0
         if packed_seq_params is not None:
-            output = causal_attention(query, key, value, packed_seq_params.cu_seqlens_q, self.scale)  # [s, n, d]
+            boundaries = packed_seq_params.cu_seqlens_q
+            output = causal_attention(query, key, value, boundaries, self.scale, dropout)  # [s, n, d]
             return output.flatten(1)  # [s, n * d]
         output = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),  # [b, n, s, d]
             key.permute(1, 2, 0, 3),  # [b, g, s, d]
             value.permute(1, 2, 0, 3),  # [b, g, s, d]
+            dropout_p=dropout,
             scale=self.scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
@@ -118,12 +122,15 @@ class IntervalCoreAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self.scale = softmax_scale
+        self.dropout = config.attention_dropout
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """query [s, 1, n, d], key and value [c, 1, g, d], attention_mask: intervals [s, 2] -> [s, 1, n * d]."""
-        output = interval_attention(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.scale)  # [s, n, d]
+        dropout = self.dropout if self.training else 0.0
+        one_batch = (query[:, 0], key[:, 0], value[:, 0])
+        output = interval_attention(*one_batch, attention_mask, self.scale, dropout)  # [s, n, d]
         return output.flatten(1)[:, None]  # [s, 1, n * d]
 
 

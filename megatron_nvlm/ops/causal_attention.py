@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Causal attention inside each sample of a ragged sequence.
 
@@ -14,6 +14,7 @@ def causal_attention(
         query: [tokens, heads, head_dim]; key, value: [tokens, groups, head_dim].
         cu_seqlens: [samples + 1] boundaries of the samples, from 0 to tokens.
         scale: factor of the scores; head_dim ** -0.5 by default.
+        dropout: probability with which an attention weight is dropped.
 
     Returns:
         [tokens, heads, head_dim].
@@ -25,21 +26,22 @@ def causal_attention(
     # Samples of similar length run as one padded batch (padding stands after the real tokens, so no real token sees it);
     # otherwise padding would cost more than a loop.
     if len(lengths) > 1 and longest * len(lengths) <= 2 * sum(lengths):
-        return _padded_batch(query, key, value, cu_seqlens, longest, scale)
+        return _padded_batch(query, key, value, cu_seqlens, longest, scale, dropout)
     outputs = [
-        _causal(query[start:end][None], key[start:end][None], value[start:end][None], scale)[0]
+        _causal(query[start:end][None], key[start:end][None], value[start:end][None], scale, dropout)[0]
         for start, end in zip(starts, ends, strict=True)
         if end > start
     ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [tokens, heads, head_dim]
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Query [b, s, n, d], key and value [b, s, g, d] -> [b, s, n, d]."""
     output = scaled_dot_product_attention(
         query.transpose(1, 2),  # [b, n, s, d]
         key.transpose(1, 2),  # [b, g, s, d]
         value.transpose(1, 2),  # [b, g, s, d]
+        dropout_p=dropout,
         is_causal=True,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
@@ -48,7 +50,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> T
 
 
 def _padded_batch(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, dropout: float
 ) -> Tensor:
     """All samples in one call; b samples of l tokens each, padding included."""
     starts = cu_seqlens[:-1].long()  # [b]
@@ -56,5 +58,5 @@ def _padded_batch(
     position = torch.arange(longest, device=query.device)  # [l]
     real = position[None] < lengths[:, None]  # [b, l]
     rows = (starts[:, None] + position[None]).clamp(max=query.shape[0] - 1)  # [b, l]
-    output = _causal(query[rows], key[rows], value[rows], scale)  # [b, l, n, d]
+    output = _causal(query[rows], key[rows], value[rows], scale, dropout)  # [b, l, n, d]
     return output[real]  # [tokens, n, d]

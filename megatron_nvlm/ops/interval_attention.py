@@ -26,7 +26,7 @@ def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
 
 
 def interval_attention(
-    query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Softmax attention of each token over its own range of keys; a token with an empty range is exactly zero.
 
@@ -35,6 +35,7 @@ def interval_attention(
         key, value: [keys, groups, head_dim]; `heads` is a multiple of `groups` (grouped-query attention).
         intervals: [tokens, 2] integers, the range [start, end) of keys that the token sees.
         scale: factor of the scores; head_dim ** -0.5 by default.
+        dropout: probability with which an attention weight is dropped.
 
     Returns:
         [tokens, heads, head_dim].
@@ -42,7 +43,7 @@ def interval_attention(
     if key.shape[0] == 0:
         return query * 0
     outputs = [
-        _attend(query[first:last], key[start:end], value[start:end], intervals[first:last] - start, scale)
+        _attend(query[first:last], key[start:end], value[start:end], intervals[first:last] - start, scale, dropout)
         for first, last, start, end in segments(intervals)
     ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [tokens, heads, head_dim]
@@ -72,7 +73,9 @@ def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None, dropout: float
+) -> Tensor:
     """Attend within one segment: query [s, n, d], key and value [k, g, d], intervals [s, 2] -> [s, n, d]."""
     empty = intervals[:, 1] <= intervals[:, 0]  # [s]
     # An empty token sees everything here and is set to zero below: a fully masked softmax would give NaN or a mean.
@@ -82,6 +85,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale:
         key.transpose(0, 1)[None],  # [1, g, k, d]
         value.transpose(0, 1)[None],  # [1, g, k, d]
         attn_mask=mask,
+        dropout_p=dropout,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
