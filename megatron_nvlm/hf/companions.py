@@ -121,9 +121,9 @@ def write_companions(
         _write_json(folder / name, content)
 
 
-def _place_id(config: dict[str, Any], tokenizer_file: Path) -> int:
+def _place_id(config: dict[str, Any], tokenizer_file: Path) -> int | None:
     """The token that stands where vision tokens go: the folder's own, or the first id that the tokenizer leaves free."""
-    found: int | None = config.get("img_context_token_id")
+    found = config.get("img_context_token_id")
     if found is not None:
         return found
     return image_context_token_id(tokenizer_file, config["llm_config"]["vocab_size"])
