@@ -116,8 +116,8 @@ class AnswerFile:
         for number, line in enumerate(lines, 1):
             try:
                 fields = json.loads(line)
-                known = "id" in fields and ("answer" in fields or "error" in fields)
-            except (ValueError, TypeError):
+                known = isinstance(fields, dict) and "id" in fields and bool({"answer", "error"} & fields.keys())
+            except (ValueError, RecursionError):
                 known = False
             if not known:
                 if number == len(lines) and not line.endswith(b"\n"):

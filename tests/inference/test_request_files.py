@@ -42,6 +42,7 @@ ONE_PICTURE: dict[str, dict[str, Any]] = {
     "a description": {"question": "What?", "images": [{"path": "red.png", "bytes": None}]},
     "turns": {"conversation": [{"from": "human", "value": "<image>\nWhat?"}], "images": ["red.png"]},
     "turns without a place": {"conversations": user("What?"), "images": ["red.png"]},
+    "a turn's own": {"conversation": [{"from": "human", "value": "What?", "image": "red.png"}]},
     "parts": {"messages": user([{"type": "image", "image": "red.png"}, {"type": "text", "text": "What?"}])},
     "parts with an address": {
         "messages": user([{"type": "image_url", "image_url": {"url": "red.png"}}, {"type": "text", "text": "What?"}])
@@ -80,6 +81,13 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "half a character": (b'{"question": "\\ud800?"}', "half of a character"),
     "another encoding": ('{"question": "你"}'.encode("gbk"), "is not UTF-8"),
     "a part of another kind": ({"messages": user([{"type": "video"}])}, "a part of type 'video'"),
+    "a nested field": ({"question": "What?", "meta": {"image": "red.png"}}, "its 'meta.image' names the picture"),
+    "a system turn": ({"question": "What?", "system": "<IMG>red.png</IMG>"}, "its 'system' names the picture"),
+    "two fields": ({"question": "What?", "image": "red.png", "images": ["blue.png"]}, "name different pictures"),
+    "an answer's place": (
+        {"messages": [*user("What?"), {"role": "assistant", "content": [{"type": "image"}]}, *user("And?")]},
+        "stands in a user's turn alone",
+    ),
     "both": ({"question": "What?", "messages": user("What?")}, "either 'question'"),
 }
 
@@ -115,3 +123,14 @@ def test_answers_are_written_beside_the_question(folder: Path) -> None:
         "answer": "Red.",
     }
     assert AnswerFile(folder / "out.jsonl").done == {"line 1"}
+
+
+@pytest.mark.parametrize(
+    "line", [b'"id answer"', b"[1]", b"3", b'{"id": 1}', b'{"answer": "x"}', b"\xff", b"[" * 100_000, b"null"]
+)
+def test_a_file_of_something_else_is_not_written_to(folder: Path, line: bytes) -> None:
+    path = folder / "out.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(UserError, match="line 1 of .* is no answer; name another file with --outputs"):
+        AnswerFile(path)
+    assert path.read_bytes() == line + b"\n"

@@ -7,9 +7,10 @@
 | caption      | `caption`, or `text` beside an image                     | the caption prompt, the caption              |
 | text         | `text` without an image                                  | one answer without a question                |
 
-Images are named by `image` (a path or a list of paths), `images` or `file_name`, by the parts of an OpenAI message, by
-Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a user's turn says `<image>`; if none
-does, all stand at the beginning of the first question. A field `system` is the system turn. Fields that are null are absent.
+Images are named by `image` (a path or a list of paths), `images` or `file_name`, by `image` or `images` of a user's turn, by
+the parts of an OpenAI message, by Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a user's
+turn says `<image>`; if none does, those of a turn stand at its beginning, others at the beginning of the first question. A
+field `system` is the system turn. Fields that are null are absent.
 """
 
 from collections import Counter
@@ -22,13 +23,14 @@ from megatron_nvlm.data.building.pictures import (
     IMAGE_FIELDS,
     has_image_name,
     named_pictures,
+    own_pictures,
     picture_paths,
     present,
     refuse_unread_picture,
     replace_image_tags,
 )
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, check_turns, read_turns
+from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, check_places, check_turns, read_turns
 
 Content = Mapping[str, Any]
 StoredTurn = dict[str, Any]
@@ -81,11 +83,17 @@ def _raw_turns(content: Content) -> Any:
     return next((content[field] for field in FORMS["conversation"].fields if content.get(field) is not None), None)
 
 
+def _turns_of(content: Content) -> list[Any]:
+    """The turns as they stand there, if they are a list."""
+    raw = _raw_turns(content)
+    return raw if isinstance(raw, list) else []
+
+
 def _plain_turn(turn: Any) -> Any:
-    """A turn whose content is a list of parts (OpenAI's form), as one text."""
+    """A turn as one text: its parts (OpenAI's form) joined, pictures of its own in front unless the text has places."""
     content = turn.get("content") if isinstance(turn, Mapping) else None
     if not isinstance(content, list):
-        return turn
+        return _with_own_pictures(turn)
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -96,6 +104,14 @@ def _plain_turn(turn: Any) -> Any:
         else:
             raise UserError(f"a part of type {kind!r} in its conversation is neither text nor image")
     return {**turn, "content": "".join(texts)}
+
+
+def _with_own_pictures(turn: Any) -> Any:
+    number = own_pictures(turn)
+    field = next((name for name in ("value", "content") if number and isinstance(turn.get(name), str)), None)
+    if field is None or IMAGE_PLACEHOLDER in replace_image_tags(turn[field], IMAGE_PLACEHOLDER):
+        return turn
+    return {**turn, field: f"{IMAGE_PLACEHOLDER}\n" * number + turn[field]}
 
 
 def _question(content: Content, prompt: str) -> list[StoredTurn]:
@@ -144,7 +160,7 @@ def to_conversation(content: Content, num_images: int, caption_prompt: str) -> l
     """
     content = present(content)
     if num_images == 0:
-        refuse_unread_picture(content, READ_FIELDS)
+        refuse_unread_picture(content, _turns_of(content), READ_FIELDS)
     turns = _find_form(content, num_images).turns(content, caption_prompt)
     _clean(turns, content)
     check_turns(read_turns({"conversation": turns}))
@@ -164,9 +180,10 @@ def to_question(content: Content) -> tuple[list[StoredTurn], list[str]]:
         raise UserError("it needs either 'question', a text, or 'conversation', a list of turns")
     paths = image_paths(content)
     if not paths:
-        refuse_unread_picture(content, READ_FIELDS)
+        refuse_unread_picture(content, _turns_of(content), READ_FIELDS)
     turns = [_human(question)] if isinstance(question, str) else _conversation(content, "")
     _clean(turns, content)
+    check_places(read_turns({"conversation": turns}))
     _match_places(turns, len(paths))
     return turns, paths
 
@@ -239,10 +256,9 @@ def _place_images(turns: list[StoredTurn], num_images: int) -> None:
 
 def image_names(content: Content) -> list[Any]:
     """What a sample says of its images, in order: paths, or descriptions without one."""
-    turns = _raw_turns(content)
     question = content.get("question")
     asked = [_human(question)] if isinstance(question, str) else []
-    return named_pictures(content, turns if isinstance(turns, list) else asked)
+    return named_pictures(content, _turns_of(content) or asked)
 
 
 def image_paths(content: Content) -> list[str]:

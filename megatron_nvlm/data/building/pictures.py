@@ -26,8 +26,14 @@ _SIGNATURES = (
     re.compile(rb"....ftyp(avif|avis|heic|heix|heif|mif1|msf1)", re.DOTALL),
     re.compile(rb"\0\0\0\x0c(jP  |JXL )\r\n\x87\n"),  # JPEG 2000, JPEG XL
 )
-_IMAGE_TAG = re.compile(r"<img>[ \t]*([^<>\n]+?)[ \t]*</img>")
+_IMAGE_TAG = re.compile(r"<img>\s*([^<>]+?)\s*</img>", re.IGNORECASE)
 """Qwen-VL's way to name a picture within a text."""
+_TURN_FIELDS = frozenset(("from", "role", "value", "content", *IMAGE_FIELDS))
+"""Fields of a turn in which pictures are looked for, and its speaker's name."""
+_LONGEST_PATH = 4096
+"""Bytes of a path in Linux."""
+_MOST_SHOWN = 40
+"""Characters of a name in a sentence: what stands there may be a whole picture in base64."""
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
@@ -61,15 +67,52 @@ def named_pictures(content: Mapping[str, Any], turns: list[Any]) -> list[Any]:
         UserError: the turns name others than the fields.
     """
     content = present(content)
-    listed: Any = next((content[name] for name in IMAGE_FIELDS if content.get(name) not in (None, "", [])), [])
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = _listed(content)
     told = [name for turn in turns for name in _in_turn(turn)]
     if told and listed and told != [_path_of(one) for one in listed]:
         raise UserError("its turns name other pictures than its 'image' or 'images'; name each once")
     if told or listed:
         return told or listed
-    names = (content[field] for field in FILE_NAME_FIELDS if isinstance(content.get(field), str))
-    return [name for name in names if has_image_name(name)][:1]
+    return _file_names(content)[:1]
+
+
+def _listed(fields: Mapping[str, Any]) -> list[Any]:
+    """What `image` and `images` of a sample or a turn name.
+
+    Raises:
+        UserError: they, or a file name beside them, name different pictures.
+    """
+    found: list[Any] = []
+    for name in IMAGE_FIELDS:
+        value = fields.get(name)
+        if value in (None, "", []):
+            continue
+        own = value if isinstance(value, list) else [value]
+        if found and list(map(_reference, found)) != list(map(_reference, own)):
+            raise UserError("its 'image' and 'images' name different pictures; leave one of them out")
+        found = own
+    for name in _file_names(fields) if found else ():
+        references = [one for one in map(_reference, found) if isinstance(one, str)]
+        if references and posixpath.basename(name) not in map(posixpath.basename, references):
+            raise UserError(
+                f"its file name {shown(name)} is another picture than its 'image' or 'images'; leave one of them out"
+            )
+    return found
+
+
+def _file_names(fields: Mapping[str, Any]) -> list[str]:
+    names = (fields[field] for field in FILE_NAME_FIELDS if isinstance(fields.get(field), str))
+    return [name for name in names if has_image_name(name)]
+
+
+def own_pictures(turn: Any) -> int:
+    """Number of the pictures that a turn names in a field of its own."""
+    return len(_listed(present(turn))) if isinstance(turn, Mapping) else 0
+
+
+def shown(name: str) -> str:
+    """A name as a sentence shows it: of a long one the beginning and its length."""
+    return repr(name) if len(name) <= 2 * _MOST_SHOWN else f"{name[:_MOST_SHOWN]!r}... ({len(name)} characters)"
 
 
 def picture_paths(named: list[Any]) -> list[str]:
@@ -81,38 +124,62 @@ def picture_paths(named: list[Any]) -> list[str]:
     return [_local(_path_of(one)) for one in named]
 
 
-def refuse_unread_picture(content: Mapping[str, Any], read: frozenset[str]) -> None:
+def refuse_unread_picture(content: Mapping[str, Any], turns: list[Any], read: frozenset[str]) -> None:
     """Refuse a sample that names a picture where none is looked for: it must not become text alone.
 
     Args:
+        turns: as they stand in the sample.
         read: fields that are something else.
 
     Raises:
         UserError: naming the field.
     """
+    others = [(field, value) for field, value in content.items() if field not in read]
+    for number, turn in enumerate(turns):
+        fields = present(turn) if isinstance(turn, Mapping) else {}
+        others += [(f"turn {number}: {field}", value) for field, value in fields.items() if field not in _TURN_FIELDS]
+    for field, value in others:
+        for place, name in _names_below(field, value):
+            raise UserError(
+                f"its {place!r} names the picture {shown(name)}, and pictures are read from "
+                f"{', '.join(map(repr, (*IMAGE_FIELDS, *FILE_NAME_FIELDS)))}; rename the field"
+            )
     for field, value in content.items():
-        for one in value if isinstance(value, list) else [value]:
-            path = _reference(one)
-            if field not in read and isinstance(path, str) and has_image_name(path):
-                raise UserError(
-                    f"its {field!r} names the picture {path[:80]!r}, and pictures are read from "
-                    f"{', '.join(map(repr, (*IMAGE_FIELDS, *FILE_NAME_FIELDS)))}; rename the field"
-                )
+        found = _IMAGE_TAG.search(value) if isinstance(value, str) else None
+        if found:
+            raise UserError(
+                f"its {field!r} names the picture {shown(found[1])}, which only a user's turn can; move it there"
+            )
+
+
+def _names_below(place: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(field, name) of each picture that a value names, at any depth."""
+    if isinstance(value, str):
+        if has_image_name(value) or (value and place.rpartition(".")[2] in IMAGE_FIELDS):
+            yield place, value
+    elif isinstance(value, Mapping):
+        for field, inner in value.items():
+            yield from _names_below(f"{place}.{field}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _names_below(place, inner)
 
 
 def _in_turn(turn: Any) -> Iterator[str]:
+    """The pictures that a turn names: in fields of its own, in its text, in its parts."""
     fields = present(turn) if isinstance(turn, Mapping) else {}
     said = fields.get("value", fields.get("content"))
-    if isinstance(said, str):
-        found = _IMAGE_TAG.findall(said)
-        if found and fields.get("from", fields.get("role")) not in ("human", "user"):
-            raise UserError(f"its turns name the picture {found[0][:80]!r} outside a user's turn; move it there")
-        yield from found
+    own = [_path_of(one) for one in _listed(fields)]
+    told = _IMAGE_TAG.findall(said) if isinstance(said, str) else []
     for part in said if isinstance(said, list) else ():
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
             named = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
-            if named is not None:
-                yield _path_of(named)
+            told += [] if named is None else [_path_of(named)]
+    if (own or told) and fields.get("from", fields.get("role")) not in ("human", "user"):
+        raise UserError(f"its turns name the picture {shown([*own, *told][0])} outside a user's turn; move it there")
+    if own and told and own != told:
+        raise UserError("a turn's text names other pictures than its 'image' or 'images'; name each once")
+    yield from told or own
 
 
 def _reference(one: Any) -> Any:
@@ -130,9 +197,11 @@ def _path_of(one: Any) -> str:
 def _local(path: str) -> str:
     path = path.removeprefix("file://")
     if path.startswith("data:"):
-        raise UserError("its image stands in its text (data:...); write it into a file and name that")
+        raise UserError(f"its image stands in its text ({shown(path)}); write it into a file and name that")
     if _ADDRESS.match(path):
-        raise UserError(f"its image {path[:80]!r} is an address; download it and name the file")
+        raise UserError(f"its image {shown(path)} is an address; download it and name the file")
+    if len(path) > _LONGEST_PATH:
+        raise UserError(f"its image {shown(path)} is no path; a picture in base64 must be written into a file")
     return path
 
 

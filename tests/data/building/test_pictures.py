@@ -24,6 +24,11 @@ def talk(asked: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "Red."}]}
 
 
+def turn_with(value: str = "?", **fields: Any) -> dict[str, Any]:
+    """A conversation whose user's turn has fields of its own."""
+    return {"conversations": [{"from": "human", "value": value, **fields}, {"from": "gpt", "value": "Red."}]}
+
+
 @pytest.mark.parametrize(
     ("line", "asked", "colours"),
     [
@@ -34,6 +39,16 @@ def talk(asked: Any) -> dict[str, Any]:
         (talk([{"type": "image", "image": "red.png"}, {"type": "text", "text": "?"}]), "<image>?", ["red"]),
         (talk([{"type": "image_url", "image_url": {"url": "file://green.png"}}]), "<image>", ["green"]),
         ({"images": [{"bytes": None, "path": "red.png"}], **talk("?")}, "<image>\n?", ["red"]),
+        (talk("<IMG>\n red.png\n</IMG>?"), "<image>?", ["red"]),
+        (turn_with(image="red.png"), "<image>\n?", ["red"]),
+        (
+            turn_with(images=["red.png", "blue.png"], value="<image> or <image>?"),
+            "<image> or <image>?",
+            ["red", "blue"],
+        ),
+        ({"images": ["red.png"], **turn_with(image="red.png")}, "<image>\n?", ["red"]),
+        ({"image": "red.png", "images": ["red.png"], **talk("?")}, "<image>\n?", ["red"]),
+        ({"image": "./red.png", "file_name": "red.png", **talk("?")}, "<image>\n?", ["red"]),
     ],
 )
 def test_every_way_to_name_a_picture(tmp_path: Path, line: dict[str, Any], asked: str, colours: list[str]) -> None:
@@ -55,6 +70,22 @@ def test_a_line_that_names_a_picture_never_becomes_text(tmp_path: Path) -> None:
         (
             {"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "<img>red.png</img>"}]},
             "outside a user's turn",
+        ),
+        ({"system": "See <img>red.png</img>", **talk("What?")}, "its 'system' names the picture 'red.png'"),
+        ({"text": "<Img>red.png</Img> is red"}, "its 'text' names the picture 'red.png'"),
+        ({"meta": {"source": [{"image": "red.png"}]}, **talk("?")}, "its 'meta.source.image' names the picture"),
+        ({"meta": {"images": ["000123"]}, "text": "A square"}, "its 'meta.images' names the picture '000123'"),
+        (turn_with(picture={"path": "red.png"}), "its 'turn 0: picture.path' names the picture 'red.png'"),
+        (
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x", "image": "red.png"}]},
+            "its turns name the picture 'red.png' outside a user's turn",
+        ),
+        (turn_with(image="red.png", value="<img>blue.png</img>?"), "a turn's text names other pictures"),
+        ({"image": "red.png", "images": ["blue.png"], **talk("?")}, "its 'image' and 'images' name different pictures"),
+        ({"image": "red.png", "file_name": "blue.png", **talk("?")}, "its file name 'blue.png' is another picture"),
+        (
+            {"image": "QUJD" * 2000, **talk("?")},
+            "'QUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJD'... (8000 characters) is no path",
         ),
     ]
     samples, rejects = build_lines(tmp_path, *(line for line, _ in lines))
