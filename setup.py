@@ -56,6 +56,7 @@ setup(
         "dev": [
             "flask-cors>=4",  # with flask, moto's server
             "flask>=3",
+            "fonttools>=4.50",  # makes a font for a test
             "hypothesis>=6.100",
             "moto[s3]>=5",
             "mypy>=1.10",

@@ -9,11 +9,13 @@ import argparse
 import base64
 import html
 import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nvlm.data.building import draw
+from megatron_nvlm.data.building.lettering import find_missing
 from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.data.shards.read import RawSample, ShardSet
 from megatron_nvlm.data.shards.records import describe_images
@@ -161,6 +163,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{options.out} shows {raw.key}")
+    if missing := find_missing(json.dumps(raw.record, ensure_ascii=False)):
+        print(
+            f"{len(missing)} characters are drawn as code points, since no font here has them; install one that does "
+            "(Debian: apt-get install fonts-unifont)"
+        )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from megatron_nvlm.data.building.lettering import text_width, write_text
 from megatron_nvlm.data.prepare import PreparedSample
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
@@ -32,18 +33,13 @@ class Panel:
     image: Image.Image
 
 
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own."""
-    return ImageFont.load_default(size)
-
-
 def stack(panels: Sequence[Panel]) -> Image.Image:
     """All panels one below the other."""
     heights = [panel.image.height + 44 for panel in panels]
     page = Image.new("RGB", (WIDTH, sum(heights) + MARGIN), "white")
     draw, top = ImageDraw.Draw(page), 0
     for panel, height in zip(panels, heights, strict=True):
-        draw.text((MARGIN, top + 12), panel.title, INK, font(18))
+        write_text(draw, (MARGIN, top + 12), panel.title, INK, 18)
         page.paste(panel.image, (0, top + 40))
         top += height
     return page
@@ -75,7 +71,7 @@ def _text_image(lines: Sequence[str]) -> Image.Image:
     image = Image.new("RGB", (WIDTH, 20 * len(lines) + 8), "white")
     draw = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
-        draw.text((MARGIN, 20 * number), line, INK, font(14))
+        write_text(draw, (MARGIN, 20 * number), line, INK, 14)
     return image
 
 
@@ -113,7 +109,8 @@ def _draw_image(tiles: np.ndarray, tags: Sequence[str], cols: int, rows: int) ->
         picture = Image.fromarray(tile.transpose(1, 2, 0)).resize((edge, edge), Image.Resampling.BICUBIC)
         image.paste(picture, (left, top))
         draw.rectangle((left - 1, top - 1, left + edge, top + edge), outline=PALE)
-        draw.text((left, top + edge + 3), (tag or "(no tag)") + (" (thumbnail)" if is_last else ""), INK, font(13))
+        label_text = (tag or "(no tag)") + (" (thumbnail)" if is_last else "")
+        write_text(draw, (left, top + edge + 3), label_text, INK, 13)
     return image
 
 
@@ -161,10 +158,10 @@ def _cells(
 
 def draw_cells(title: str, cells: Sequence[Cell], used: Sequence[str]) -> Panel:
     """Cells in lines, coloured by what they are, with a legend."""
-    face, line_height = font(14), 26
+    line_height = 26
     places, left, line = [], MARGIN, 1
     for cell in cells:
-        width = int(face.getlength(cell.text)) + 9
+        width = int(text_width(cell.text, 14)) + 9
         if left + width > WIDTH - MARGIN:
             left, line = MARGIN, line + 1
         places.append((left, line * line_height + 6, width))
@@ -173,11 +170,11 @@ def draw_cells(title: str, cells: Sequence[Cell], used: Sequence[str]) -> Panel:
     draw, left = ImageDraw.Draw(image), MARGIN
     for name in used:
         draw.rectangle((left, 4, left + 14, 18), fill=COLOURS[name], outline=LINE)
-        draw.text((left + 20, 3), _NAMES[name], PALE, font(13))
-        left += 40 + int(font(13).getlength(_NAMES[name]))
+        write_text(draw, (left + 20, 3), _NAMES[name], PALE, 13)
+        left += 40 + int(text_width(_NAMES[name], 13))
     for cell, (x, y, width) in zip(cells, places, strict=True):
         draw.rectangle((x, y, x + width, y + line_height - 4), fill=COLOURS[cell.colour], outline=LINE)
-        draw.text((x + 4, y + 3), cell.text, INK, face)
+        write_text(draw, (x + 4, y + 3), cell.text, INK, 14)
     return Panel(title, image)
 
 

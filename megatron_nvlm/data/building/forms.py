@@ -8,9 +8,9 @@
 | text         | `text` without an image                                  | one answer without a question                |
 
 Images are named by `image` (a path or a list of paths), `images` or `file_name`, by `image` or `images` of a user's turn, by
-the parts of an OpenAI message, by Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a user's
-turn says `<image>`; if none does, those of a turn stand at its beginning, others at the beginning of the first question. A
-field `system` is the system turn. Fields that are null are absent.
+the parts of an OpenAI message, by Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a
+user's turn says `<image>`; if none does, those of a turn stand at its beginning, others at the beginning of the first
+question. A field `system` is the system turn. Fields that are null are absent.
 """
 
 from collections import Counter
