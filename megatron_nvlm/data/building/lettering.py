@@ -1,8 +1,8 @@
 """Text in pictures, in any script that a font of this machine has: each character in the first font that has it.
 
 Pillow's own font has Latin letters. Others are looked for where systems keep fonts, by the names in `FILES`; Debian's
-package fonts-unifont has every script of the basic plane in one file. A character that no font has is written as its code point.
-Scripts that join their letters are drawn letter by letter.
+package fonts-unifont has every script of the basic plane in one file. A character that no font has is written as its code
+point. Scripts that join their letters are drawn letter by letter.
 """
 
 from collections.abc import Iterator
