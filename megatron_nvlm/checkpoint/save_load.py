@@ -31,6 +31,8 @@ METADATA_FILE = "metadata.json"
 """Of core."""
 COMMON_FILE = "common.pt"
 """What is no tensor; older cores read nothing without it, newer ones (0.19) write none and read both."""
+_WSD_KEYS = ("wsd_decay_steps", "lr_wsd_decay_style")
+"""Of core's schedule, which it does not save itself."""
 _CONSTANTS = ("max_lr", "min_lr", "betas", "eps")
 """Of every parameter group alike; rate and weight decay follow from the schedule."""
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class CheckpointConfig:
     initial_weights: str | None = None
     """Run folder or checkpoint whose weights a new run starts with (SFT after pretraining); null for random weights."""
     keep_schedule: bool = False
-    """Go on with the checkpoint's learning rates, weight decay, Adam constants and steps of the cosine, not the file's."""
+    """Go on with the checkpoint's learning rates, weight decay, Adam constants and schedule, not the file's."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys that may differ from the checkpoint's though its weights or its order of samples rest on them."""
 
@@ -201,7 +203,8 @@ def state_to_save(
 ) -> dict[str, Any]:
     """What `dist_checkpointing.save` gets; every rank calls it."""
     model_state = model.sharded_state_dict(metadata=_metadata())
-    state = {"model": model_state, "scheduler": scheduler.state_dict(), "progress": progress.to_plain()}
+    schedule = {**scheduler.state_dict(), **{key: getattr(scheduler, key) for key in _WSD_KEYS}}
+    state = {"model": model_state, "scheduler": schedule, "progress": progress.to_plain()}
     if _has_parameters(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=False, metadata=_metadata())
     return state
@@ -259,6 +262,8 @@ def load(
         optimizer.load_state_dict(loaded["optimizer"])
     if keep_schedule:
         scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made
+        for key in _WSD_KEYS:
+            setattr(scheduler, key, loaded["scheduler"].get(key))
         scheduler.load_state_dict(loaded["scheduler"])
     else:
         # Core's optimizer has taken the stored constants with the moments, and its schedule reads the groups' rates.

@@ -85,7 +85,9 @@ EFFECTS: dict[str, Effect] = {
             *_keys("logging.", "log_every_steps tensorboard"),
         ],
         Effect.SCHEDULE: _keys(
-            "optimizer.", "max_lr min_lr warmup_steps decay_steps adam_beta1 adam_beta2 adam_eps weight_decay"
+            "optimizer.",
+            "max_lr min_lr warmup_steps decay_steps adam_beta1 adam_beta2 adam_eps weight_decay "
+            "schedule wsd_decay_steps wsd_decay_style",
         ),
         Effect.NEW_WEIGHTS: [
             *_keys("model.", "init_std weights language_weights vision_weights"),

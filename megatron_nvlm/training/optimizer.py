@@ -1,4 +1,4 @@
-"""AdamW with a warm-up and a cosine, through Megatron-core's optimizers and scheduler."""
+"""AdamW with a warm-up and a schedule of learning rates, through Megatron-core's optimizers and scheduler."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,6 +10,17 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.precision import Precision
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "inverse_square_root": "inverse-square-root",
+    "wsd": "WSD",
+}
+"""Names of run files, and core's; the formulas are in docs/training.md."""
+WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
+"""Of the decay that ends warm-up, stable rate and decay; core's names."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,13 @@ class OptimizerConfig:
     """Not applied to biases, norms and gates (Megatron's rule)."""
     clip_grad: float = 1.0
     decay_steps: int | None = None
-    """Steps of the cosine, warm-up included; null for all steps of the run."""
+    """Steps of the schedule, warm-up included; null for all steps of the run."""
+    schedule: str = "cosine"
+    """How the learning rate falls after the warm-up: a name of SCHEDULES."""
+    wsd_decay_steps: int | None = None
+    """Of schedule wsd alone: the last steps of the schedule, in which the rate falls."""
+    wsd_decay_style: str | None = None
+    """Of schedule wsd alone: a name of WSD_STYLES; null for linear."""
 
 
 def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
@@ -36,8 +53,9 @@ def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
     decay = config.decay_steps or train_steps
     if not 0 <= config.warmup_steps < decay:
         raise UserError(
-            f"optimizer.warmup_steps {config.warmup_steps} must be fewer than the {decay} steps of the cosine"
+            f"optimizer.warmup_steps {config.warmup_steps} must be fewer than the {decay} steps of the schedule"
         )
+    _check_schedule(config, decay)
     for name, value, possible, range_ in (
         ("adam_beta1", config.adam_beta1, 0 <= config.adam_beta1 < 1, "at least 0 and below 1"),
         ("adam_beta2", config.adam_beta2, 0 <= config.adam_beta2 < 1, "at least 0 and below 1"),
@@ -47,6 +65,25 @@ def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
     ):
         if not possible:
             raise UserError(f"optimizer.{name} is {value}; it must be {range_}")
+
+
+def _check_schedule(config: OptimizerConfig, decay_steps: int) -> None:
+    if config.schedule not in SCHEDULES:
+        raise UserError(f"optimizer.schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if config.schedule != "wsd":
+        for name in ("wsd_decay_steps", "wsd_decay_style"):
+            if getattr(config, name) is not None:
+                raise UserError(f"optimizer.{name} is for schedule wsd and optimizer.schedule is {config.schedule}")
+        return
+    if config.wsd_decay_steps is None or not 0 < config.wsd_decay_steps <= decay_steps - config.warmup_steps:
+        raise UserError(
+            f"optimizer.wsd_decay_steps is {config.wsd_decay_steps}; schedule wsd needs a number from 1 to "
+            f"{decay_steps - config.warmup_steps}, its steps after the warm-up"
+        )
+    if config.wsd_decay_style not in (None, *WSD_STYLES):
+        raise UserError(
+            f"optimizer.wsd_decay_style is {config.wsd_decay_style!r}; choose one of {', '.join(WSD_STYLES)}"
+        )
 
 
 def build_optimizer(
@@ -73,22 +110,29 @@ def build_optimizer(
         ),
         models,
     )
+    scheduler = build_schedule(config, optimizer, train_steps)
+    scheduler.step(increment=1)  # the first update has the rate of step 1, not 0
+    return optimizer, scheduler
+
+
+def build_schedule(config: OptimizerConfig, optimizer: MegatronOptimizer, train_steps: int) -> OptimizerParamScheduler:
+    """The schedule before its first step; it sets rate and weight decay of the optimizer's groups of parameters."""
     decay_steps = config.decay_steps or train_steps
-    scheduler = OptimizerParamScheduler(
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.max_lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=decay_steps,
-        lr_decay_style="cosine",
+        lr_decay_style=SCHEDULES[config.schedule],
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=decay_steps,
         wd_incr_style="constant",
+        wsd_decay_steps=config.wsd_decay_steps,
+        lr_wsd_decay_style=(config.wsd_decay_style or "linear") if config.schedule == "wsd" else None,
     )
-    scheduler.step(increment=1)  # the first update has the rate of step 1, not 0
-    return optimizer, scheduler
 
 
 def config_in_force(
@@ -105,5 +149,8 @@ def config_in_force(
         warmup_steps=scheduler.lr_warmup_steps,
         decay_steps=scheduler.lr_decay_steps,
         weight_decay=scheduler.start_wd,
+        schedule=next(name for name, style in SCHEDULES.items() if style == scheduler.lr_decay_style),
+        wsd_decay_steps=scheduler.wsd_decay_steps,
+        wsd_decay_style=scheduler.lr_wsd_decay_style,
         **constants,
     )

@@ -76,6 +76,7 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
     "optimizer.min_lr": ("0.0009", differs("learning_rate")),
     "optimizer.warmup_steps": ("5", differs("learning_rate")),
     "optimizer.decay_steps": ("20", differs("learning_rate")),
+    "optimizer.schedule": ("linear", differs("learning_rate")),
     "optimizer.adam_beta1": ("0.2", differs("loss")),
     "optimizer.adam_beta2": ("0.2", differs("loss")),
     "optimizer.adam_eps": ("0.1", differs("loss")),
@@ -179,6 +180,8 @@ WITHOUT_EFFECT: dict[str, str] = {
 """Keys that only new weights read, all in one start."""
 
 ELSEWHERE = {
+    "optimizer.wsd_decay_steps": "of schedule wsd alone: tests/training/test_schedules.py",
+    "optimizer.wsd_decay_style": "of schedule wsd alone: tests/training/test_schedules.py",
     "run_dir": "each start here has another one",
     "training.train_steps": "each start here has more",
     "data.packing.window_samples": "counts with packing alone: tests/runs/test_changes.py",

@@ -17,23 +17,27 @@ from tests.support.tiny import tiny_config, tiny_model
 
 BEFORE = OptimizerConfig(1e-3, 1e-4, 2, decay_steps=10)
 NOW = OptimizerConfig(1e-5, 1e-6, 1, 0.5, 0.6, 1e-4, weight_decay=7.0, decay_steps=20)
+WSD = OptimizerConfig(1e-3, 1e-4, 2, decay_steps=10, schedule="wsd", wsd_decay_steps=4, wsd_decay_style="minus_sqrt")
 
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("distributed", [False, True])
-def test_first_update_after_a_load(keep: bool, distributed: bool, tmp_path: Path, world_of_one: Device) -> None:
+@pytest.mark.parametrize(("stored", "now"), [(BEFORE, NOW), (WSD, NOW), (BEFORE, WSD)])
+def test_first_update_after_a_load(
+    stored: OptimizerConfig, now: OptimizerConfig, keep: bool, distributed: bool, tmp_path: Path, world_of_one: Device
+) -> None:
     fp32 = PRECISIONS["fp32"]
     model = tiny_model(tiny_config("h"), world_of_one, dtype=fp32.parameter_dtype)
-    before, its_schedule = build_optimizer(BEFORE, wrap_model(model, fp32, distributed), 10, fp32, distributed)
+    before, its_schedule = build_optimizer(stored, wrap_model(model, fp32, distributed), 10, fp32, distributed)
     before.step()  # makes the moments
     its_schedule.step(increment=4)
     identity = Identity("h", "tiny", "tiny", "0")
     saver = CheckpointSaver(RunDir(tmp_path), CheckpointConfig(), identity, model, before, its_schedule)
     saver.save(Progress(4, DataPosition(8)), wait=True)
-    optimizer, scheduler = build_optimizer(NOW, wrap_model(model, fp32, distributed), 20, fp32, distributed)
+    optimizer, scheduler = build_optimizer(now, wrap_model(model, fp32, distributed), 20, fp32, distributed)
     save_load.load(tmp_path / "checkpoints" / "step_00000004", model, optimizer, scheduler, keep_schedule=keep)
-    wanted = BEFORE if keep else NOW
-    assert config_in_force(NOW, optimizer, scheduler) == wanted
+    wanted = stored if keep else now
+    assert config_in_force(now, optimizer, scheduler) == wanted
     assert scheduler.num_steps == 5
     for group in optimizer.param_groups:
         assert group["weight_decay"] == wanted.weight_decay * group["wd_mult"]
