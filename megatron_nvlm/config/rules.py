@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_nvlm.checkpoint.integrity import VERIFY_CHOICES
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.data.prepare import TOO_LONG
 from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import check_background
@@ -133,6 +134,8 @@ def shares_are_possible(run: RunConfig, model: ResolvedModel, world_size: int) -
     """Shares lie between their bounds, and the loader's limits are valid."""
     if not 0 <= run.data.max_bad_fraction <= 1:
         raise UserError(f"data.max_bad_fraction is {run.data.max_bad_fraction}; it must lie between 0 and 1")
+    if run.data.too_long not in TOO_LONG:
+        raise UserError(f"data.too_long is {run.data.too_long!r}; choose one of {', '.join(TOO_LONG)}")
     for name, share in (
         ("model.hidden_dropout", run.model.hidden_dropout),
         ("model.attention_dropout", run.model.attention_dropout),

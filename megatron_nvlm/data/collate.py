@@ -1,6 +1,7 @@
 """Prepared samples to one micro-batch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ def build_micro_batch(
         pipeline.variant.needs_cross_attention,
         first_tile,
     )
+    micro_batch = replace(micro_batch, adjustments=tuple(one.adjustment for one in samples if one.adjustment))
     return micro_batch.pin() if pin_memory else micro_batch
 
 

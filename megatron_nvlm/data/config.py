@@ -27,7 +27,10 @@ class DataConfig:
     tokenizer: str
     """Path of a tokenizer.json."""
     sequence_length: int
-    """Most decoder tokens of a sample, and of a pack; longer samples are bad samples of the kind too_long."""
+    """Most decoder tokens of a sample, and of a pack."""
+    too_long: str = "reject"
+    """What becomes of a sample that is longer with its fewest tiles: reject (a bad sample of the kind too_long), or
+    truncate, which leaves out the end of its text."""
     valid: str | None = None
     """A set to answer questions from when training ends."""
     template: str = "chatml"

@@ -11,7 +11,7 @@ from megatron_nvlm.data.shards.read import ShardSet
 
 PACKED_KEYS = (
     *("data.packing.window_samples", "data.sequence_length", "data.template", "data.system"),
-    *("tiling.max_tiles", "tiling.tag_format", "tiling.thumbnail_tag"),
+    *("tiling.max_tiles", "tiling.tag_format", "tiling.thumbnail_tag", "data.too_long"),
 )
 """Keys that decide the order of samples where they are packed."""
 
@@ -37,9 +37,11 @@ def data_fingerprint(config: DataConfig, sets: Sequence[ShardSet], pipeline: Sam
         tiling = pipeline.tiling
         values = (
             *(config.packing.window_samples, config.sequence_length, config.template, config.system),
-            *(tiling.max_tiles, tiling.tag_format, tiling.thumbnail_tag),
+            *(tiling.max_tiles, tiling.tag_format, tiling.thumbnail_tag, config.too_long),
         )
         fingerprint |= zip(PACKED_KEYS, values, strict=True)
+        if config.too_long == "reject":
+            del fingerprint["data.too_long"]  # checkpoints of before it could be chosen do not name it
     return fingerprint
 
 

@@ -12,7 +12,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import decode_image, write_array
 from megatron_nvlm.image.tile_budget import SourceImage, grid_choices
 from megatron_nvlm.image.tiling import Grid, TilingConfig, cut_tiles
-from megatron_nvlm.sequence.assemble import AssembledSample, assemble
+from megatron_nvlm.sequence.assemble import AssembledSample, assemble, cut_to
 from megatron_nvlm.sequence.image_layout import ImageLayout, lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
@@ -29,8 +29,14 @@ class PreparedSample:
     tiles: np.ndarray
     """uint8 [tiles, 3, S, S]: all of the sample's, or the part that was asked for."""
     source: str
+    adjustment: str = ""
+    """What was given up so that it fits, a name of ADJUSTMENTS; nothing by default."""
 
 
+ADJUSTMENTS = ("fewer_tiles", "truncated")
+"""What a sample that is too long can give up: tiles of its images, then, if the run allows it, the end of its text."""
+TOO_LONG = ("reject", "truncate")
+"""Values of data.too_long."""
 AllocateTiles = Callable[[int, int], np.ndarray]
 """(tiles, pixels along an edge) -> uint8 [tiles, 3, S, S] to be filled."""
 
@@ -70,6 +76,8 @@ class SamplePipeline:
     sequence_length: int
     template: str
     system: str | None
+    too_long: str = "reject"
+    """What becomes of a sample that is too long with its fewest tiles: a name of TOO_LONG."""
 
     def prepare(
         self,
@@ -100,11 +108,21 @@ class SamplePipeline:
             for image in range(images)
         ]
         choices = grid_choices([SourceImage(image.size[0], image.size[1], image.grid) for image in stored], self.tiling)
+        adjustment = ""
         while (grids := self._step("image", next, choices, None)) is not None:
-            sequence = self._step("conversation", self._assemble, turns, grids, open_answer)
+            fewest, sequence = grids, self._step("conversation", self._assemble, turns, grids, open_answer)
             if len(sequence.tokens) <= self.sequence_length:
-                tiles = self._decode(raw, stored, grids, part or (0, sequence.num_tiles), allocate)
-                return PreparedSample(raw.key, sequence, tiles, str(raw.record.get("source", "unknown")))
+                break
+            adjustment = "fewer_tiles"
+        else:
+            sequence, adjustment = self._truncate(sequence, open_answer), "truncated"
+        tiles = self._decode(raw, stored, fewest, part or (0, sequence.num_tiles), allocate)
+        return PreparedSample(raw.key, sequence, tiles, str(raw.record.get("source", "unknown")), adjustment)
+
+    def _truncate(self, sequence: AssembledSample, open_answer: bool) -> AssembledSample:
+        cut = cut_to(sequence, self.sequence_length) if self.too_long == "truncate" and not open_answer else None
+        if cut is not None:
+            return cut
         raise BadSample(
             "too_long", f"it has {len(sequence.tokens)} tokens, over data.sequence_length of {self.sequence_length}"
         )

@@ -70,7 +70,8 @@ EFFECTS: dict[str, Effect] = {
             *_keys("model.", "max_sequence_length"),
             *_keys("tiling.", "max_tiles"),
             *_keys(
-                "data.", "tokenizer sequence_length valid system num_workers prefetch_samples max_bad_fraction ledger"
+                "data.",
+                "tokenizer sequence_length too_long valid system num_workers prefetch_samples max_bad_fraction ledger",
             ),
             *_keys("data.cache.", "folder limit_gb retries"),
             *_keys("optimizer.", "clip_grad"),

@@ -67,6 +67,7 @@ def make_pipeline(run: ResolvedRun, tokenizer: Tokenizer) -> SamplePipeline:
         sequence_length=data.sequence_length,
         template=data.template,
         system=data.system,
+        too_long=data.too_long,
     )
 
 

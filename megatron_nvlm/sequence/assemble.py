@@ -1,7 +1,7 @@
 """Pieces of a conversation and the layouts of its images become the tokens of one sample."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -86,6 +86,32 @@ def assemble(pieces: Sequence[TextPiece | ImagePiece], layouts: Sequence[ImageLa
         context_vision_index=np.concatenate([np.zeros(0, dtype=np.int64), *context_index]),
         context_intervals=np.concatenate(intervals),
         num_tiles=sum(layout.num_tiles for layout in layouts),
+    )
+
+
+def cut_to(sample: AssembledSample, length: int) -> AssembledSample | None:
+    """The sample's first tokens, so that the end of its text is left out.
+
+    What is learned ends before the cut: no end token is learned there (our choice).
+
+    Returns:
+        None where that would cut into an image or its tags, or leave nothing to learn.
+    """
+    cuts_image = (sample.decoder_vision_index[length:] >= 0).any()
+    sees_less = sample.context_intervals[length - 1, 1] < len(sample.context_tokens)
+    loss_mask = sample.loss_mask[:length].copy()
+    loss_mask[-1] = 0  # of the first token that is left out
+    if cuts_image or sees_less or not loss_mask.any():
+        return None
+    labels = sample.labels[:length].copy()
+    labels[-1] = IGNORED_LABEL
+    return replace(
+        sample,
+        tokens=sample.tokens[:length],
+        labels=labels,
+        loss_mask=loss_mask,
+        decoder_vision_index=sample.decoder_vision_index[:length],
+        context_intervals=sample.context_intervals[:length],
     )
 
 

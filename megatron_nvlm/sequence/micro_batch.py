@@ -46,6 +46,8 @@ class MicroBatch:
     """Of all samples."""
     first_tile: int = 0
     """Number of `tiles[0]` among them."""
+    adjustments: tuple[str, ...] = ()
+    """What samples gave up so that they fit, one name for each that did."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device; copies of pinned memory do not wait."""

@@ -169,6 +169,7 @@ def _record(
         "vision_seconds": totals.vision_seconds,
         "seconds": seconds,
         "bad_samples": totals.bad_samples,
+        **totals.adjustments,
         "bad": bad,
         "gates": totals.gates,
     }

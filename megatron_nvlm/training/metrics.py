@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
+from megatron_nvlm.data.prepare import ADJUSTMENTS
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
@@ -50,6 +51,8 @@ class StepTotals:
     vision_seconds: float
     """Longest time of a rank in the encoder."""
     bad_samples: int
+    adjustments: dict[str, int]
+    """Samples that gave something up so that they fit, by name of data.prepare.ADJUSTMENTS."""
     gates: dict[str, float]
     """tanh(gate) of each cross-attention layer."""
 
@@ -77,6 +80,7 @@ def rank_metrics(result: StepResult, bad_samples: int, model: NVLMModel | ModelC
             Metric("tiles", result.tiles, Reduce.SUM),
             Metric("bad_samples", bad_samples, Reduce.SUM),
             Metric("samples", sum(map(len, result.keys)), Reduce.SUM),
+            *(Metric(name, result.adjustments.get(name, 0), Reduce.SUM) for name in ADJUSTMENTS),
         ]
     if model.pre_process or chunks_of(model)[0].encodes_ahead:
         metrics.append(Metric("tiles_per_rank", result.encoded_tiles, Reduce.MEAN))
@@ -103,6 +107,7 @@ def step_totals(merged: dict[str, float], grad_norm: float) -> StepTotals:
         tile_imbalance=merged["most_encoded_tiles"] / per_rank if per_rank else 0.0,
         vision_seconds=merged["vision_seconds"],
         bad_samples=round(merged["bad_samples"]),
+        adjustments={name: round(merged[name]) for name in ADJUSTMENTS},
         gates={f"layer_{layer}": merged[f"{GATE}{layer}"] for layer in layers},
     )
 

@@ -1,6 +1,7 @@
 """One step: forward and backward of all micro-batches, gradients over all ranks, one update."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
@@ -35,6 +36,8 @@ class StepResult:
     """Of this replica."""
     keys: tuple[tuple[str, ...], ...]
     """Of the samples of each micro-batch of this rank."""
+    adjustments: Mapping[str, int]
+    """Number of this replica's samples that gave something up, by name of data.prepare.ADJUSTMENTS."""
     encoded_tiles: int
     """Of the tiles, by this rank."""
     vision_seconds: float
@@ -120,6 +123,7 @@ class _ForwardSteps:
         self.device, self.on_micro_batch = device, on_micro_batch
         self.tokens = self.tiles = 0
         self.keys: list[tuple[str, ...]] = []
+        self.adjustments: Counter[str] = Counter()
         self.vision: SpreadVision | None = None
         self.work: Iterator[tuple[MicroBatch, Tensor | None]] = ((one, None) for one in micro_batches)
         """Micro-batches, with the features of their tiles where those are encoded ahead."""
@@ -138,6 +142,7 @@ class _ForwardSteps:
             self.tokens += len(micro_batch.tokens)
             self.tiles += micro_batch.num_tiles
             self.keys.append(micro_batch.keys)
+            self.adjustments.update(micro_batch.adjustments)
         micro_batch = micro_batch.to(self.device)
         if features is not None:
             features = features.to(self.device)
@@ -182,5 +187,6 @@ def run_step(
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
     encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
     return StepResult(
-        total[0], total[1], grad_norm, steps.tokens, steps.tiles, tuple(steps.keys), encoded_tiles, vision_seconds
+        *(total[0], total[1], grad_norm, steps.tokens, steps.tiles, tuple(steps.keys), steps.adjustments),
+        *(encoded_tiles, vision_seconds),
     )

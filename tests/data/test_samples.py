@@ -1,12 +1,15 @@
 """One stored sample to rows: what is bad is said by kind, and sizes from 1x1 to 20000x300 go through."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_nvlm.data.prepare import BadSample, SamplePipeline
 from megatron_nvlm.data.shards.read import RawSample
 from megatron_nvlm.image.tiling import TilingConfig
+from megatron_nvlm.sequence.assemble import IGNORED_LABEL
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -80,3 +83,40 @@ def test_a_long_sample_gives_up_tiles_before_it_is_refused(tokenizer: Tokenizer)
     assert len(make_pipeline(tokenizer, "d", 256).prepare(sample).tiles) == 7
     full = len(make_pipeline(tokenizer, "d", 256).prepare(sample).sequence.tokens)
     assert len(make_pipeline(tokenizer, "d", full - 1).prepare(sample).tiles) < 7
+
+
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+def test_the_end_of_a_text_is_left_out_where_the_run_allows_it(tokenizer: Tokenizer, variant: str) -> None:
+    """What is kept is exactly the beginning, and the last token kept learns nothing that was left out."""
+    sample = raw(record("?", "word " * 400), {"0.png": picture(168, 112)})
+    whole = make_pipeline(tokenizer, variant, 1000).prepare(sample)
+    fewest = make_pipeline(tokenizer, variant, 1000)
+    fewest = replace(fewest, tiling=replace(fewest.tiling, max_tiles=1)).prepare(sample)
+    assert whole.adjustment == ""
+    fitting = replace(make_pipeline(tokenizer, variant, len(fewest.sequence.tokens)), too_long="truncate")
+    assert fitting.prepare(sample).adjustment == ("" if variant == "h" else "fewer_tiles")  # tiles go first
+    short = replace(make_pipeline(tokenizer, variant, 120), too_long="truncate").prepare(sample)
+    rows, all_rows = short.sequence, fewest.sequence
+    assert short.adjustment == "truncated" and len(rows.tokens) == 120
+    np.testing.assert_array_equal(rows.tokens, all_rows.tokens[:120])
+    np.testing.assert_array_equal(rows.context_intervals, all_rows.context_intervals[:120])
+    np.testing.assert_array_equal(rows.labels[:-1], all_rows.labels[:119])
+    assert rows.labels[-1] == IGNORED_LABEL and rows.loss_mask[-1] == 0 and rows.loss_mask.sum() > 20
+    np.testing.assert_array_equal(short.tiles, fewest.tiles)
+
+
+def test_what_truncation_cannot_mend_stays_a_bad_sample(tokenizer: Tokenizer) -> None:
+    """A question so long that no answer is left, and images so many that one would be cut."""
+    question = raw(record("word " * 400, "2", images=0), {})
+    images = raw(record("?", "2", images=20), {f"{number}.png": picture(9, 9) for number in range(20)})
+    for variant, sample in (("h", question), ("d", images), ("x", images)):
+        pipeline = replace(make_pipeline(tokenizer, variant, 60), too_long="truncate")
+        with pytest.raises(BadSample, match="over data.sequence_length of 60") as caught:
+            pipeline.prepare(sample)
+        assert caught.value.kind == "too_long"
+
+
+def test_a_question_is_never_truncated(tokenizer: Tokenizer) -> None:
+    pipeline = replace(make_pipeline(tokenizer, "h", 60), too_long="truncate")
+    with pytest.raises(BadSample, match="over data.sequence_length"):
+        pipeline.prepare(raw(record("word " * 100, "2", images=0), {}), open_answer=True)

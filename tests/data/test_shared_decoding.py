@@ -173,10 +173,10 @@ def count_decodes(parallelism: ParallelismConfig, folder: Path) -> tuple[int, in
     decoded = 0
     decode = megatron_nvlm.data.prepare.decode_image
 
-    def counting(data: bytes) -> Image.Image:
+    def counting(data: bytes, background: str | None = None) -> Image.Image:
         nonlocal decoded
         decoded += 1
-        return decode(data)
+        return decode(data, background)
 
     megatron_nvlm.data.prepare.decode_image = counting
     loader = make_share(tile_share(use_device()), folder, packed=False)

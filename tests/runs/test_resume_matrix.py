@@ -69,6 +69,7 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
     "model.hidden_dropout": ("0.5", differs("loss")),
     "tiling.max_tiles": ("2", differs("tiles")),
     "data.sequence_length": ("91", differs("bad_samples")),
+    "data.too_long": ("truncate", differs("truncated")),
     "data.system": ("Other words.", differs("tokens")),
     "data.ledger": ("true", has_file("ledger.jsonl")),
     "optimizer.clip_grad": ("0.01", differs("loss")),
@@ -103,6 +104,7 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
 """Keys whose new value is seen, and where."""
 
 BESIDE = {
+    "data.too_long": ["data.sequence_length=91"],
     "data.sequence_length": ["data.max_bad_fraction=1"],
 }
 """What else a key needs, so that its effect does not end the run."""

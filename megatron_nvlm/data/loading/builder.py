@@ -73,6 +73,7 @@ class MicroBatchBuilder:
             pipeline.tokens_per_tile,
             pipeline.sequence_length,
             pipeline.template,
+            pipeline.too_long,
         )
         self.plan: BatchPlan = UnpackedBatchPlan(batch.micro_batch_size, batch.global_batch_size)
         if self.packs:

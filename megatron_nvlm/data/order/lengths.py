@@ -66,7 +66,9 @@ class LengthCounter:
         tokens_per_tile: int,
         sequence_length: int,
         template: str = "chatml",
+        too_long: str = "reject",
     ) -> None:
+        self.truncates = too_long == "truncate"
         self.tokenizer, self.tiling, self.variant, self.template = tokenizer, tiling, variant, template
         self.tokens_per_tile, self.sequence_length = tokens_per_tile, sequence_length
         self._tokens: dict[Grid, int] = {}
@@ -107,7 +109,7 @@ class LengthCounter:
             tokens = text + sum(self.tokens_of_grid(grid) for grid in grids)
             if tokens <= self.sequence_length:
                 return tokens, sum(grid.num_pictures for grid in grids)
-        return 0, 0
+        return (self.sequence_length, sum(grid.num_pictures for grid in grids)) if self.truncates else (0, 0)
 
 
 def _source_images(images: Sequence[tuple[int, int, int, int]]) -> list[SourceImage]:
