@@ -10,8 +10,7 @@ import re
 import stat
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +57,8 @@ class Input(Protocol):
     """What lies there and is no sample nor part of one, by kind, and how many."""
     elsewhere: dict[str, str]
     """Folders beside `path` that samples are read from."""
+    containers: list[Path]
+    """Files of many samples, in which opening has found where each one lies."""
 
     def __len__(self) -> int: ...
 
@@ -71,8 +72,8 @@ class Input(Protocol):
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
+    def files_of(self, number: int) -> Sequence[Path]:
+        """Files that a sample is read from, there or not; without those whose content the fingerprint holds."""
 
 
 class JsonLines:
@@ -83,7 +84,7 @@ class JsonLines:
     def __init__(self, path: Path, images: Path | None = None) -> None:
         if not path.is_file():
             raise UserError(f"there is no file {path}; correct --jsonl")
-        self.path, self.images = path, images or path.parent
+        self.path, self.images, self.containers = path, images or path.parent, [path]
         self.faults, self.unread = list[str](), dict[str, int]()
         self.elsewhere = {} if self.images == path.parent else {"images": str(self.images)}
         self._number()
@@ -113,12 +114,12 @@ class JsonLines:
         content = parse_json(self._bytes_of(number))
         return InputSample(content, [_read_image(self.images / path) for path in image_paths(content)], {})
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
-        yield self.path
-        for number in range(len(self)):
-            with suppress(UserError):
-                yield from (self.images / path for path in image_paths(parse_json(self._bytes_of(number))))
+    def files_of(self, number: int) -> list[Path]:
+        """Files that a sample is read from, there or not."""
+        try:
+            return [self.images / path for path in image_paths(parse_json(self._bytes_of(number)))]
+        except UserError:
+            return []
 
     def _bytes_of(self, number: int) -> bytes:
         with self.path.open("rb") as file:
@@ -194,7 +195,7 @@ class ImageFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; correct --folder")
-        self.path, self.faults, self.elsewhere = path, list[str](), dict[str, str]()
+        self.path, self.faults, self.elsewhere, self.containers = path, list[str](), dict[str, str](), list[Path]()
         found = sorted(str(file) for file in files_below(path, self.faults))
         sizes = {file: size for file in found if has_image_name(file) and (size := _size(path / file)) is not None}
         self.names = list(sizes)
@@ -220,20 +221,10 @@ class ImageFolder:
         identity = str(Path(self.names[number]).with_suffix(""))
         return InputSample({"id": identity, "caption": caption}, [_read_image(image)], {})
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
-        for name in self.names:
-            image = self.path / name
-            yield from (image, image.with_suffix(".txt"))
-
-
-def newest_change(source: Input, since: int) -> Path | None:
-    """A file of an input that was written after a time (`st_mtime_ns`); None if none was."""
-    for path in source.files():
-        with suppress(OSError, ValueError):
-            if path.stat().st_mtime_ns > since:
-                return path
-    return None
+    def files_of(self, number: int) -> list[Path]:
+        """Files that a sample is read from, there or not."""
+        image = self.path / self.names[number]
+        return [image, image.with_suffix(".txt")]
 
 
 def _read_image(path: Path) -> bytes:

@@ -29,7 +29,7 @@ class WebDatasetShards:
         pattern = path if path.suffix == ".tar" or "*" in path.name else path / "*.tar"
         self.path, self.faults, self.unread = path, list[str](), dict[str, int]()
         self.elsewhere: dict[str, str] = {}
-        self.tars = sorted(pattern.parent.glob(pattern.name))
+        self.tars = self.containers = sorted(pattern.parent.glob(pattern.name))
         if not self.tars:
             raise UserError(f"there is no shard {pattern}; correct --webdataset")
         spans: list[tuple[int, int]] = []
@@ -89,9 +89,9 @@ class WebDatasetShards:
         unread = tuple(name for name in members if name not in used.union(tiles, chosen))
         return InputSample(content, [pictures[name] for name in chosen], tiles, unread)
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
-        return iter(self.tars)
+    def files_of(self, number: int) -> list[Path]:
+        """Files that a sample is read from, there or not."""
+        return [self.tars[int(self.samples[number, 0])]]
 
     def _read_members(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members of a sample, by the name after the key in small letters."""
