@@ -98,6 +98,7 @@ class Builder:
         if self.num_inputs == 0:
             told = ", ".join(f"{count} {name}" for source in self.inputs for name, count in source.unread.items())
             told = f" (not read: {told[:200]})" if told else ""
+            told = next((f" ({fault})" for source in self.inputs for fault in source.faults), told)
             raise UserError(f"the input holds no sample{told}; correct --jsonl, --folder or --webdataset")
         self.parts = Parts(folder / PARTS)
         self.per_shard = 0

@@ -22,6 +22,7 @@ from megatron_nvlm.data.building.pictures import has_image_name
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
+from megatron_nvlm.regular_files import check_regular
 
 _MOST_SPACE = 4096
 """Bytes by which a file that is an array has begun."""
@@ -82,6 +83,7 @@ class JsonLines:
     kind = "jsonl"
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
+        check_regular(path)
         if not path.is_file():
             raise UserError(f"there is no file {path}; correct --jsonl")
         self.path, self.images, self.containers = path, images or path.parent, [path]

@@ -18,6 +18,7 @@ from megatron_nvlm.data.building.pictures import choose_members, is_picture
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
 from megatron_nvlm.data.shards.write import check_tar_end
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.regular_files import check_regular
 
 
 class WebDatasetShards:
@@ -50,10 +51,13 @@ class WebDatasetShards:
         """The samples of a tar; what cannot be read after a fault is left out and said."""
         scan = _Scan()
         try:
+            check_regular(tar)
             with tarfile.open(tar, "r:") as members:
                 for member in members:
                     scan.add(member)
                 check_tar_end(tar, members.offset)
+        except UserError as error:
+            self.faults.append(str(error))
         except (OSError, tarfile.TarError, EOFError) as error:
             self.faults.append(f"{tar} is broken or cut off after {len(scan.samples)} samples ({error})")
             size = tar.stat().st_size
