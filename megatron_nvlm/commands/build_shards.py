@@ -29,7 +29,20 @@ from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.shards.index import open_index
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.option_types import natural_int, positive_float, positive_int, share
+from megatron_nvlm.option_types import (
+    batch_size,
+    jpeg_quality,
+    megabytes,
+    named_folder,
+    natural_int,
+    positive_int,
+    process_count,
+    share,
+    tile_count,
+    tile_pixels,
+    token_count,
+    utf8_text,
+)
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, find_template
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -82,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m tools.build_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the new set")
+    add("--out", type=named_folder, required=True, metavar="DIR", help="folder of the new set")
     add("--jsonl", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--images-dir", type=Path, metavar="DIR", help="what paths in --jsonl are relative to (default: its folder)")
     add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
@@ -93,25 +106,37 @@ def make_parser() -> argparse.ArgumentParser:
         default="tiles",
         help="cut in advance (fast to read) or kept as they are",
     )
-    add("--tile-size", type=positive_int, default=448, help="pixels along an edge of a tile (default 448)")
-    add("--max-tiles", type=positive_int, default=6, help="most tiles of an image, without the thumbnail (default 6)")
-    add("--quality", type=positive_int, default=90, help="JPEG quality of tiles (default 90)")
+    add("--tile-size", type=tile_pixels, default=448, help="pixels along an edge of a tile (default 448)")
+    add("--max-tiles", type=tile_count, default=6, help="most tiles of an image, without the thumbnail (default 6)")
+    add("--quality", type=jpeg_quality, default=90, help="JPEG quality of tiles (default 90)")
     add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer.json: counts tokens, which packing needs")
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="the run's data.template (default chatml)")
-    add("--system", default=DEFAULT_SYSTEM, help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})")
+    add(
+        "--system",
+        type=utf8_text,
+        default=DEFAULT_SYSTEM,
+        help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})",
+    )
     add("--tag-format", default="1d", help="the run's tiling.tag_format, for the report (default 1d)")
-    add("--caption-prompt", default=DEFAULT_CAPTION_PROMPT, help="question of captions")
-    add("--source", help="name under which training counts bad samples (default: the name of --out)")
-    add("--keep", action="append", default=[], metavar="FIELD", help="copy this field of the input, such as a licence")
-    add("--shard-mb", type=positive_float, default=256, help="size of a shard, about, in megabytes (default 256)")
+    add("--caption-prompt", type=utf8_text, default=DEFAULT_CAPTION_PROMPT, help="question of captions")
+    add("--source", type=utf8_text, help="name under which training counts bad samples (default: the name of --out)")
+    add(
+        "--keep",
+        type=utf8_text,
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="copy this field of the input, such as a licence",
+    )
+    add("--shard-mb", type=megabytes, default=256, help="size of a shard, about, in megabytes (default 256)")
     add("--samples-per-shard", type=positive_int, help="instead of a size")
     add("--shuffle", type=natural_int, metavar="SEED", help="write samples in the random order of this seed")
     add("--max-reject-rate", type=share, default=0.01, help="share of bad inputs that fails the build (default 0.01)")
-    add("--processes", type=positive_int, default=os.cpu_count() or 1, help="default: one for each core")
-    add("--global-batch", type=positive_int, default=256, help="for the report's steps per epoch (default 256)")
+    add("--processes", type=process_count, default=os.cpu_count() or 1, help="default: one for each core")
+    add("--global-batch", type=batch_size, default=256, help="for the report's steps per epoch (default 256)")
     add(
         "--sequence-length",
-        type=positive_int,
+        type=token_count,
         help="for the report's packing (default: the paper's)",
     )
     add("--rebuild", action="store_true", help="remove what a build of --out has written and begin again")
