@@ -20,6 +20,7 @@ import numpy as np
 from megatron_nvlm.data.building.forms import image_paths
 from megatron_nvlm.data.building.pictures import has_image_name
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
+from megatron_nvlm.data.building.unpacked import OpenFile
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
 from megatron_nvlm.regular_files import check_regular
@@ -82,10 +83,8 @@ class JsonLines:
 
     kind = "jsonl"
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
-        check_regular(path)
-        if not path.is_file():
-            raise UserError(f"there is no file {path}; correct --jsonl")
+    def __init__(self, path: Path, file: OpenFile, images: Path | None = None) -> None:
+        self._file = file
         self.path, self.images, self.containers = path, images or path.parent, [path]
         self.faults, self.unread = list[str](), dict[str, int]()
         self.elsewhere = {} if self.images == path.parent else {"images": str(self.images)}
@@ -94,7 +93,7 @@ class JsonLines:
     def _number(self) -> None:
         """Find the samples."""
         starts, lines, digest, offset = array("q"), array("q"), hashlib.sha256(), 0
-        with self.path.open("rb") as file:
+        with self._file.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(offset)
@@ -124,7 +123,7 @@ class JsonLines:
             return []
 
     def _bytes_of(self, number: int) -> bytes:
-        with self.path.open("rb") as file:
+        with self._file.path.open("rb") as file:
             file.seek(int(self.starts[number]))
             return file.readline()
 
@@ -135,13 +134,13 @@ class JsonArray(JsonLines):
     kind = "json"
 
     @classmethod
-    def is_one(cls, path: Path) -> bool:
+    def is_one(cls, file: OpenFile) -> bool:
         """Whether a file begins as an array does."""
-        with path.open("rb") as file:
-            return file.read(_MOST_SPACE).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        with file.path.open("rb") as opened:
+            return opened.read(_MOST_SPACE).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
     def _number(self) -> None:
-        data = self.path.read_bytes()
+        data = self._file.path.read_bytes()
         self.fingerprint = hashlib.sha256(data).hexdigest()
         text = decode_text(data, str(self.path))
         place = text.index("[") + 1
@@ -170,20 +169,22 @@ class JsonArray(JsonLines):
         return f"{self.path} entry {self.lines[number]}"
 
     def _bytes_of(self, number: int) -> bytes:
-        with self.path.open("rb") as file:
+        with self._file.path.open("rb") as file:
             file.seek(int(self.starts[number]))
             return file.read(int(self.ends[number] - self.starts[number]))
 
 
 def open_json(path: Path, images: Path | None) -> JsonLines:
-    """JSON lines, or one JSON array.
+    """JSON lines, or one JSON array; either may be compressed with gzip.
 
     Raises:
         UserError: there is no such file.
     """
-    if path.is_file() and JsonArray.is_one(path):
-        return JsonArray(path, images)
-    return JsonLines(path, images)
+    check_regular(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; correct --jsonl")
+    file = OpenFile(path)
+    return (JsonArray if JsonArray.is_one(file) else JsonLines)(path, file, images)
 
 
 class ImageFolder:
