@@ -9,6 +9,7 @@ from megatron_nvlm.errors import UserError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_TAR_SUFFIX = re.compile(r"\.(tar(\.gz)?|tgz)$")
 _MOST_NAMES = 1_000_000
 """Names that braces may stand for."""
 
@@ -20,7 +21,7 @@ def find_tars(path: Path, faults: list[str]) -> list[Path]:
         faults: gets a sentence for each folder that cannot be read.
 
     Raises:
-        UserError: there is none, or one that braces name is missing.
+        UserError: there is none, one that braces name is missing, or one lies beside its compressed copy.
     """
     name = str(path)
     if _RANGE.search(name) and not path.exists():
@@ -37,7 +38,17 @@ def find_tars(path: Path, faults: list[str]) -> list[Path]:
     if not found:
         what = f"{path}/*.tar" if path.is_dir() else path
         raise UserError(f"there is no shard {what}; correct --webdataset")
+    _refuse_twins(found)
     return found
+
+
+def _refuse_twins(found: list[Path]) -> None:
+    """Refuse a tar beside its compressed copy: every sample would be taken twice."""
+    first_of: dict[str, Path] = {}
+    for path in found:
+        first = first_of.setdefault(_TAR_SUFFIX.sub("", str(path)), path)
+        if first is not path:
+            raise UserError(f"{first} and {path} are two forms of one tar; keep one, or name tars by a pattern")
 
 
 def _is_pattern(name: str) -> bool:

@@ -121,3 +121,12 @@ def test_a_gzip_file_that_is_cut_off(
     (tars / "003.tgz").write_bytes(b"no gzip")
     out = build(tmp_path / "tars_set", "--webdataset", tars, "--max-reject-rate", "0.5")
     assert len(ShardSet(out)) == 3 and "003.tgz is no whole gzip file" in (out / "rejects.jsonl").read_text()
+
+
+def test_a_tar_beside_its_compressed_copy_is_refused(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress(tars / "001.tar", "001.tgz")
+    with pytest.raises(SystemExit):
+        build(tmp_path / "set", "--webdataset", tars)
+    assert "001.tar and " in (said := capsys.readouterr().err) and "are two forms of one tar" in said
