@@ -12,6 +12,7 @@ Input is any number of
 DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give
 the same bytes, whatever the number of processes. Killed at any moment, the same command goes on; inputs that were rejected
 are tried again. A finished set whose inputs were written since is refused: --rebuild begins again.
+--preview N writes nothing and shows what the first samples become.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
 from megatron_nvlm.data.building.inputs import ImageFolder, Input, open_json
+from megatron_nvlm.data.building.preview import Preview
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
 from megatron_nvlm.data.building.text import printable
@@ -60,10 +62,9 @@ def open_inputs(options: argparse.Namespace) -> list[Input]:
     return inputs
 
 
-def build(options: argparse.Namespace) -> str:
-    """Build or go on; returns the report's text."""
-    find_template(options.template)
-    sample = SampleSettings(
+def sample_settings(options: argparse.Namespace) -> SampleSettings:
+    """How samples are stored."""
+    return SampleSettings(
         images=options.images,
         tile_size=options.tile_size,
         max_tiles=options.max_tiles,
@@ -72,18 +73,39 @@ def build(options: argparse.Namespace) -> str:
         caption_prompt=options.caption_prompt,
         keep=tuple(options.keep),
     )
-    settings = BuildSettings(
-        sample, options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
-    )
-    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+
+
+def text_counter(options: argparse.Namespace) -> TextTokenCounter | None:
+    """What counts text; None without a tokenizer."""
+    find_template(options.template)
+    if options.tokenizer is None:
+        return None
     system = None if options.system.lower() in ("", "none", "null") else options.system
-    counter = TextTokenCounter(tokenizer, options.template, system) if tokenizer else None
+    return TextTokenCounter(Tokenizer.load(options.tokenizer), options.template, system)
+
+
+def preview(options: argparse.Namespace) -> int:
+    """Print what the first samples would become; 1 if there are only rejects."""
+    shown = Preview(open_inputs(options), sample_settings(options), options.preview, text_counter(options))
+    for line in shown.lines():
+        print(printable(line))
+    return 0 if shown.num_good else 1
+
+
+def build(options: argparse.Namespace) -> str:
+    """Build or go on; returns the report's text."""
+    counter = text_counter(options)
+    settings = BuildSettings(
+        sample_settings(options), options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
+    )
     builder = Builder(open_inputs(options), options.out, settings, counter)
     manifest = builder.run(options.processes, not options.quiet, options.rebuild)
     index, tiling = open_index(options.out), TilingConfig(options.tile_size, options.max_tiles, options.tag_format)
     predictions = []
-    if tokenizer is not None:
-        plan = TrainingPlan(tokenizer, tiling, options.template, options.global_batch, options.sequence_length)
+    if options.tokenizer is not None:
+        plan = TrainingPlan(
+            Tokenizer.load(options.tokenizer), tiling, options.template, options.global_batch, options.sequence_length
+        )
         predictions = predict(index, plan)
     parts = (manifest, histograms(index, tiling), predictions, options.global_batch)
     texts = as_text(*parts), as_html(*parts)
@@ -141,6 +163,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=token_count,
         help="for the report's packing (default: the paper's)",
     )
+    add(
+        "--preview",
+        type=positive_int,
+        metavar="N",
+        help="write nothing: show what the first N samples of each input become",
+    )
     add("--rebuild", action="store_true", help="remove what a build of --out has written and begin again")
     add("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     return parser
@@ -154,6 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(options: argparse.Namespace) -> None:
     try:
+        if options.preview is not None:
+            sys.exit(preview(options))
         text = build(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
