@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 NEWEST_CORE := 0.19.2
 NEWEST_VENV := .venv-newest
-NEWEST_ROOMS := models ops parallel checkpoint training runs inference hf commands/test_convert_checkpoint.py
+NEWEST_ROOMS := models ops parallel checkpoint training runs inference hf commands/test_convert_checkpoint.py commands/test_convert_refusals.py
 
 .PHONY: help demo test test-all test-newest test-gpu lint format clean
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megatron_nvlm"
 # Each line may import from the lines above it (and a room from itself).
 LAYERS = (
     {"errors", "quiet", "runs.run_dir"},
-    {"core_compat", "option_types"},
+    {"core_compat", "option_types", "regular_files"},
     {"image", "text", "ops"},
     {"sequence"},
     {"data", "models"},

@@ -5,11 +5,14 @@ Input is any number of
                      --images-dir) and a conversation (`conversations` as LLaVA and ShareGPT have it, or `messages`), or
                      `question` and `answer`, or `caption`; text alone has no image
   --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
-  --webdataset PATH  a folder of tars or a pattern: samples with a .json of these forms or a .txt caption
+  --webdataset PATH  tars below a folder, a pattern ('a/*.tar'), braces ('shard-{000..127}.tar') or one tar: samples with a
+                     .json of these forms or a .txt caption
+--jsonl and tars may be compressed with gzip (.jsonl.gz, .json.gz, .tar.gz, .tgz).
 
 DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give
 the same bytes, whatever the number of processes. Killed at any moment, the same command goes on; inputs that were rejected
 are tried again. A finished set whose inputs were written since is refused: --rebuild begins again.
+--preview N writes nothing and shows what the first samples become.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from pathlib import Path
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
 from megatron_nvlm.data.building.inputs import ImageFolder, Input, open_json
+from megatron_nvlm.data.building.preview import Preview
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
 from megatron_nvlm.data.building.text import printable
@@ -30,7 +34,20 @@ from megatron_nvlm.data.shards.index import open_index
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import check_background
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.option_types import natural_int, positive_float, positive_int, share
+from megatron_nvlm.option_types import (
+    batch_size,
+    jpeg_quality,
+    megabytes,
+    named_folder,
+    natural_int,
+    positive_int,
+    process_count,
+    share,
+    tile_count,
+    tile_pixels,
+    token_count,
+    utf8_text,
+)
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, find_template
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -46,11 +63,10 @@ def open_inputs(options: argparse.Namespace) -> list[Input]:
     return inputs
 
 
-def build(options: argparse.Namespace) -> str:
-    """Build or go on; returns the report's text."""
-    find_template(options.template)
+def sample_settings(options: argparse.Namespace) -> SampleSettings:
+    """How samples are stored."""
     check_background(options.background)
-    sample = SampleSettings(
+    return SampleSettings(
         images=options.images,
         tile_size=options.tile_size,
         max_tiles=options.max_tiles,
@@ -60,18 +76,39 @@ def build(options: argparse.Namespace) -> str:
         background=options.background,
         keep=tuple(options.keep),
     )
-    settings = BuildSettings(
-        sample, options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
-    )
-    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+
+
+def text_counter(options: argparse.Namespace) -> TextTokenCounter | None:
+    """What counts text; None without a tokenizer."""
+    find_template(options.template)
+    if options.tokenizer is None:
+        return None
     system = None if options.system.lower() in ("", "none", "null") else options.system
-    counter = TextTokenCounter(tokenizer, options.template, system) if tokenizer else None
+    return TextTokenCounter(Tokenizer.load(options.tokenizer), options.template, system)
+
+
+def preview(options: argparse.Namespace) -> int:
+    """Print what the first samples would become; 1 if there are only rejects."""
+    shown = Preview(open_inputs(options), sample_settings(options), options.preview, text_counter(options))
+    for line in shown.lines():
+        print(printable(line))
+    return 0 if shown.num_good else 1
+
+
+def build(options: argparse.Namespace) -> str:
+    """Build or go on; returns the report's text."""
+    counter = text_counter(options)
+    settings = BuildSettings(
+        sample_settings(options), options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
+    )
     builder = Builder(open_inputs(options), options.out, settings, counter)
     manifest = builder.run(options.processes, not options.quiet, options.rebuild)
     index, tiling = open_index(options.out), TilingConfig(options.tile_size, options.max_tiles, options.tag_format)
     predictions = []
-    if tokenizer is not None:
-        plan = TrainingPlan(tokenizer, tiling, options.template, options.global_batch, options.sequence_length)
+    if options.tokenizer is not None:
+        plan = TrainingPlan(
+            Tokenizer.load(options.tokenizer), tiling, options.template, options.global_batch, options.sequence_length
+        )
         predictions = predict(index, plan)
     parts = (manifest, histograms(index, tiling), predictions, options.global_batch)
     texts = as_text(*parts), as_html(*parts)
@@ -85,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m tools.build_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the new set")
+    add("--out", type=named_folder, required=True, metavar="DIR", help="folder of the new set")
     add("--jsonl", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--images-dir", type=Path, metavar="DIR", help="what paths in --jsonl are relative to (default: its folder)")
     add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
@@ -96,27 +133,50 @@ def make_parser() -> argparse.ArgumentParser:
         default="tiles",
         help="cut in advance (fast to read) or kept as they are",
     )
-    add("--tile-size", type=positive_int, default=448, help="pixels along an edge of a tile (default 448)")
-    add("--max-tiles", type=positive_int, default=6, help="most tiles of an image, without the thumbnail (default 6)")
-    add("--quality", type=positive_int, default=90, help="JPEG quality of tiles (default 90)")
+    add("--tile-size", type=tile_pixels, default=448, help="pixels along an edge of a tile (default 448)")
+    add("--max-tiles", type=tile_count, default=6, help="most tiles of an image, without the thumbnail (default 6)")
+    add("--quality", type=jpeg_quality, default=90, help="JPEG quality of tiles (default 90)")
     add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer.json: counts tokens, which packing needs")
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="the run's data.template (default chatml)")
-    add("--system", default=DEFAULT_SYSTEM, help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})")
+    add(
+        "--system",
+        type=utf8_text,
+        default=DEFAULT_SYSTEM,
+        help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})",
+    )
     add("--tag-format", default="1d", help="the run's tiling.tag_format, for the report (default 1d)")
-    add("--background", metavar="COLOUR", help="the run's tiling.background (default: transparency is dropped)")
-    add("--caption-prompt", default=DEFAULT_CAPTION_PROMPT, help="question of captions")
-    add("--source", help="name under which training counts bad samples (default: the name of --out)")
-    add("--keep", action="append", default=[], metavar="FIELD", help="copy this field of the input, such as a licence")
-    add("--shard-mb", type=positive_float, default=256, help="size of a shard, about, in megabytes (default 256)")
+    add(
+        "--background",
+        type=utf8_text,
+        metavar="COLOUR",
+        help="the run's tiling.background (default: transparency is dropped)",
+    )
+    add("--caption-prompt", type=utf8_text, default=DEFAULT_CAPTION_PROMPT, help="question of captions")
+    add("--source", type=utf8_text, help="name under which training counts bad samples (default: the name of --out)")
+    add(
+        "--keep",
+        type=utf8_text,
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="copy this field of the input, such as a licence",
+    )
+    add("--shard-mb", type=megabytes, default=256, help="size of a shard, about, in megabytes (default 256)")
     add("--samples-per-shard", type=positive_int, help="instead of a size")
     add("--shuffle", type=natural_int, metavar="SEED", help="write samples in the random order of this seed")
     add("--max-reject-rate", type=share, default=0.01, help="share of bad inputs that fails the build (default 0.01)")
-    add("--processes", type=positive_int, default=os.cpu_count() or 1, help="default: one for each core")
-    add("--global-batch", type=positive_int, default=256, help="for the report's steps per epoch (default 256)")
+    add("--processes", type=process_count, default=os.cpu_count() or 1, help="default: one for each core")
+    add("--global-batch", type=batch_size, default=256, help="for the report's steps per epoch (default 256)")
     add(
         "--sequence-length",
-        type=positive_int,
+        type=token_count,
         help="for the report's packing (default: the paper's)",
+    )
+    add(
+        "--preview",
+        type=positive_int,
+        metavar="N",
+        help="write nothing: show what the first N samples of each input become",
     )
     add("--rebuild", action="store_true", help="remove what a build of --out has written and begin again")
     add("--quiet", action="store_true", help="no progress bar, no report on the terminal")
@@ -131,6 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(options: argparse.Namespace) -> None:
     try:
+        if options.preview is not None:
+            sys.exit(preview(options))
         text = build(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

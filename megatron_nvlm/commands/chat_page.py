@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
-from megatron_nvlm.option_types import natural_int
+from megatron_nvlm.option_types import network_port
 
 from flask import Flask, Response, jsonify, request  # isort: skip
 from PIL import Image
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the training")
     parser.add_argument("--checkpoint", type=Path, help="a folder below checkpoints/; the newest if not given")
-    parser.add_argument("--port", type=natural_int, default=7860, help="default 7860; 0 takes a free one")
+    parser.add_argument("--port", type=network_port, default=7860, help="default 7860; 0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)

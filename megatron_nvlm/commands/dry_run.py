@@ -22,7 +22,15 @@ from megatron_nvlm.estimate.step_time import Hardware
 from megatron_nvlm.estimate.suggest import render_suggestions, suggest
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
-from megatron_nvlm.option_types import natural_float, natural_int, positive_float, positive_int
+from megatron_nvlm.option_types import (
+    natural_float,
+    natural_int,
+    positive_float,
+    positive_int,
+    rank_count,
+    tile_count,
+    token_count,
+)
 from megatron_nvlm.runs.entry import user_errors_end_the_process
 from megatron_nvlm.runs.resolve import ResolvedRun, look_up, resolve_run
 
@@ -58,15 +66,13 @@ def make_plan(run: ResolvedRun, sample: SampleShape) -> DryRunInput:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron_nvlm.commands.dry_run", description="What a run would need and do.")
     parser.add_argument("--config", required=True, help="run file, see configs/")
-    parser.add_argument("--world-size", type=positive_int, required=True, help="ranks (GPUs)")
+    parser.add_argument("--world-size", type=rank_count, required=True, help="ranks (GPUs)")
     parser.add_argument("--suggest", action="store_true", help="list the layouts that fit, fastest first")
     parser.add_argument("--json", action="store_true", help="print numbers as one JSON object")
     parser.add_argument(
-        "--sample-tokens", "--sample-rows", type=positive_int, help="decoder tokens of a sample (data.sequence_length)"
+        "--sample-tokens", "--sample-rows", type=token_count, help="decoder tokens of a sample (data.sequence_length)"
     )
-    parser.add_argument(
-        "--tiles", type=positive_int, help="tiles of its image, thumbnail not counted (tiling.max_tiles)"
-    )
+    parser.add_argument("--tiles", type=tile_count, help="tiles of its image, thumbnail not counted (tiling.max_tiles)")
     parser.add_argument(
         "--tag-tokens", type=natural_int, default=TAG_TOKENS, help="tokens of a tile's tag (%(default)s)"
     )

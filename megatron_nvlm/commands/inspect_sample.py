@@ -23,7 +23,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tile_budget import SourceImage, grid_choices
 from megatron_nvlm.image.tile_tags import TAG_FORMATS, tile_tags
 from megatron_nvlm.image.tiling import Grid, TilingConfig
-from megatron_nvlm.option_types import natural_int, positive_int
+from megatron_nvlm.option_types import natural_int, tile_count, tile_pixels, token_count, utf8_text
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM
 from megatron_nvlm.text.templates import TEMPLATES
@@ -136,12 +136,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--variant", choices=tuple(VARIANTS), action="append", help="may be repeated; default: the run's, or all three")
     add("--config", type=Path, metavar="FILE", help="take all settings below from this run file")
     add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json")
-    add("--tile-size", type=positive_int, default=448, help="default 448")
-    add("--max-tiles", type=positive_int, default=6, help="default 6")
+    add("--tile-size", type=tile_pixels, default=448, help="default 448")
+    add("--max-tiles", type=tile_count, default=6, help="default 6")
     add("--tag-format", choices=TAG_FORMATS, default="1d", help="default 1d")
-    add("--sequence-length", type=positive_int, default=3200, help="most decoder tokens (default 3200)")
+    add("--sequence-length", type=token_count, default=3200, help="most decoder tokens (default 3200)")
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="default chatml")
-    add("--system", default=DEFAULT_SYSTEM, help=f"or none (default {DEFAULT_SYSTEM!r})")
+    add("--system", type=utf8_text, default=DEFAULT_SYSTEM, help=f"or none (default {DEFAULT_SYSTEM!r})")
     options = parser.parse_args(arguments)
     try:
         if options.out.suffix not in (".png", ".html"):

@@ -14,7 +14,7 @@ from megatron_nvlm.data.building.lint import Check, lint
 from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.option_types import positive_int
+from megatron_nvlm.option_types import process_count, utf8_text
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -33,8 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--headers-only", action="store_true", help="read images' headers alone: faster, and misses cut-off images")
     add("--tokenizer", type=Path, metavar="FILE", help="compare the index's token counts with this tokenizer.json")
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="with --tokenizer (default chatml)")
-    add("--system", default=DEFAULT_SYSTEM, help=f"with --tokenizer, or none (default {DEFAULT_SYSTEM!r})")
-    add("--processes", type=positive_int, default=os.cpu_count() or 1, help="default: one for each core")
+    add(
+        "--system",
+        type=utf8_text,
+        default=DEFAULT_SYSTEM,
+        help=f"with --tokenizer, or none (default {DEFAULT_SYSTEM!r})",
+    )
+    add("--processes", type=process_count, default=os.cpu_count() or 1, help="default: one for each core")
     options = parser.parse_args(arguments)
     try:
         counter = None

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.regular_files import check_regular
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def find_run_file(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
+    if not Path(name).is_dir():  # a folder may bear the name of a run file: runs are in folders
+        check_regular(name)
     if Path(name).name == str(name):
         for folder in RUN_FILE_FOLDERS:
             found = folder / f"{str(name).removesuffix('.yaml')}.yaml"

@@ -21,7 +21,7 @@ from megatron_nvlm.commands import build_shards
 from megatron_nvlm.data.building import material_debian, material_pypi
 from megatron_nvlm.data.building.material import Item, Source
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.option_types import natural_int, positive_float, positive_int
+from megatron_nvlm.option_types import natural_int, positive_float, tile_pixels
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 
 SOURCES: Sequence[Source] = (*material_pypi.SOURCES, *material_debian.SOURCES)
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add("--root", type=Path, default=Path("/"), metavar="DIR", help="where Debian packages are unpacked (default /)")
     add("--shards", action="store_true", help="build shards too")
-    add("--tile-size", type=positive_int, default=448, help="of the shards (default 448)")
+    add("--tile-size", type=tile_pixels, default=448, help="of the shards (default 448)")
     add("--images", choices=("tiles", "whole"), default="tiles", help="of the shards: cut in advance, or kept whole")
     options = parser.parse_args(arguments)
     try:

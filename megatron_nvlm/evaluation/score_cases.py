@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.regular_files import check_regular
 from megatron_nvlm.sequence.assemble import IGNORED_LABEL
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
@@ -38,6 +39,7 @@ class Case:
 
 def read_cases(path: Path) -> list[Case]:
     """The cases of a file, by name; UserError if there are none."""
+    check_regular(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_nvlm.checkpoint.tensor_source import TensorInfo, as_bytes, in_pieces
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.regular_files import check_regular
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -52,6 +53,7 @@ class SafetensorsFolder:
         self.infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Any] = {}
         for path in self._paths():
+            check_regular(path)
             try:
                 opened = safe_open(path, framework="pt")
                 for name in opened.keys():  # noqa: SIM118  (it is no mapping)
@@ -99,6 +101,7 @@ class SafetensorsFolder:
 
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX_FILE
+        check_regular(path)
         try:
             return dict(json.loads(path.read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:

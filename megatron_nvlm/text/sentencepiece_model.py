@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.regular_files import check_regular
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 """Its name in folders."""
@@ -135,6 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_sentencepiece(file: Path) -> SentencePieceModel:
     """Read a tokenizer.model; UserError if it is none."""
+    check_regular(file)
     try:
         fields = list(_fields(file.read_bytes()))
         pieces = tuple(_piece(data) for number, data in fields if number == 1)

@@ -7,6 +7,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.regular_files import check_regular
 
 _LONGEST_KEPT, _MOST_KEPT = 32, 4096
 """Ids of short texts are kept: tags, headers and wrappers come again in every sample."""
@@ -36,6 +37,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a tokenizer.json; UserError if it is missing or is none."""
+        check_regular(path)
         if not Path(path).is_file():
             raise UserError(
                 f"there is no tokenizer at {path}; set data.tokenizer to a tokenizer.json (transformers makes one: "

@@ -10,14 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 
 from megatron_nvlm.commands.build_shards import main
@@ -26,70 +23,13 @@ from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.image.tiling import TilingConfig, choose_grid, cut_tiles
 from megatron_nvlm.sequence.variants import VARIANTS
-from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
+from tests.commands.shard_builds import build, files_of, material, tokenizer
 from tests.support.shards import picture
 
+__all__ = ["material", "tokenizer"]
+
 ROOT = Path(__file__).parents[2]
-SIZES = ((168, 112), (50, 200), (56, 56), (300, 60))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    qwen2_tokenizer(1024).save(str(path))
-    return path
-
-
-@pytest.fixture
-def material(tmp_path: Path) -> Path:
-    """A JSON lines file of every form, with its images."""
-    images = tmp_path / "images"
-    images.mkdir()
-    for number, size in enumerate(SIZES * 3):
-        (images / f"{number}.png").write_bytes(picture(*size, seed=number))
-    (images / "ünïcode name.jpg").write_bytes(picture(90, 40, "JPEG"))
-
-    def human(text: str) -> dict[str, str]:
-        return {"from": "human", "value": text}
-
-    lines: list[dict[str, Any]] = [
-        {"id": "a/b.c", "image": "0.png", "conversations": [human("<image>\nWhat?"), {"from": "gpt", "value": "A."}]},
-        {"image": ["1.png", "2.png"], "conversations": [human("<image>, <image>?"), {"from": "gpt", "value": "Two."}]},
-        {"image": "3.png", "caption": "A long picture"},
-        {"image": "4.png", "question": "How many?", "answer": ["two", "three", "three"]},
-        {"question": "What is 2 + 2?", "answer": "4"},
-        {"text": "Only words."},
-        {
-            "images": ["5.png"],
-            "messages": [{"role": "user", "content": "See"}, {"role": "assistant", "content": "Yes"}],
-        },
-        {
-            "image": "ünïcode name.jpg",
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "This"}, {"type": "image"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
-            ],
-        },
-    ]
-    lines += [{"image": f"{number}.png", "caption": f"Number {number}"} for number in range(6, 12)] * 3
-    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    (tmp_path / "data.jsonl").write_text(text)
-    return tmp_path
-
-
-def build(material: Path, out: str, *more: str, source: tuple[str, ...] | None = None) -> Path:
-    folder = material / out
-    given = source or ("--jsonl", str(material / "data.jsonl"), "--images-dir", str(material / "images"))
-    defaults = ("--tile-size", "56", "--samples-per-shard", "5", "--processes", "1", "--quiet")
-    main(["--out", str(folder), *given, *defaults, *more])
-    return folder
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """Hash of every file. The set's name stands in keys, so compared sets bear the same."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def test_every_form_is_read(material: Path, tokenizer: Path) -> None:
@@ -296,57 +236,6 @@ def test_too_many_rejects_fail_the_build(material: Path, capsys: pytest.CaptureF
     assert len(ShardSet(build(material, "set", "--max-reject-rate", "0.2"))) == 23
 
 
-def test_from_webdataset_of_others(tmp_path: Path) -> None:
-    """Folders in keys, captions as .txt, several images, a broken tar among whole ones."""
-    source = tmp_path / "wds"
-    source.mkdir()
-
-    def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
-
-    with tarfile.open(source / "000.tar", "w") as tar:
-        add(tar, "a/ü1.jpg", picture(60, 60, "JPEG"))
-        add(tar, "a/ü1.txt", b"A square")
-        add(tar, "b.v2/2.json", json.dumps({"question": "Which?", "answer": "this"}).encode())
-        for number in (10, 2):
-            add(tar, f"b.v2/2.{number}.png", picture(40 + number, 50))
-    with tarfile.open(source / "001.tar", "w") as tar:
-        for number in range(3):
-            add(tar, f"{number}.json", b'{"text": "words"}')
-    whole = (source / "001.tar").read_bytes()
-    (source / "002.tar").write_bytes(whole[: 3 * 1024 + 200].replace(b"words", b"drows"))
-    folder = build(
-        tmp_path, "set", "--images", "whole", "--max-reject-rate", "0.2", source=("--webdataset", str(source))
-    )
-    shards = ShardSet(folder)
-    samples = [shards.read(number) for number in range(len(shards))]
-    assert [sample.record["id"] for sample in samples[:2]] == ["a/ü1", "b.v2/2"]
-    assert samples[0].record["conversation"][1]["value"] == "A square"
-    assert [image["width"] for image in samples[1].record["images"]] == [42, 50]  # 2 before 10
-    rejects = (folder / "rejects.jsonl").read_text()
-    assert "002.tar is broken or cut off" in rejects
-
-
-def test_from_our_own_shards(material: Path, tokenizer: Path) -> None:
-    """Tiles pass unchanged, whole images are cut, and what was cut is not cut again."""
-    tiles = build(material, "tiles", "--tokenizer", str(tokenizer))
-    again = build(material, "again", "--samples-per-shard", "9", source=("--webdataset", str(tiles)))
-    first, second = ShardSet(tiles), ShardSet(again)
-    assert len(first) == len(second) == 26
-    for number in range(26):
-        one, two = first.read(number), second.read(number)
-        assert one.pictures == two.pictures
-        assert {**one.record, "id": 0, "source": 0} == {**two.record, "id": 0, "source": 0}
-    whole = build(material, "whole", "--images", "whole")
-    assert [
-        dict(s.pictures) for s in (ShardSet(build(material, "cut", source=("--webdataset", str(whole)))).read(0),)
-    ] == [first.read(0).pictures]
-    with pytest.raises(SystemExit):
-        build(material, "no", "--images", "whole", source=("--webdataset", str(tiles)))
-
-
 def test_manifest_and_report(material: Path, tokenizer: Path) -> None:
     folder = build(material, "set", "--tokenizer", str(tokenizer), "--global-batch", "4", "--sequence-length", "256")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -371,15 +260,6 @@ def test_the_shard_size_is_about_what_was_asked(material: Path) -> None:
     )
     sizes = [path.stat().st_size for path in sorted(folder.glob("*.tar"))]
     assert len(sizes) > 3 and 120_000 < sum(sizes[:-1]) / (len(sizes) - 1) < 280_000
-
-
-def test_plain_webdataset_reads_our_shards(material: Path) -> None:
-    folder = build(material, "set")
-    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
-    assert [sample["__key__"] for sample in samples] == [f"set-{number:09d}" for number in range(26)]
-    assert samples[0]["json"]["images"][0]["grid"] == [3, 2]
-    assert samples[0]["0.tile_1.jpg"].shape == (56, 56, 3) and samples[0]["0.thumbnail.jpg"].dtype == np.uint8
 
 
 def test_help_is_clear() -> None:

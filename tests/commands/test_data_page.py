@@ -37,6 +37,8 @@ def test_every_command_runs(tmp_path: Path) -> None:
         shown += result.stdout
     assert len(ShardSet(tmp_path / "shards" / "again")) == len(ShardSet(tmp_path / "shards" / "images")) > 50
     assert len(ShardSet(tmp_path / "shards" / "captioned")) == 3
+    assert len(ShardSet(tmp_path / "shards" / "packed")) == len(ShardSet(tmp_path / "shards" / "text"))
+    assert len(ShardSet(tmp_path / "shards" / "first")) == 40
     assert shown.count("no fault") == 2
     assert (
         Image.open(tmp_path / "sample.png").width == 1200 and "data:image/png" in (tmp_path / "sample.html").read_text()

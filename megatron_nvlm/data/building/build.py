@@ -9,7 +9,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from bisect import bisect_right
@@ -25,12 +24,15 @@ from PIL import features
 from tqdm import tqdm
 
 import megatron_nvlm
-from megatron_nvlm.data.building.inputs import Input, newest_change
+from megatron_nvlm.data.building.changes import BlockFiles, first_written_after, hash_places
+from megatron_nvlm.data.building.inputs import Input
+from megatron_nvlm.data.building.parts import Parts, write_whole
+from megatron_nvlm.data.building.report import REPORT_FILES
 from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample, unread_parts
 from megatron_nvlm.data.building.workers import Workers
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.order.shuffle import round_keys, shuffled
-from megatron_nvlm.data.shards.index import IMAGES_FILE, INDEX_FILE, SAMPLES_FILE, ShardEntries, write_index
+from megatron_nvlm.data.shards.index import IMAGES_FILE, INDEX_FILE, SAMPLES_FILE, write_index
 from megatron_nvlm.data.shards.write import shard_name, write_shard
 from megatron_nvlm.errors import UserError
 
@@ -51,8 +53,7 @@ _OWN_FILES = (
     IMAGES_FILE,
     MANIFEST_FILE,
     REJECTS_FILE,
-    "report.html",
-    "report.txt",
+    *REPORT_FILES,
 )
 _MOST_UNREAD = 50
 """Names of fields and members that the report lists."""
@@ -89,14 +90,17 @@ class Builder:
     ) -> None:
         self.inputs, self.folder, self.settings, self.count_text = list(inputs), folder, settings, count_text
         self.ends: list[int] = []
+        self._opened = BlockFiles()
         for source in self.inputs:
+            self._opened.add_files(source.containers)
             self.ends.append((self.ends[-1] if self.ends else 0) + len(source))
         self.num_inputs = self.ends[-1] if self.ends else 0
         if self.num_inputs == 0:
             told = ", ".join(f"{count} {name}" for source in self.inputs for name, count in source.unread.items())
             told = f" (not read: {told[:200]})" if told else ""
+            told = next((f" ({fault})" for source in self.inputs for fault in source.faults), told)
             raise UserError(f"the input holds no sample{told}; correct --jsonl, --folder or --webdataset")
-        self.parts = folder / PARTS
+        self.parts = Parts(folder / PARTS)
         self.per_shard = 0
         self._shuffle_keys = round_keys(settings.shuffle_seed) if settings.shuffle_seed is not None else None
 
@@ -114,20 +118,24 @@ class Builder:
         finished = self.folder / MANIFEST_FILE
         if finished.is_file() and not rebuild:
             return self._read_finished(finished)
-        if (self.folder / INDEX_FILE).exists() and not (self.parts.exists() or finished.is_file()):
+        if (self.folder / INDEX_FILE).exists() and not (self.parts.folder.exists() or finished.is_file()):
             raise UserError(f"{self.folder} already holds shards of another kind; give another --out")
-        self.parts.mkdir(parents=True, exist_ok=True)
-        with (self.parts / LOCK_FILE).open("w") as lock:
+        self.parts.folder.mkdir(parents=True, exist_ok=True)
+        with (self.parts.folder / LOCK_FILE).open("w") as lock:
             self._take(lock)
             if finished.is_file() and not rebuild:  # by another build that was waited for
                 return self._read_finished(finished)
             if rebuild:
                 self._clear()
             self._plan()
+            self.parts.forget_changed(self._places)
             self._forget_mended_blocks()
             self._build_blocks(num_processes, progress)
+            changed = self._opened.changed() or self.parts.forget_changed(self._places)
+            if changed:
+                raise UserError(f"{changed} was written while the shards were built; repeat the command, which goes on")
             manifest = self._finish()
-        shutil.rmtree(self.parts)
+        shutil.rmtree(self.parts.folder)
         return manifest
 
     def _read_finished(self, finished: Path) -> dict[str, Any]:
@@ -139,7 +147,7 @@ class Builder:
     def _clear(self) -> None:
         """Remove what a build has written, and nothing else."""
         own = [path for pattern in _OWN_FILES for path in self.folder.glob(pattern)]
-        for path in [*own, *self.parts.iterdir()]:
+        for path in [*own, *self.parts.folder.iterdir()]:
             if path.name != LOCK_FILE:
                 path.unlink()
 
@@ -155,9 +163,9 @@ class Builder:
 
     def _forget_mended_blocks(self) -> None:
         """Blocks with rejects that are samples by now are built again."""
-        for block, part in list(self._read_parts()):
+        for block, part in list(self.parts.read_all()):
             if any(self._is_mended(reject) for reject in part["rejects"]):
-                self._part(block, "json").unlink()
+                self.parts.forget(block)
 
     def _refuse_changed_inputs(self, finished: Path) -> None:
         """Refuse to call a set built whose inputs have changed since: what was good, and what was rejected."""
@@ -170,7 +178,7 @@ class Builder:
                 "--rebuild to build it again, or another --out"
             )
         built = finished.stat().st_mtime_ns
-        changed = next(filter(None, (newest_change(source, built) for source in self.inputs)), None)
+        changed = next(filter(None, (first_written_after(source, built) for source in self.inputs)), None)
         if changed is not None:
             raise UserError(
                 f"{changed} was written after {self.folder} was built of it; give --rebuild to build it again, or another "
@@ -207,16 +215,17 @@ class Builder:
         }
 
     def _plan(self) -> None:
-        path = self.parts / PLAN_FILE
+        path = self.parts.folder / PLAN_FILE
         if path.is_file():
             plan = json.loads(path.read_text(encoding="utf-8"))
             self.per_shard = plan["samples_per_shard"]
-            if any(part["samples"] for _, part in self._read_parts()) or self._differs_from(plan) is None:
-                self._refuse_other_plan(plan)
+            if self._differs_from(plan) is None:
                 return
+            if any(part["samples"] for _, part in self.parts.read_all()):
+                self._refuse_other_plan(plan)
             self._clear()  # a first try with a wrong option has made nothing
         self.per_shard = self.settings.samples_per_shard or self._measure()
-        _write_whole(path, json.dumps({**self._facts(), "samples_per_shard": self.per_shard}))
+        write_whole(path, json.dumps({**self._facts(), "samples_per_shard": self.per_shard}))
 
     def _differs_from(self, plan: dict[str, Any]) -> str | None:
         return next((name for name, ours in json.loads(json.dumps(self._facts())).items() if plan[name] != ours), None)
@@ -224,7 +233,9 @@ class Builder:
     def _refuse_other_plan(self, plan: dict[str, Any]) -> None:
         name = self._differs_from(plan)
         if name is not None:
-            what = {"inputs": "from other inputs", "text": "with another tokenizer, template or system turn"}
+            changed = self.parts.changed_file() if name == "inputs" else None
+            others = f"from other inputs ({changed} has changed)" if changed else "from other inputs"
+            what = {"inputs": others, "text": "with another tokenizer, template or system turn"}
             raise UserError(
                 f"{self.folder} holds a build {what.get(name, 'with other settings')}; repeat its command, or give "
                 "--rebuild or another --out"
@@ -255,6 +266,14 @@ class Builder:
         source = bisect_right(self.ends, number)
         return self.inputs[source], number - (self.ends[source - 1] if source else 0)
 
+    def _numbers_of(self, block: int) -> Iterator[int]:
+        """The numbers of a block's samples in the order of all inputs."""
+        for place in range(block * self.per_shard, min((block + 1) * self.per_shard, self.num_inputs)):
+            yield place if self._shuffle_keys is None else shuffled(place, self.num_inputs, self._shuffle_keys)
+
+    def _places(self, block: int) -> str:
+        return hash_places(source.where(inside) for source, inside in map(self._place, self._numbers_of(block)))
+
     def _make(self, number: int, unread: Counter[str] | None = None) -> Stored:
         source, place = self._place(number)
         sample = source.read(place)
@@ -269,10 +288,11 @@ class Builder:
         """Write a block's shard, its index rows and its rejects, all or nothing."""
         rejects: list[Reject] = []
         unread: Counter[str] = Counter()
+        used = BlockFiles(self._places(block))
 
         def samples() -> Iterator[tuple[str, dict[str, Any], dict[str, bytes]]]:
-            for place in range(block * self.per_shard, min((block + 1) * self.per_shard, self.num_inputs)):
-                number = place if self._shuffle_keys is None else shuffled(place, self.num_inputs, self._shuffle_keys)
+            for number in self._numbers_of(block):
+                used.add(*self._place(number))
                 try:
                     record, pictures = self._make(number, unread)
                     yield f"{self.folder.name.replace('.', '-')}-{number:09d}", record, pictures
@@ -283,21 +303,16 @@ class Builder:
 
         path = self.folder / shard_name("shard", block)
         rows = write_shard(path, samples(), self.count_text)
-        if len(rows.samples):
-            rows.save(self._part(block, "npz"))
-        else:
+        if not len(rows.samples):
             path.unlink()
         told = [dataclasses.asdict(reject) for reject in rejects]
         facts = {"samples": len(rows.samples), "rejects": told, "unread": dict(unread.most_common(_MOST_UNREAD))}
-        _write_whole(self._part(block, "json"), json.dumps(facts))
-
-    def _part(self, block: int, suffix: str) -> Path:
-        return self.parts / f"{block:06d}.{suffix}"
+        self.parts.finish(block, rows, facts, used)
 
     # ---- all blocks
 
     def _build_blocks(self, num_processes: int, progress: bool) -> None:
-        todo = [block for block in range(self.num_blocks) if not self._part(block, "json").is_file()]
+        todo = [block for block in range(self.num_blocks) if not self.parts.has(block)]
         done = self.num_inputs - sum(min(self.per_shard, self.num_inputs - block * self.per_shard) for block in todo)
         bar = tqdm(total=self.num_inputs, initial=done, unit="sample", disable=not progress, smoothing=0.05)
         with bar, Workers(self.build_block, max(1, min(num_processes, len(todo))), done) as workers:
@@ -309,7 +324,7 @@ class Builder:
                     finished, running = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
                     for future in finished:
                         future.result()
-                        rejected += len(self._read_part(blocks[future])["rejects"])
+                        rejected += len(self.parts.read(blocks[future])["rejects"])
                     bar.update(workers.num_done - bar.n)
                     self._check_rejects(rejected)
             except BrokenExecutor as error:
@@ -318,18 +333,8 @@ class Builder:
                     "--processes if need be"
                 ) from error
 
-    def _read_part(self, block: int) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads(self._part(block, "json").read_text(encoding="utf-8"))
-        return facts
-
-    def _read_parts(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for block in range(self.num_blocks):
-            if self._part(block, "json").is_file():
-                yield block, self._read_part(block)
-
     def _count_rejects(self) -> int:
-        faults = sum(len(source.faults) for source in self.inputs)
-        return faults + sum(len(part["rejects"]) for _, part in self._read_parts())
+        return sum(len(source.faults) for source in self.inputs) + self.parts.num_rejects
 
     def _check_rejects(self, rejected: int) -> None:
         """Stop as soon as the rate over the whole input must be too high."""
@@ -343,9 +348,9 @@ class Builder:
 
     def _write_rejects(self) -> list[Reject]:
         rejects = [Reject(str(source.path), fault) for source in self.inputs for fault in source.faults]
-        rejects += [Reject(**reject) for _, part in self._read_parts() for reject in part["rejects"]]
+        rejects += [Reject(**reject) for _, part in self.parts.read_all() for reject in part["rejects"]]
         lines = (json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
-        _write_whole(self.folder / REJECTS_FILE, "".join(lines))
+        write_whole(self.folder / REJECTS_FILE, "".join(lines))
         return rejects
 
     # ---- the end
@@ -353,7 +358,7 @@ class Builder:
     def _finish(self) -> dict[str, Any]:
         self._check_rejects(self._count_rejects())
         rejects = self._write_rejects()
-        rows = [ShardEntries.load(self._part(block, "npz")) for block, part in self._read_parts() if part["samples"]]
+        rows = self.parts.rows()
         text = self.count_text.description if self.count_text else None
         settings = self.settings.sample.describe()
         if not any(part.samples["num_tiles"].any() for part in rows):  # text fits any size of tiles
@@ -363,7 +368,7 @@ class Builder:
         unread: Counter[str] = Counter()
         for source in self.inputs:
             unread.update(source.unread)
-        for _, part in self._read_parts():
+        for _, part in self.parts.read_all():
             unread.update(part.get("unread", {}))  # a build that was begun before has none
         counts = {name: index[name] for name in ("num_samples", "num_images", "num_tiles", "num_text_tokens")}
         manifest = {
@@ -377,16 +382,10 @@ class Builder:
             "shards": index["shards"],
             "index_sha256": hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest(),
         }
-        _write_whole(self.folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         return manifest
 
 
 def _kind(reason: str) -> str:
     """A reason without its particulars, to count by."""
     return reason.split(" (")[0].split("'")[0][:60].strip()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)

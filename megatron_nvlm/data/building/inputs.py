@@ -10,8 +10,7 @@ import re
 import stat
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +20,10 @@ import numpy as np
 from megatron_nvlm.data.building.forms import image_paths
 from megatron_nvlm.data.building.pictures import has_image_name
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
+from megatron_nvlm.data.building.unpacked import OpenFile
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
+from megatron_nvlm.regular_files import check_regular
 
 _MOST_SPACE = 4096
 """Bytes by which a file that is an array has begun."""
@@ -58,6 +59,8 @@ class Input(Protocol):
     """What lies there and is no sample nor part of one, by kind, and how many."""
     elsewhere: dict[str, str]
     """Folders beside `path` that samples are read from."""
+    containers: list[Path]
+    """Files of many samples, in which opening has found where each one lies."""
 
     def __len__(self) -> int: ...
 
@@ -71,8 +74,8 @@ class Input(Protocol):
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
+    def files_of(self, number: int) -> Sequence[Path]:
+        """Files that a sample is read from, there or not; without those whose content the fingerprint holds."""
 
 
 class JsonLines:
@@ -80,10 +83,9 @@ class JsonLines:
 
     kind = "jsonl"
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
-        if not path.is_file():
-            raise UserError(f"there is no file {path}; correct --jsonl")
-        self.path, self.images = path, images or path.parent
+    def __init__(self, path: Path, file: OpenFile, images: Path | None = None) -> None:
+        self._file = file
+        self.path, self.images, self.containers = path, images or path.parent, [path]
         self.faults, self.unread = list[str](), dict[str, int]()
         self.elsewhere = {} if self.images == path.parent else {"images": str(self.images)}
         self._number()
@@ -91,7 +93,7 @@ class JsonLines:
     def _number(self) -> None:
         """Find the samples."""
         starts, lines, digest, offset = array("q"), array("q"), hashlib.sha256(), 0
-        with self.path.open("rb") as file:
+        with self._file.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(offset)
@@ -113,15 +115,15 @@ class JsonLines:
         content = parse_json(self._bytes_of(number))
         return InputSample(content, [_read_image(self.images / path) for path in image_paths(content)], {})
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
-        yield self.path
-        for number in range(len(self)):
-            with suppress(UserError):
-                yield from (self.images / path for path in image_paths(parse_json(self._bytes_of(number))))
+    def files_of(self, number: int) -> list[Path]:
+        """Files that a sample is read from, there or not."""
+        try:
+            return [self.images / path for path in image_paths(parse_json(self._bytes_of(number)))]
+        except UserError:
+            return []
 
     def _bytes_of(self, number: int) -> bytes:
-        with self.path.open("rb") as file:
+        with self._file.path.open("rb") as file:
             file.seek(int(self.starts[number]))
             return file.readline()
 
@@ -132,13 +134,13 @@ class JsonArray(JsonLines):
     kind = "json"
 
     @classmethod
-    def is_one(cls, path: Path) -> bool:
+    def is_one(cls, file: OpenFile) -> bool:
         """Whether a file begins as an array does."""
-        with path.open("rb") as file:
-            return file.read(_MOST_SPACE).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        with file.path.open("rb") as opened:
+            return opened.read(_MOST_SPACE).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
     def _number(self) -> None:
-        data = self.path.read_bytes()
+        data = self._file.path.read_bytes()
         self.fingerprint = hashlib.sha256(data).hexdigest()
         text = decode_text(data, str(self.path))
         place = text.index("[") + 1
@@ -167,20 +169,22 @@ class JsonArray(JsonLines):
         return f"{self.path} entry {self.lines[number]}"
 
     def _bytes_of(self, number: int) -> bytes:
-        with self.path.open("rb") as file:
+        with self._file.path.open("rb") as file:
             file.seek(int(self.starts[number]))
             return file.read(int(self.ends[number] - self.starts[number]))
 
 
 def open_json(path: Path, images: Path | None) -> JsonLines:
-    """JSON lines, or one JSON array.
+    """JSON lines, or one JSON array; either may be compressed with gzip.
 
     Raises:
         UserError: there is no such file.
     """
-    if path.is_file() and JsonArray.is_one(path):
-        return JsonArray(path, images)
-    return JsonLines(path, images)
+    check_regular(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; correct --jsonl")
+    file = OpenFile(path)
+    return (JsonArray if JsonArray.is_one(file) else JsonLines)(path, file, images)
 
 
 class ImageFolder:
@@ -194,7 +198,7 @@ class ImageFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; correct --folder")
-        self.path, self.faults, self.elsewhere = path, list[str](), dict[str, str]()
+        self.path, self.faults, self.elsewhere, self.containers = path, list[str](), dict[str, str](), list[Path]()
         found = sorted(str(file) for file in files_below(path, self.faults))
         sizes = {file: size for file in found if has_image_name(file) and (size := _size(path / file)) is not None}
         self.names = list(sizes)
@@ -220,20 +224,10 @@ class ImageFolder:
         identity = str(Path(self.names[number]).with_suffix(""))
         return InputSample({"id": identity, "caption": caption}, [_read_image(image)], {})
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
-        for name in self.names:
-            image = self.path / name
-            yield from (image, image.with_suffix(".txt"))
-
-
-def newest_change(source: Input, since: int) -> Path | None:
-    """A file of an input that was written after a time (`st_mtime_ns`); None if none was."""
-    for path in source.files():
-        with suppress(OSError, ValueError):
-            if path.stat().st_mtime_ns > since:
-                return path
-    return None
+    def files_of(self, number: int) -> list[Path]:
+        """Files that a sample is read from, there or not."""
+        image = self.path / self.names[number]
+        return [image, image.with_suffix(".txt")]
 
 
 def _read_image(path: Path) -> bytes:

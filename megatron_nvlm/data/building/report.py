@@ -17,6 +17,7 @@ from megatron_nvlm.image.tiling import TilingConfig, choose_grid
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.tokenizer import Tokenizer
 
+REPORT_FILES = ("report.txt", "report.html")
 PAPER_LENGTHS = {"d": 3200, "x": 1024, "h": 1280}
 """Decoder length in SFT (NVLM paper, table 11)."""
 MOST_SAMPLES_LOOKED_AT = 100_000
@@ -247,5 +248,5 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def write_report(folder: Path, texts: tuple[str, str]) -> None:
     """Text and page beside the shards."""
-    for name, text in zip(("report.txt", "report.html"), texts, strict=True):
+    for name, text in zip(REPORT_FILES, texts, strict=True):
         (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -15,7 +15,9 @@ import numpy as np
 from megatron_nvlm.data.building.forms import has_form, image_names
 from megatron_nvlm.data.building.inputs import InputSample
 from megatron_nvlm.data.building.pictures import choose_members, is_picture
+from megatron_nvlm.data.building.tars import find_tars
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
+from megatron_nvlm.data.building.unpacked import OpenFile
 from megatron_nvlm.data.shards.write import check_tar_end
 from megatron_nvlm.errors import UserError
 
@@ -26,12 +28,11 @@ class WebDatasetShards:
     kind = "webdataset"
 
     def __init__(self, path: Path) -> None:
-        pattern = path if path.suffix == ".tar" or "*" in path.name else path / "*.tar"
         self.path, self.faults, self.unread = path, list[str](), dict[str, int]()
         self.elsewhere: dict[str, str] = {}
-        self.tars = sorted(pattern.parent.glob(pattern.name))
-        if not self.tars:
-            raise UserError(f"there is no shard {pattern}; correct --webdataset")
+        self.tars = self.containers = find_tars(path, self.faults)
+        self._files: list[OpenFile | None] = []
+        """To read the tars from; None for one that cannot be opened."""
         spans: list[tuple[int, int]] = []
         samples: list[tuple[int, int, int]] = []
         self._links: list[dict[int, tuple[int, int]]] = []
@@ -50,13 +51,20 @@ class WebDatasetShards:
         """The samples of a tar; what cannot be read after a fault is left out and said."""
         scan = _Scan()
         try:
-            with tarfile.open(tar, "r:") as members:
+            file = OpenFile(tar)
+        except (UserError, OSError) as error:
+            self.faults.append(str(error))
+            self._files.append(None)
+            return scan
+        self._files.append(file)
+        try:
+            with tarfile.open(file.path, "r:") as members:
                 for member in members:
                     scan.add(member)
-                check_tar_end(tar, members.offset)
+                check_tar_end(file.path, members.offset)
         except (OSError, tarfile.TarError, EOFError) as error:
             self.faults.append(f"{tar} is broken or cut off after {len(scan.samples)} samples ({error})")
-            size = tar.stat().st_size
+            size = file.path.stat().st_size
             scan.samples = [spans for spans in scan.samples if all(end <= size for _, end in spans)]
         return scan
 
@@ -89,15 +97,17 @@ class WebDatasetShards:
         unread = tuple(name for name in members if name not in used.union(tiles, chosen))
         return InputSample(content, [pictures[name] for name in chosen], tiles, unread)
 
-    def files(self) -> Iterator[Path]:
-        """Every file that a sample is read from, there or not."""
-        return iter(self.tars)
+    def files_of(self, number: int) -> list[Path]:
+        """Files that a sample is read from, there or not."""
+        return [self.tars[int(self.samples[number, 0])]]
 
     def _read_members(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members of a sample, by the name after the key in small letters."""
         tar, first, count = self.samples[number].tolist()
         key, members = "", dict[str, bytes]()
-        with self.tars[tar].open("rb") as file:
+        opened = self._files[tar]
+        assert opened is not None, "no sample was found in a tar that cannot be opened"
+        with opened.path.open("rb") as file:
             for start, size in self._spans[first : first + count].tolist():
                 for member, content in _members_of(os.pread(file.fileno(), size, start)):
                     if content is None:

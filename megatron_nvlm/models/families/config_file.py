@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.families.config_keys import is_count, shorten
+from megatron_nvlm.regular_files import check_regular
 
 CONFIG_FILE = "config.json"
 
@@ -14,6 +15,7 @@ CONFIG_FILE = "config.json"
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; UserError if it has none."""
     path = folder / CONFIG_FILE
+    check_regular(path)
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:

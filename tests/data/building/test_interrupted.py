@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nvlm.commands import build_shards
 from megatron_nvlm.data.shards.read import ShardSet
 from tests.support.launch import environment
 from tests.support.shards import picture
@@ -98,3 +99,26 @@ def test_after_too_many_rejects_no_process_works_on(lines: Path, tmp_path: Path)
     )
     assert "100 of 500 inputs were rejected" in ends(started) and started.returncode == 2
     assert len(list(out.glob("shard-*.tar"))) == 0
+
+
+def test_a_second_ctrl_c_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's own way of stopping comes to its end, whenever the second signal reaches it."""
+    stopped = []
+
+    def build(options: object) -> str:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:  # as the workers are being ended
+            signal.raise_signal(signal.SIGINT)
+            stopped.append(True)
+        return "a signal that was lost"
+
+    monkeypatch.setattr(build_shards, "build", build)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            build_shards.main(["--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped == [True] and ended.value.code == 130
