@@ -42,6 +42,8 @@ ONE_PICTURE: dict[str, dict[str, Any]] = {
     "a description": {"question": "What?", "images": [{"path": "red.png", "bytes": None}]},
     "turns": {"conversation": [{"from": "human", "value": "<image>\nWhat?"}], "images": ["red.png"]},
     "turns without a place": {"conversations": user("What?"), "images": ["red.png"]},
+    "a tag in capitals": {"question": "<IMG>\nred.png\n</IMG>What?"},
+    "a turn's own": {"conversation": [{"from": "human", "value": "What?", "image": "red.png"}]},
     "parts": {"messages": user([{"type": "image", "image": "red.png"}, {"type": "text", "text": "What?"}])},
     "parts with an address": {
         "messages": user([{"type": "image_url", "image_url": {"url": "red.png"}}, {"type": "text", "text": "What?"}])
@@ -73,6 +75,23 @@ def test_text_alone_stays_text(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "another field": ({"question": "What?", "picture": "red.png"}, "its 'picture' names the picture 'red.png'"),
+    "a nested field": (
+        {"question": "What?", "meta": {"image": "red.png"}},
+        "its 'meta.image' names the picture 'red.png'",
+    ),
+    "the system": ({"question": "What?", "system": "<img>red.png</img>"}, "its 'system' names the picture 'red.png'"),
+    "two fields": (
+        {"question": "?", "image": "red.png", "images": ["blue.png"]},
+        "its 'images' names 'blue.png'; leave",
+    ),
+    "an answer's part": (
+        {"messages": [*user("What?"), {"role": "assistant", "content": [{"type": "image", "image": "red.png"}]}]},
+        "turn 1 of its conversation, of the assistant, names the picture 'red.png' outside a user's turn",
+    ),
+    "base64": (
+        {"question": "What?", "image": "QUJD" * 500},
+        f"the image {'QUJD' * 10!r}... (2000 characters), which is no",
+    ),
     "an address": ({"question": "What?", "image": "https://a.org/red.png"}, "is an address; download it"),
     "data": ({"question": "What?", "image": "data:image/png;base64,AAAA"}, "write it into a file"),
     "two places": ({"question": "<image> <image>?", "image": "red.png"}, "has 2 <image> and it has 1 images"),
@@ -89,7 +108,7 @@ def test_what_cannot_be_asked_is_one_sentence(folder: Path, name: str) -> None:
     line, words = REFUSED[name]
     with pytest.raises(UserError) as caught:
         load_request(read(folder, line), folder)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -115,3 +134,26 @@ def test_answers_are_written_beside_the_question(folder: Path) -> None:
         "answer": "Red.",
     }
     assert AnswerFile(folder / "out.jsonl").done == {"line 1"}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'"id and answer"', "its JSON is no object"),
+        (b'["id", "answer"]', "its JSON is no object"),
+        (b"7", "its JSON is no object"),
+        (b'{"id": [1], "answer": "Red."}', "its 'id' is neither text nor a number"),
+        (b'{"answer": "Red."}', "its 'id' is neither text nor a number"),
+        (b'{"id": 1, "answer": ["Red."]}', "neither an 'answer' nor an 'error' of text"),
+        (b'{"id": 1, "answer": "R\xff"}', "is not UTF-8"),
+        (b"[" * 100_000, "its JSON is broken"),
+        (b"\xff\xfe", "its JSON is broken"),
+    ],
+)
+def test_a_file_that_holds_no_answers_is_one_sentence(folder: Path, line: bytes, says: str) -> None:
+    path = folder / "out.jsonl"
+    path.write_bytes(b'{"id": 3, "answer": "Red."}\n' + line + b"\n")
+    with pytest.raises(UserError, match="name another file with --outputs") as caught:
+        AnswerFile(path)
+    assert f"line 2 of {path} is no answer: " in str(caught.value) and says in str(caught.value)
+    assert path.read_bytes().endswith(line + b"\n")

@@ -7,9 +7,10 @@
 | caption      | `caption`, or `text` beside an image                     | the caption prompt, the caption              |
 | text         | `text` without an image                                  | one answer without a question                |
 
-Images are named by `image` (a path or a list of paths), `images` or `file_name`, by the parts of an OpenAI message, by
-Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a user's turn says `<image>`; if none
-does, all stand at the beginning of the first question. A field `system` is the system turn. Fields that are null are absent.
+Images are named by `image` (a path or a list of paths), `images` or `file_name` of the sample or of a user's turn, by the
+parts of an OpenAI message, by Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a turn
+of the user says `<image>`; those that a turn names stand in it, and if no turn says where, all stand at the beginning of the
+first question. A field `system` is the system turn. Fields that are null are absent.
 """
 
 from collections import Counter
@@ -21,20 +22,20 @@ from megatron_nvlm.data.building.pictures import (
     FILE_NAME_FIELDS,
     IMAGE_FIELDS,
     has_image_name,
-    named_pictures,
+    join_pictures,
+    listed_pictures,
     picture_paths,
     present,
     refuse_unread_picture,
-    replace_image_tags,
+    tagged_picture,
 )
+from megatron_nvlm.data.building.text import shown
+from megatron_nvlm.data.building.turns import BYTE_ORDER_MARK, StoredTurn, spell_turns
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, check_turns, read_turns
 
 Content = Mapping[str, Any]
-StoredTurn = dict[str, Any]
 DEFAULT_CAPTION_PROMPT = "Describe the image briefly."
-BYTE_ORDER_MARK = "\ufeff"
-"""What Windows' editors put before a text; it is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Form:
     """Any of them tells the form."""
     needs_image: bool | None
     """True or false where the form is only this with or without an image; None if it is either way."""
-    turns: Callable[[Content, str], list[StoredTurn]]
+    turns: Callable[[Content, str], Any]
 
 
 def _human(text: str) -> StoredTurn:
@@ -64,38 +65,13 @@ def _first_text(content: Content, *fields: str) -> str:
     raise UserError(f"its {' or '.join(repr(field) for field in fields)} is empty or no text")
 
 
-def _conversation(content: Content, prompt: str) -> list[StoredTurn]:
-    raw = _raw_turns(content)
-    if not isinstance(raw, list):
-        raise UserError("its conversation is no list of turns")
-    plain = [_plain_turn(turn) for turn in raw]
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return [
-        {"from": names[turn.role], "value": turn.text, **({} if turn.is_learned else {"loss": False})}
-        for turn in read_turns({"conversation": plain})
-    ]
+def _conversation(content: Content, prompt: str) -> Any:
+    return _raw_turns(content)
 
 
 def _raw_turns(content: Content) -> Any:
     """The turns as they stand there; None if there are none."""
     return next((content[field] for field in FORMS["conversation"].fields if content.get(field) is not None), None)
-
-
-def _plain_turn(turn: Any) -> Any:
-    """A turn whose content is a list of parts (OpenAI's form), as one text."""
-    content = turn.get("content") if isinstance(turn, Mapping) else None
-    if not isinstance(content, list):
-        return turn
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("image", "image_url"):
-            texts.append(IMAGE_PLACEHOLDER)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            raise UserError(f"a part of type {kind!r} in its conversation is neither text nor image")
-    return {**turn, "content": "".join(texts)}
 
 
 def _question(content: Content, prompt: str) -> list[StoredTurn]:
@@ -121,17 +97,11 @@ FORMS: dict[str, Form] = {
 }
 
 
-READ_FIELDS = frozenset(
-    {
-        "id",
-        "source",
-        "system",
-        "answer",
-        "answers",
-        *IMAGE_FIELDS,
-        *(name for form in FORMS.values() for name in form.fields),
-    }
+TEXT_FIELDS = frozenset(
+    {"id", "source", "system", "answer", "answers", *(name for form in FORMS.values() for name in form.fields)}
 )
+"""Fields of texts and turns, and those that name a sample."""
+READ_FIELDS = TEXT_FIELDS.union(IMAGE_FIELDS)
 """Fields that decide something; others are counted in the report."""
 
 
@@ -144,9 +114,9 @@ def to_conversation(content: Content, num_images: int, caption_prompt: str) -> l
     """
     content = present(content)
     if num_images == 0:
-        refuse_unread_picture(content, READ_FIELDS)
-    turns = _find_form(content, num_images).turns(content, caption_prompt)
-    _clean(turns, content)
+        refuse_unread_picture(content, TEXT_FIELDS)
+    turns = spell_turns(_find_form(content, num_images).turns(content, caption_prompt)).turns
+    _add_system(turns, content)
     check_turns(read_turns({"conversation": turns}))
     _match_places(turns, num_images)
     return turns
@@ -164,19 +134,11 @@ def to_question(content: Content) -> tuple[list[StoredTurn], list[str]]:
         raise UserError("it needs either 'question', a text, or 'conversation', a list of turns")
     paths = image_paths(content)
     if not paths:
-        refuse_unread_picture(content, READ_FIELDS)
-    turns = [_human(question)] if isinstance(question, str) else _conversation(content, "")
-    _clean(turns, content)
+        refuse_unread_picture(content, TEXT_FIELDS)
+    turns = spell_turns([_human(question)] if isinstance(question, str) else raw).turns
+    _add_system(turns, content)
     _match_places(turns, len(paths))
     return turns, paths
-
-
-def _clean(turns: list[StoredTurn], content: Content) -> None:
-    """Placeholders for names of pictures in users' turns, no byte order marks, the system turn in front."""
-    for turn in turns:
-        text = turn["value"].removeprefix(BYTE_ORDER_MARK)
-        turn["value"] = replace_image_tags(text, IMAGE_PLACEHOLDER) if turn["from"] == "human" else text
-    _add_system(turns, content)
 
 
 def _match_places(turns: list[StoredTurn], num_images: int) -> None:
@@ -218,6 +180,9 @@ def _add_system(turns: list[StoredTurn], content: Content) -> None:
     said = content.get("system", "")
     if not isinstance(said, str):
         raise UserError("its 'system' is no text")
+    named = tagged_picture(said)
+    if named is not None:
+        raise UserError(f"its 'system' names the picture {shown(named)} outside a user's turn; move it there")
     said = said.removeprefix(BYTE_ORDER_MARK)
     if not said.strip():
         return
@@ -238,11 +203,17 @@ def _place_images(turns: list[StoredTurn], num_images: int) -> None:
 
 
 def image_names(content: Content) -> list[Any]:
-    """What a sample says of its images, in order: paths, or descriptions without one."""
-    turns = _raw_turns(content)
-    question = content.get("question")
-    asked = [_human(question)] if isinstance(question, str) else []
-    return named_pictures(content, turns if isinstance(turns, list) else asked)
+    """What a sample says of its images, in order: paths, or descriptions without one.
+
+    Raises:
+        UserError: two of its places name different pictures.
+    """
+    content = present(content)
+    raw, question = _raw_turns(content), content.get("question")
+    if raw is None:
+        raw = [_human(question)] if isinstance(question, str) else []
+    told = spell_turns(raw).pictures if raw else []
+    return join_pictures(told, listed_pictures(content), "its turns name")
 
 
 def image_paths(content: Content) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_nvlm.data.building.forms import image_paths
-from megatron_nvlm.data.building.pictures import has_image_name
+from megatron_nvlm.data.building.pictures import has_image_name, picture_place
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
@@ -27,8 +27,6 @@ from megatron_nvlm.image.pixels import MAX_PIXELS
 _MOST_SPACE = 4096
 """Bytes by which a file that is an array has begun."""
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
-_MOST_SHOWN = 300
-"""Characters of a path in a sentence: what stands there may be a whole picture in base64."""
 MOST_FILE_BYTES = 4 * MAX_PIXELS
 """A larger file is no image that could be used."""
 
@@ -111,7 +109,7 @@ class JsonLines:
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
         content = parse_json(self._bytes_of(number))
-        return InputSample(content, [_read_image(self.images / path) for path in image_paths(content)], {})
+        return InputSample(content, [_read_image(self.images, path) for path in image_paths(content)], {})
 
     def files(self) -> Iterator[Path]:
         """Every file that a sample is read from, there or not."""
@@ -218,7 +216,7 @@ class ImageFolder:
         text = image.with_suffix(".txt")
         caption = decode_text(_read_file(text, f"its caption {text.name}"), f"its caption {text.name}")
         identity = str(Path(self.names[number]).with_suffix(""))
-        return InputSample({"id": identity, "caption": caption}, [_read_image(image)], {})
+        return InputSample({"id": identity, "caption": caption}, [_read_image(self.path, self.names[number])], {})
 
     def files(self) -> Iterator[Path]:
         """Every file that a sample is read from, there or not."""
@@ -236,8 +234,8 @@ def newest_change(source: Input, since: int) -> Path | None:
     return None
 
 
-def _read_image(path: Path) -> bytes:
-    return _read_file(path, f"its image {printable(str(path)[:_MOST_SHOWN])}")
+def _read_image(folder: Path, name: str) -> bytes:
+    return _read_file(folder / name, f"its image {printable(picture_place(folder, name))}")
 
 
 def _read_file(path: Path, what: str) -> bytes:

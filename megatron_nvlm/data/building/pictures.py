@@ -3,8 +3,10 @@
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from megatron_nvlm.data.building.text import MOST_SHOWN, shown
 from megatron_nvlm.errors import UserError
 
 IMAGE_SUFFIXES = (
@@ -13,7 +15,7 @@ IMAGE_SUFFIXES = (
 )
 """Of files that are pictures. What cannot be decoded of them is a reject, and never passed over."""
 IMAGE_FIELDS = ("image", "images")
-"""Fields that name pictures."""
+"""Fields of a sample, or of a user's turn, that name pictures."""
 FILE_NAME_FIELDS = ("file_name",)
 """Fields that do if what they name ends as a picture does; texts have them too (metadata.jsonl of Hugging Face)."""
 _SIGNATURES = (
@@ -26,14 +28,19 @@ _SIGNATURES = (
     re.compile(rb"....ftyp(avif|avis|heic|heix|heif|mif1|msf1)", re.DOTALL),
     re.compile(rb"\0\0\0\x0c(jP  |JXL )\r\n\x87\n"),  # JPEG 2000, JPEG XL
 )
-_IMAGE_TAG = re.compile(r"<img>[ \t]*([^<>\n]+?)[ \t]*</img>")
-"""Qwen-VL's way to name a picture within a text."""
+_ENCODED_SIGNATURES = ("data:image/", "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""How a data URL begins, and the base64 of JPEG, PNG, GIF and WebP."""
+_IMAGE_TAG = re.compile(r"<img\s*>\s*([^<>]+?)\s*</img\s*>", re.IGNORECASE)
+"""Qwen-VL's way to name a picture within a text. HTML's `<img src=...>` is text."""
+_UNCLOSED_TAG = re.compile(rf"<img\s*>\s*([^<>\n]+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\b", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_TEXT_KEYS = frozenset(("value", "content", "text", "from", "role", "type", "id", "answer"))
+"""Of what stands within a field that is read: turns, parts of messages, answers."""
 
 
 def has_image_name(name: str) -> bool:
     """Whether a file of this name, or after this address, is a picture."""
-    return name.partition("?")[0].lower().endswith(IMAGE_SUFFIXES)
+    return re.split(r"[?#]", name, maxsplit=1)[0].strip().lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_picture(name: str, data: bytes) -> bool:
@@ -46,34 +53,74 @@ def present(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if value is not None}
 
 
-def replace_image_tags(text: str, by: str) -> str:
-    """The text with `by` where it names a picture."""
-    return _IMAGE_TAG.sub(lambda found: by, text)
-
-
-def named_pictures(content: Mapping[str, Any], turns: list[Any]) -> list[Any]:
-    """What a sample says of its pictures, in order; none for text.
-
-    Args:
-        turns: as they stand in the sample; those of a user may name pictures.
+def take_image_tags(text: str, by: str) -> tuple[str, list[Any]]:
+    """The text with `by` where it names a picture in `<img>`, and the names.
 
     Raises:
-        UserError: the turns name others than the fields.
+        UserError: a tag before a picture's name is not closed.
     """
-    content = present(content)
-    listed: Any = next((content[name] for name in IMAGE_FIELDS if content.get(name) not in (None, "", [])), [])
-    listed = listed if isinstance(listed, list) else [listed]
-    told = [name for turn in turns for name in _in_turn(turn)]
-    if told and listed and told != [_path_of(one) for one in listed]:
-        raise UserError("its turns name other pictures than its 'image' or 'images'; name each once")
-    if told or listed:
-        return told or listed
-    names = (content[field] for field in FILE_NAME_FIELDS if isinstance(content.get(field), str))
-    return [name for name in names if has_image_name(name)][:1]
+    named: list[Any] = _IMAGE_TAG.findall(text)
+    left = _IMAGE_TAG.sub(lambda found: by, text)
+    unclosed = _UNCLOSED_TAG.search(left)
+    if unclosed:
+        raise UserError(f"its {shown(unclosed[1])} stands behind <img> without </img>; close it")
+    return left, named
+
+
+def tagged_picture(text: str) -> str | None:
+    """The picture that a text names in `<img>`; None if there is none."""
+    found = _IMAGE_TAG.search(text) or _UNCLOSED_TAG.search(text)
+    return found[1] if found else None
+
+
+# ---- fields
+
+
+def listed_pictures(fields: Mapping[str, Any]) -> list[Any]:
+    """What the fields of a sample or a turn say of its pictures, in order; none for text.
+
+    Raises:
+        UserError: two fields name different pictures.
+    """
+    listed: dict[str, list[Any]] = {}
+    for name in IMAGE_FIELDS:
+        value = fields.get(name)
+        if value not in (None, "", []):
+            listed[name] = value if isinstance(value, list) else [value]
+    for name in FILE_NAME_FIELDS:
+        value = fields.get(name)
+        entries = value if isinstance(value, list) else [value]
+        if entries and all(isinstance(one, str) and has_image_name(one) for one in entries):
+            listed[name] = entries
+    naming = {name: [_same(one) for one in entries] for name, entries in listed.items() if all(map(reference, entries))}
+    for name, paths in naming.items():
+        first = next(iter(naming))
+        if paths != naming[first]:
+            told = " and ".join(f"its {one!r} names {_listing(naming[one])}" for one in (first, name))
+            raise UserError(f"{told}; leave one of them out")
+    return next(iter(listed.values()), [])
+
+
+def join_pictures(told: list[Any], listed: list[Any], turns: str) -> list[Any]:
+    """The pictures that turns and fields name together.
+
+    Args:
+        told: by the turns.
+        listed: by the fields.
+        turns: what told, for the sentence.
+
+    Raises:
+        UserError: they differ.
+    """
+    if told and listed and [_same(one) for one in told] != [_same(one) for one in listed]:
+        raise UserError(
+            f"{turns} other pictures ({_listing(told)}) than its 'image' or 'images' ({_listing(listed)}); name each once"
+        )
+    return told or listed
 
 
 def picture_paths(named: list[Any]) -> list[str]:
-    """Paths of the files that `named_pictures` found.
+    """Paths of the files that a sample names.
 
     Raises:
         UserError: it is something else than paths.
@@ -81,47 +128,29 @@ def picture_paths(named: list[Any]) -> list[str]:
     return [_local(_path_of(one)) for one in named]
 
 
-def refuse_unread_picture(content: Mapping[str, Any], read: frozenset[str]) -> None:
-    """Refuse a sample that names a picture where none is looked for: it must not become text alone.
-
-    Args:
-        read: fields that are something else.
-
-    Raises:
-        UserError: naming the field.
-    """
-    for field, value in content.items():
-        for one in value if isinstance(value, list) else [value]:
-            path = _reference(one)
-            if field not in read and isinstance(path, str) and has_image_name(path):
-                raise UserError(
-                    f"its {field!r} names the picture {path[:80]!r}, and pictures are read from "
-                    f"{', '.join(map(repr, (*IMAGE_FIELDS, *FILE_NAME_FIELDS)))}; rename the field"
-                )
+def picture_place(folder: Path, name: str) -> str:
+    """A picture's path for a sentence; of a long name, which may be its base64, the beginning and the length."""
+    return str(folder / name) if len(name) <= MOST_SHOWN else f"{shown(name)}, which is no path of a file"
 
 
-def _in_turn(turn: Any) -> Iterator[str]:
-    fields = present(turn) if isinstance(turn, Mapping) else {}
-    said = fields.get("value", fields.get("content"))
-    if isinstance(said, str):
-        found = _IMAGE_TAG.findall(said)
-        if found and fields.get("from", fields.get("role")) not in ("human", "user"):
-            raise UserError(f"its turns name the picture {found[0][:80]!r} outside a user's turn; move it there")
-        yield from found
-    for part in said if isinstance(said, list) else ():
-        if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            named = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
-            if named is not None:
-                yield _path_of(named)
-
-
-def _reference(one: Any) -> Any:
-    """What names a picture's file, of any writer."""
+def reference(one: Any) -> Any:
+    """What names a picture's file, of any writer; None if nothing does."""
     return next((one[key] for key in ("path", "url") if one.get(key)), None) if isinstance(one, Mapping) else one
 
 
+def _same(one: Any) -> Any:
+    """What is equal for equal pictures."""
+    path = reference(one)
+    return posixpath.normpath(path.removeprefix("file://")) if isinstance(path, str) and path else one
+
+
+def _listing(named: list[Any]) -> str:
+    told = [shown(path) if isinstance(path := reference(one), str) else shown(str(one)) for one in named[:3]]
+    return ", ".join([*told, *(["..."] if len(named) > 3 else [])])
+
+
 def _path_of(one: Any) -> str:
-    path = _reference(one)
+    path = reference(one)
     if not isinstance(path, str) or not path:
         raise UserError("its 'image' is neither a path nor a list of paths")
     return path
@@ -130,56 +159,48 @@ def _path_of(one: Any) -> str:
 def _local(path: str) -> str:
     path = path.removeprefix("file://")
     if path.startswith("data:"):
-        raise UserError("its image stands in its text (data:...); write it into a file and name that")
+        raise UserError(f"its image stands in its text ({shown(path)}); write it into a file and name that")
     if _ADDRESS.match(path):
-        raise UserError(f"its image {path[:80]!r} is an address; download it and name the file")
+        raise UserError(f"its image {shown(path)} is an address; download it and name the file")
     return path
 
 
-# ---- members of a tar
-
-_AUXILIARY = frozenset(("alpha", "annotation", "depth", "edge", "edges", "mask", "normal", "seg", "segmentation"))
-"""Parts of names (`0.seg.png`) of pictures that belong to another one."""
+# ---- what is not read
 
 
-def choose_members(named: list[Any], held: list[str], key: str) -> list[str]:
-    """The members that are a sample's pictures, in order.
-
-    Its JSON decides: the members that it names. Names of other files than those in the tar (the pictures' first places) only
-    say the number. Without names, the pictures are those whose name is a suffix alone (`0.jpg`) or a number (`0.1.jpg`), or,
-    if there are none, all but masks and the like; 2 stands before 10.
+def refuse_unread_picture(content: Mapping[str, Any], text_fields: frozenset[str]) -> None:
+    """Refuse a sample without pictures that names one anywhere: it must not become text alone.
 
     Args:
-        named: of `named_pictures`.
-        held: names after the key.
+        text_fields: those of its texts and turns. What they say may end as a picture's name does.
 
     Raises:
-        UserError: the JSON names others than there are.
+        UserError: naming the field.
     """
-    paths = [_reference(one) for one in named]
-    known = {name: name for name in held}
-    known.update({posixpath.basename(f"{key}.{name}").lower(): name for name in held})
-    found = [known.get(posixpath.basename(path).lower()) if isinstance(path, str) else None for path in paths]
-    chosen = [name for name in found if name is not None]
-    if named and len(chosen) == len(named):
-        return chosen
-    main = _main_members(held)
-    if not named or (not chosen and len(main) == len(named)):
-        if main or not held:
-            return main
-        raise UserError(f"its pictures are only {', '.join(held)}; name them in the 'images' of its json")
-    told = ", ".join(str(path)[:80] for path in paths)
-    raise UserError(f"its json names {len(named)} pictures ({told}) and it holds {', '.join(held) or 'none'}")
+    for field, value in content.items():
+        for place, name in _names_within(value, field, field in text_fields, field in text_fields):
+            raise UserError(
+                f"its {place!r} names the picture {shown(name)}, and pictures are read from "
+                f"{', '.join(map(repr, (*IMAGE_FIELDS, *FILE_NAME_FIELDS)))} of a line or of a user's turn; rename the "
+                "field, move it there or leave it out"
+            )
 
 
-def _main_members(held: list[str]) -> list[str]:
-    stems = {name: name.rpartition(".")[0] for name in held}
-    main = [name for name in held if _AUXILIARY.isdisjoint(name.split("."))]
-    if any(not stems[name] for name in main):
-        main = [name for name in main if not stems[name] or stems[name][-1].isdigit()]
-    return sorted(main, key=_natural)
+def _names_within(value: Any, place: str, is_read: bool, is_text: bool) -> Iterator[tuple[str, str]]:
+    """(field, name) of pictures that a value names, however deep."""
+    if isinstance(value, str):
+        name = tagged_picture(value) if is_text else value if _names_picture(value) else None
+        if name is not None:
+            yield place, name
+    elif isinstance(value, list):
+        for one in value:
+            yield from _names_within(one, place, is_read, is_text)
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if _names_picture(str(key)):
+                yield place, str(key)
+            yield from _names_within(one, f"{place}.{key}", is_read, is_read and key in _TEXT_KEYS)
 
 
-def _natural(name: str) -> list[Any]:
-    """Sort key by which 2.jpg comes before 10.jpg."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+def _names_picture(text: str) -> bool:
+    return has_image_name(text) or text.startswith(_ENCODED_SIGNATURES)

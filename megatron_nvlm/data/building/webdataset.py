@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_nvlm.data.building.forms import has_form, image_names
 from megatron_nvlm.data.building.inputs import InputSample
-from megatron_nvlm.data.building.pictures import choose_members, is_picture
+from megatron_nvlm.data.building.members import choose_members
+from megatron_nvlm.data.building.pictures import is_picture
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
 from megatron_nvlm.data.shards.write import check_tar_end
 from megatron_nvlm.errors import UserError
