@@ -28,8 +28,8 @@ class Request:
     id: str
     fields: dict[str, Any]
     turns: Sequence[dict[str, Any]] = ()
-    images: Sequence[str] = ()
-    """Paths of its pictures."""
+    images: Sequence[str | bytes] = ()
+    """Its pictures, each a path or its content."""
     error: str = ""
     """Why it is no question; empty if it is one."""
 
@@ -84,9 +84,11 @@ def load_request(request: Request, folder: Path) -> RawSample:
     """
     if request.error:
         raise UserError(request.error)
-    return make_sample(
-        request.id, request.turns, [read_image(folder / path, picture_place(folder, path)) for path in request.images]
-    )
+    return make_sample(request.id, request.turns, [_read_picture(folder, source) for source in request.images])
+
+
+def _read_picture(folder: Path, source: str | bytes) -> bytes:
+    return source if isinstance(source, bytes) else read_image(folder / source, picture_place(folder, source))
 
 
 def _parse_answer(line: bytes) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Questions in files: however a line names its pictures, they are asked with it, or the line is refused."""
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -40,6 +41,7 @@ ONE_PICTURE: dict[str, dict[str, Any]] = {
     "file_name": {"question": "What?", "file_name": "red.png"},
     "a tag": {"question": "<img>red.png</img>What?"},
     "a description": {"question": "What?", "images": [{"path": "red.png", "bytes": None}]},
+    "data": {"question": "What?", "image": "data:image/png;base64," + base64.b64encode(RED).decode()},
     "turns": {"conversation": [{"from": "human", "value": "<image>\nWhat?"}], "images": ["red.png"]},
     "turns without a place": {"conversations": user("What?"), "images": ["red.png"]},
     "a tag in capitals": {"question": "<IMG>\nred.png\n</IMG>What?"},
@@ -93,7 +95,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
         f"the image {'QUJD' * 10!r}... (2000 characters), which is no",
     ),
     "an address": ({"question": "What?", "image": "https://a.org/red.png"}, "is an address; download it"),
-    "data": ({"question": "What?", "image": "data:image/png;base64,AAAA"}, "write it into a file"),
+    "data": ({"question": "What?", "image": "data:image/png;base64,A!"}, "is no base64"),
     "two places": ({"question": "<image> <image>?", "image": "red.png"}, "has 2 <image> and it has 1 images"),
     "a place without a picture": ({"question": "<image>?"}, "has 1 <image> and it has 0 images"),
     "half a character": (b'{"question": "\\ud800?"}', "half of a character"),

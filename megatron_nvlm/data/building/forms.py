@@ -24,7 +24,7 @@ from megatron_nvlm.data.building.pictures import (
     has_image_name,
     join_pictures,
     listed_pictures,
-    picture_paths,
+    picture_source,
     present,
     refuse_unread_picture,
     tagged_picture,
@@ -122,8 +122,8 @@ def to_conversation(content: Content, num_images: int, caption_prompt: str) -> l
     return turns
 
 
-def to_question(content: Content) -> tuple[list[StoredTurn], list[str]]:
-    """The turns of a question that is to be answered, and the paths of its pictures: one placeholder for each.
+def to_question(content: Content) -> tuple[list[StoredTurn], list[str | bytes]]:
+    """The turns of a question that is to be answered, and its pictures (path or content), one placeholder for each.
 
     Raises:
         UserError: it is no question, pictures are named in another way, or placeholders and pictures differ in number.
@@ -132,13 +132,13 @@ def to_question(content: Content) -> tuple[list[StoredTurn], list[str]]:
     raw, question = _raw_turns(content), content.get("question")
     if isinstance(question, str) == (raw is not None):
         raise UserError("it needs either 'question', a text, or 'conversation', a list of turns")
-    paths = image_paths(content)
-    if not paths:
+    images = image_sources(content)
+    if not images:
         refuse_unread_picture(content, TEXT_FIELDS)
     turns = spell_turns([_human(question)] if isinstance(question, str) else raw).turns
     _add_system(turns, content)
-    _match_places(turns, len(paths))
-    return turns, paths
+    _match_places(turns, len(images))
+    return turns, images
 
 
 def _match_places(turns: list[StoredTurn], num_images: int) -> None:
@@ -216,10 +216,10 @@ def image_names(content: Content) -> list[Any]:
     return join_pictures(told, listed_pictures(content), "its turns name")
 
 
-def image_paths(content: Content) -> list[str]:
-    """Paths of a sample's images, in order; none for text.
+def image_sources(content: Content) -> list[str | bytes]:
+    """A sample's images, in order, each the path of a file or its content; none for text.
 
     Raises:
-        UserError: its images are named by something else than paths of files.
+        UserError: its images are named by something else.
     """
-    return picture_paths(image_names(content))
+    return [picture_source(one) for one in image_names(content)]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_nvlm.data.building.forms import image_paths
+from megatron_nvlm.data.building.forms import image_sources
 from megatron_nvlm.data.building.pictures import has_image_name, picture_place
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
 from megatron_nvlm.errors import UserError
@@ -109,14 +109,15 @@ class JsonLines:
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
         content = parse_json(self._bytes_of(number))
-        return InputSample(content, [_read_image(self.images, path) for path in image_paths(content)], {})
+        return InputSample(content, [_read_image(self.images, source) for source in image_sources(content)], {})
 
     def files(self) -> Iterator[Path]:
         """Every file that a sample is read from, there or not."""
         yield self.path
         for number in range(len(self)):
             with suppress(UserError):
-                yield from (self.images / path for path in image_paths(parse_json(self._bytes_of(number))))
+                sources = image_sources(parse_json(self._bytes_of(number)))
+                yield from (self.images / source for source in sources if isinstance(source, str))
 
     def _bytes_of(self, number: int) -> bytes:
         with self.path.open("rb") as file:
@@ -234,7 +235,10 @@ def newest_change(source: Input, since: int) -> Path | None:
     return None
 
 
-def _read_image(folder: Path, name: str) -> bytes:
+def _read_image(folder: Path, name: str | bytes) -> bytes:
+    """An image by its path, or its content as it stands."""
+    if isinstance(name, bytes):
+        return name
     return _read_file(folder / name, f"its image {printable(picture_place(folder, name))}")
 
 

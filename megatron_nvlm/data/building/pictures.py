@@ -1,5 +1,7 @@
 """How an input sample names its pictures, and what a picture is: by its name, or by the first bytes of its file."""
 
+import base64
+import binascii
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -92,7 +94,7 @@ def listed_pictures(fields: Mapping[str, Any]) -> list[Any]:
         entries = value if isinstance(value, list) else [value]
         if entries and all(isinstance(one, str) and has_image_name(one) for one in entries):
             listed[name] = entries
-    naming = {name: [_same(one) for one in entries] for name, entries in listed.items() if all(map(reference, entries))}
+    naming = {name: [_same(one) for one in entries] for name, entries in listed.items() if all(map(_is_named, entries))}
     for name, paths in naming.items():
         first = next(iter(naming))
         if paths != naming[first]:
@@ -119,18 +121,65 @@ def join_pictures(told: list[Any], listed: list[Any], turns: str) -> list[Any]:
     return told or listed
 
 
-def picture_paths(named: list[Any]) -> list[str]:
-    """Paths of the files that a sample names.
+def picture_source(one: Any) -> str | bytes:
+    """What a sample names, as the path of a file or as its content.
+
+    `file://` before a path is taken off, and the rest is the path as it stands (as Qwen's tools read it).
 
     Raises:
-        UserError: it is something else than paths.
+        UserError: it is neither.
     """
-    return [_local(_path_of(one)) for one in named]
+    data = embedded_picture(one)
+    if data is not None:
+        return data
+    path = reference(one)
+    if not isinstance(path, str) or not path:
+        raise UserError("its 'image' is neither a path nor a list of paths")
+    path = path.removeprefix("file://")
+    if _ADDRESS.match(path):
+        raise UserError(f"its image {shown(path)} is an address; download it and name the file, for none is fetched")
+    return path
+
+
+def embedded_picture(one: Any) -> bytes | None:
+    """The picture that stands in the sample itself; None if it names a file.
+
+    It is a data URL, or the `bytes` beside a `path` as in images of Hugging Face datasets, in JSON as base64.
+
+    Raises:
+        UserError: it is no base64.
+    """
+    held = one.get("bytes") if isinstance(one, Mapping) else None
+    if isinstance(held, bytes | bytearray):
+        return bytes(held)
+    if held is not None:
+        return _decode(held, "'bytes'")
+    path = reference(one)
+    if not isinstance(path, str) or not path.startswith("data:"):
+        return None
+    head, _, data = path.partition(",")
+    if not head.lower().endswith(";base64"):
+        raise UserError(f"its image {shown(path)} is no data URL of base64; write data:image/png;base64,... or a path")
+    return _decode(data, "data URL")
+
+
+def _decode(text: Any, what: str) -> bytes:
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (AttributeError, ValueError, binascii.Error) as error:
+        raise UserError(f"its image's {what} {shown(str(text))} is no base64 ({error}); correct it") from error
+    if not data:
+        raise UserError(f"its image's {what} is empty; correct it")
+    return data
 
 
 def picture_place(folder: Path, name: str) -> str:
     """A picture's path for a sentence; of a long name, which may be its base64, the beginning and the length."""
-    return str(folder / name) if len(name) <= MOST_SHOWN else f"{shown(name)}, which is no path of a file"
+    return (
+        str(folder / name)
+        if len(name) <= MOST_SHOWN
+        else f"{shown(name)}, which is no path; write base64 as data:image/png;base64,..."
+    )
 
 
 def reference(one: Any) -> Any:
@@ -138,8 +187,15 @@ def reference(one: Any) -> Any:
     return next((one[key] for key in ("path", "url") if one.get(key)), None) if isinstance(one, Mapping) else one
 
 
+def _is_named(one: Any) -> bool:
+    """Whether an entry names a picture; those of our own sets describe one."""
+    return bool(reference(one)) or (isinstance(one, Mapping) and one.get("bytes") is not None)
+
+
 def _same(one: Any) -> Any:
     """What is equal for equal pictures."""
+    if isinstance(one, Mapping) and one.get("bytes") is not None:
+        return one["bytes"]
     path = reference(one)
     return posixpath.normpath(path.removeprefix("file://")) if isinstance(path, str) and path else one
 
@@ -147,22 +203,6 @@ def _same(one: Any) -> Any:
 def _listing(named: list[Any]) -> str:
     told = [shown(path) if isinstance(path := reference(one), str) else shown(str(one)) for one in named[:3]]
     return ", ".join([*told, *(["..."] if len(named) > 3 else [])])
-
-
-def _path_of(one: Any) -> str:
-    path = reference(one)
-    if not isinstance(path, str) or not path:
-        raise UserError("its 'image' is neither a path nor a list of paths")
-    return path
-
-
-def _local(path: str) -> str:
-    path = path.removeprefix("file://")
-    if path.startswith("data:"):
-        raise UserError(f"its image stands in its text ({shown(path)}); write it into a file and name that")
-    if _ADDRESS.match(path):
-        raise UserError(f"its image {shown(path)} is an address; download it and name the file")
-    return path
 
 
 # ---- what is not read

@@ -19,8 +19,10 @@ StoredTurn = dict[str, Any]
 BYTE_ORDER_MARK = "\ufeff"
 """What Windows' editors put before a text; it is no part of it."""
 _STORED_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
-_IMAGE_PARTS = ("image", "image_url")
-"""Kinds of parts of a message that are pictures; also the keys that name them, with those of `reference`."""
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+"""Kinds of parts of a message that are pictures."""
+_PART_NAMES = ("image", "image_url", "path", "url")
+"""Keys by which such a part names its picture; with `bytes` it is the picture."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def _join_parts(parts: list[Any]) -> tuple[str, list[Any], bool]:
         if kind in _IMAGE_PARTS:
             has_pictures = True
             texts.append(IMAGE_PLACEHOLDER)
-            named += [fields[key] for key in (*_IMAGE_PARTS, "path", "url") if fields.get(key)][:1]
+            held = [fields] if "bytes" in fields else []
+            named += [*held, *(fields[key] for key in _PART_NAMES if fields.get(key))][:1]
         elif kind == "text" and isinstance(fields.get("text"), str):
             if listed_pictures(fields):
                 raise UserError(

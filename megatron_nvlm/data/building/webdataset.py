@@ -15,7 +15,7 @@ import numpy as np
 from megatron_nvlm.data.building.forms import has_form, image_names
 from megatron_nvlm.data.building.inputs import InputSample
 from megatron_nvlm.data.building.members import choose_members
-from megatron_nvlm.data.building.pictures import is_picture
+from megatron_nvlm.data.building.pictures import embedded_picture, is_picture
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
 from megatron_nvlm.data.shards.write import check_tar_end
 from megatron_nvlm.errors import UserError
@@ -86,9 +86,16 @@ class WebDatasetShards:
         tiles = {name: data for name, data in pictures.items() if is_tile(name)}
         if tiles and tiles.keys() != pictures.keys():
             raise UserError("it holds both tiles and whole images")
-        chosen = [] if tiles else choose_members(image_names(content), list(pictures), key)
+        named = [] if tiles else image_names(content)
+        held = [embedded_picture(one) for one in named]  # in the json itself
+        told = [one for one, data in zip(named, held, strict=True) if data is None]
+        chosen = [] if tiles or (named and not told) else choose_members(told, list(pictures), key)
         unread = tuple(name for name in members if name not in used.union(tiles, chosen))
-        return InputSample(content, [pictures[name] for name in chosen], tiles, unread)
+        images = [pictures[name] for name in chosen]
+        if told != named:
+            found = iter(images)
+            images = [next(found) if data is None else data for data in held]
+        return InputSample(content, images, tiles, unread)
 
     def files(self) -> Iterator[Path]:
         """Every file that a sample is read from, there or not."""

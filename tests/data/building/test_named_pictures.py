@@ -1,5 +1,7 @@
 """A line that names a picture anywhere has it, or is a reject that names the place; it never becomes text alone."""
 
+import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,56 @@ def test_a_field_kept_in_a_set_is_no_second_name(tmp_path: Path) -> None:
     told = '{"images": [{"width": 56}], "file_name": "a.jpg", "question": "?", "answer": "x"}'
     (sample,), rejects = build_tar(tmp_path, ("0.0.png", coloured("red")), ("0.json", told))
     assert rejects == [] and colours_of(sample) == ["red"]
+
+
+CODE = base64.b64encode(coloured("green")).decode()
+URL = f"data:image/png;base64,{CODE}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"image": URL, **asked("?")},
+        {"images": [{"bytes": CODE, "path": "nowhere.png"}], **asked("?")},  # datasets.Image of Hugging Face
+        {"image": {"bytes": CODE, "path": None}, "images": [{"bytes": CODE}], **asked("?")},
+        asked("?", image=URL),
+        asked([{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "?"}]),  # OpenAI's
+        asked([{"type": "input_image", "image_url": URL}, {"type": "text", "text": "?"}]),  # OpenAI's responses
+        asked([{"type": "image", "path": "green.png"}, {"type": "text", "text": "?"}]),  # transformers'
+        asked([{"type": "image", "image": {"bytes": CODE, "path": None}}, {"type": "text", "text": "?"}]),
+        asked([{"type": "image", "image": "file://green.png"}, {"type": "text", "text": "?"}]),  # Qwen2-VL's
+        asked([{"type": "image", "url": URL}, {"type": "text", "text": "?"}]),
+    ],
+)
+def test_a_picture_within_the_line_is_used(tmp_path: Path, line: dict[str, Any]) -> None:
+    (sample,), rejects = build_lines(tmp_path / "lines", line)
+    assert rejects == [] and colours_of(sample) == ["green"] and turns_of(sample)[0][1].count("<image>") == 1
+    members = [
+        ("0.json", json.dumps(line)),
+        *([("0.green.png", coloured("green"))] if "green.png" in str(line) else []),
+    ]
+    (sample,), rejects = build_tar(tmp_path / "tar", *members)
+    assert rejects == [] and colours_of(sample) == ["green"]
+
+
+def test_pictures_of_a_tar_and_of_its_json_keep_their_order(tmp_path: Path) -> None:
+    told = json.dumps({"images": ["b.png", URL, "a.png"], **asked("?")})
+    members = [("0.a.png", coloured("red")), ("0.b.png", coloured("blue")), ("0.json", told)]
+    (sample,), rejects = build_tar(tmp_path, *members)
+    assert rejects == [] and colours_of(sample) == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        ("data:image/png,x", "is no data URL of base64"),
+        ("data:image/png;base64,!" + "A" * 3000, "its image's data URL '!AAAA"),
+        ({"bytes": "%"}, "its image's 'bytes' '%' is no base64"),
+        ({"bytes": [1, 2]}, "is no base64"),
+        ({"bytes": ""}, "its image's 'bytes' is empty"),
+        ("https://a.org/b.png", "is an address; download it and name the file, for none is fetched"),
+    ],
+)
+def test_what_is_no_picture_is_a_short_reject(tmp_path: Path, image: Any, says: str) -> None:
+    samples, (reject,) = build_lines(tmp_path, {"image": image, **asked("?")})
+    assert samples == [] and says in reject and len(reject) < 400
