@@ -42,6 +42,8 @@ ONE_PICTURE: dict[str, dict[str, Any]] = {
     "a tag": {"question": "<img>red.png</img>What?"},
     "a description": {"question": "What?", "images": [{"path": "red.png", "bytes": None}]},
     "data": {"question": "What?", "image": "data:image/png;base64," + base64.b64encode(RED).decode()},
+    "ms-swift's": {"query": "<image>What?", "response": "not given", "images": ["red.png"]},
+    "Alpaca's": {"instruction": "What?", "output": "not given", "image": "red.png"},
     "turns": {"conversation": [{"from": "human", "value": "<image>\nWhat?"}], "images": ["red.png"]},
     "turns without a place": {"conversations": user("What?"), "images": ["red.png"]},
     "a tag in capitals": {"question": "<IMG>\nred.png\n</IMG>What?"},
@@ -101,7 +103,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "half a character": (b'{"question": "\\ud800?"}', "half of a character"),
     "another encoding": ('{"question": "你"}'.encode("gbk"), "is not UTF-8"),
     "a part of another kind": ({"messages": user([{"type": "video"}])}, "a part of type 'video'"),
-    "both": ({"question": "What?", "messages": user("What?")}, "either 'question'"),
+    "both": ({"question": "What?", "messages": user("What?")}, "it needs one of 'conversations' or 'texts'"),
 }
 
 

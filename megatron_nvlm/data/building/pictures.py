@@ -36,7 +36,9 @@ _IMAGE_TAG = re.compile(r"<img\s*>\s*([^<>]+?)\s*</img\s*>", re.IGNORECASE)
 """Qwen-VL's way to name a picture within a text. HTML's `<img src=...>` is text."""
 _UNCLOSED_TAG = re.compile(rf"<img\s*>\s*([^<>\n]+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\b", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-_TEXT_KEYS = frozenset(("value", "content", "text", "from", "role", "type", "id", "answer"))
+_TEXT_KEYS = frozenset(
+    ("value", "content", "text", "from", "role", "type", "id", "answer", "user", "assistant", "source")
+)
 """Of what stands within a field that is read: turns, parts of messages, answers."""
 
 
