@@ -15,11 +15,14 @@ are tried again. A finished set whose inputs were written since is refused: --re
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
 from megatron_nvlm.data.building.inputs import ImageFolder, Input, open_json
+from megatron_nvlm.data.building.names import Names, read_names
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
 from megatron_nvlm.data.building.text import printable
@@ -30,16 +33,16 @@ from megatron_nvlm.data.shards.index import open_index
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.option_types import natural_int, positive_float, positive_int, share
-from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, find_template
+from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, IMAGE_PLACEHOLDER, find_template
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 
-def open_inputs(options: argparse.Namespace) -> list[Input]:
+def open_inputs(options: argparse.Namespace, names: Names) -> list[Input]:
     """All inputs, in the order: JSON lines, folders, WebDataset shards."""
-    inputs: list[Input] = [open_json(path, options.images_dir) for path in options.jsonl]
+    inputs: list[Input] = [open_json(path, options.images_dir, names) for path in options.jsonl]
     inputs += [ImageFolder(path) for path in options.folder]
-    inputs += [WebDatasetShards(path) for path in options.webdataset]
+    inputs += [WebDatasetShards(path, names) for path in options.webdataset]
     if not inputs:
         raise UserError("nothing to build from; give --jsonl, --folder or --webdataset")
     return inputs
@@ -56,6 +59,7 @@ def build(options: argparse.Namespace) -> str:
         source=options.source or options.out.name,
         caption_prompt=options.caption_prompt,
         keep=tuple(options.keep),
+        names=read_names(options.field, options.role, options.placeholder),
     )
     settings = BuildSettings(
         sample, options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
@@ -63,7 +67,7 @@ def build(options: argparse.Namespace) -> str:
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     system = None if options.system.lower() in ("", "none", "null") else options.system
     counter = TextTokenCounter(tokenizer, options.template, system) if tokenizer else None
-    builder = Builder(open_inputs(options), options.out, settings, counter)
+    builder = Builder(open_inputs(options, sample.names), options.out, settings, counter)
     manifest = builder.run(options.processes, not options.quiet, options.rebuild)
     index, tiling = open_index(options.out), TilingConfig(options.tile_size, options.max_tiles, options.tag_format)
     predictions = []
@@ -103,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--caption-prompt", default=DEFAULT_CAPTION_PROMPT, help="question of captions")
     add("--source", help="name under which training counts bad samples (default: the name of --out)")
     add("--keep", action="append", default=[], metavar="FIELD", help="copy this field of the input, such as a licence")
+    _add_names(add)
     add("--shard-mb", type=positive_float, default=256, help="size of a shard, about, in megabytes (default 256)")
     add("--samples-per-shard", type=positive_int, help="instead of a size")
     add("--shuffle", type=natural_int, metavar="SEED", help="write samples in the random order of this seed")
@@ -117,6 +122,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rebuild", action="store_true", help="remove what a build of --out has written and begin again")
     add("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     return parser
+
+
+def _add_names(add: Callable[..., Any]) -> None:
+    add(
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME=THEIRS",
+        help="what the input calls a field: image=picture_path, or from=speaker of turns; may be repeated",
+    )
+    add("--role", action="append", default=[], metavar="NAME=THEIRS", help="what it calls a speaker: user=questioner")
+    add(
+        "--placeholder",
+        default=IMAGE_PLACEHOLDER,
+        help=f"what stands where a picture stands (default {IMAGE_PLACEHOLDER})",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_nvlm.data.building.forms import image_sources
+from megatron_nvlm.data.building.names import OUR_NAMES, Names
 from megatron_nvlm.data.building.pictures import has_image_name, picture_place
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
 from megatron_nvlm.errors import UserError
@@ -78,10 +79,10 @@ class JsonLines:
 
     kind = "jsonl"
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
+    def __init__(self, path: Path, images: Path | None = None, names: Names = OUR_NAMES) -> None:
         if not path.is_file():
             raise UserError(f"there is no file {path}; correct --jsonl")
-        self.path, self.images = path, images or path.parent
+        self.path, self.images, self.names = path, images or path.parent, names
         self.faults, self.unread = list[str](), dict[str, int]()
         self.elsewhere = {} if self.images == path.parent else {"images": str(self.images)}
         self._number()
@@ -108,7 +109,7 @@ class JsonLines:
 
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
-        content = parse_json(self._bytes_of(number))
+        content = self.names.apply(parse_json(self._bytes_of(number)))
         return InputSample(content, [_read_image(self.images, source) for source in image_sources(content)], {})
 
     def files(self) -> Iterator[Path]:
@@ -116,7 +117,7 @@ class JsonLines:
         yield self.path
         for number in range(len(self)):
             with suppress(UserError):
-                sources = image_sources(parse_json(self._bytes_of(number)))
+                sources = image_sources(self.names.apply(parse_json(self._bytes_of(number))))
                 yield from (self.images / source for source in sources if isinstance(source, str))
 
     def _bytes_of(self, number: int) -> bytes:
@@ -171,15 +172,15 @@ class JsonArray(JsonLines):
             return file.read(int(self.ends[number] - self.starts[number]))
 
 
-def open_json(path: Path, images: Path | None) -> JsonLines:
+def open_json(path: Path, images: Path | None, names: Names = OUR_NAMES) -> JsonLines:
     """JSON lines, or one JSON array.
 
     Raises:
         UserError: there is no such file.
     """
     if path.is_file() and JsonArray.is_one(path):
-        return JsonArray(path, images)
-    return JsonLines(path, images)
+        return JsonArray(path, images, names)
+    return JsonLines(path, images, names)
 
 
 class ImageFolder:

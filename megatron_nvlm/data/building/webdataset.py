@@ -15,6 +15,7 @@ import numpy as np
 from megatron_nvlm.data.building.forms import has_form, image_names
 from megatron_nvlm.data.building.inputs import InputSample
 from megatron_nvlm.data.building.members import choose_members
+from megatron_nvlm.data.building.names import OUR_NAMES, Names
 from megatron_nvlm.data.building.pictures import embedded_picture, is_picture
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
 from megatron_nvlm.data.shards.write import check_tar_end
@@ -26,7 +27,8 @@ class WebDatasetShards:
 
     kind = "webdataset"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Names = OUR_NAMES) -> None:
+        self.names = names
         pattern = path if path.suffix == ".tar" or "*" in path.name else path / "*.tar"
         self.path, self.faults, self.unread = path, list[str](), dict[str, int]()
         self.elsewhere: dict[str, str] = {}
@@ -76,7 +78,7 @@ class WebDatasetShards:
         content: Mapping[str, Any] = {"id": key}
         used = {"json"}
         if "json" in members:
-            content = {"id": key, **parse_json(members["json"])}
+            content = {"id": key, **self.names.apply(parse_json(members["json"]))}
         if "txt" in members and not has_form(content):
             content = {**content, "caption": decode_text(members["txt"], "its caption .txt")}
             used.add("txt")
