@@ -4,6 +4,7 @@ Input is any number of
   --jsonl FILE       one JSON object a line, or one JSON array of them: `image` (a path or several, relative to
                      --images-dir) and a conversation (`conversations` as LLaVA and ShareGPT have it, or `messages`), or
                      `question` and `answer`, or `caption`; text alone has no image
+  --internvl-meta FILE  InternVL's meta file: the `annotation` and `root` of each set that it names
   --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
   --webdataset PATH  a folder of tars or a pattern: samples with a .json of these forms or a .txt caption
 
@@ -22,6 +23,7 @@ from typing import Any
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
 from megatron_nvlm.data.building.inputs import ImageFolder, Input, open_json
+from megatron_nvlm.data.building.internvl import describe_meta, read_meta
 from megatron_nvlm.data.building.names import Names, read_names
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
@@ -39,12 +41,16 @@ from megatron_nvlm.text.tokenizer import Tokenizer
 
 
 def open_inputs(options: argparse.Namespace, names: Names) -> list[Input]:
-    """All inputs, in the order: JSON lines, folders, WebDataset shards."""
+    """All inputs, in the order: JSON lines, sets of meta files, folders, WebDataset shards."""
     inputs: list[Input] = [open_json(path, options.images_dir, names) for path in options.jsonl]
+    for meta in options.internvl_meta:
+        sets = read_meta(meta)
+        print(printable(describe_meta(sets)))
+        inputs += [open_json(one.annotation, one.root, names) for one in sets]
     inputs += [ImageFolder(path) for path in options.folder]
     inputs += [WebDatasetShards(path, names) for path in options.webdataset]
     if not inputs:
-        raise UserError("nothing to build from; give --jsonl, --folder or --webdataset")
+        raise UserError("nothing to build from; give --jsonl, --internvl-meta, --folder or --webdataset")
     return inputs
 
 
@@ -89,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the new set")
     add("--jsonl", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--images-dir", type=Path, metavar="DIR", help="what paths in --jsonl are relative to (default: its folder)")
+    add("--internvl-meta", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
     add("--webdataset", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
     add(

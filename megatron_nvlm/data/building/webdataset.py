@@ -17,7 +17,7 @@ from megatron_nvlm.data.building.inputs import InputSample
 from megatron_nvlm.data.building.members import choose_members
 from megatron_nvlm.data.building.names import OUR_NAMES, Names
 from megatron_nvlm.data.building.pictures import embedded_picture, is_picture
-from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
+from megatron_nvlm.data.building.text import check_name, decode_text, load_json
 from megatron_nvlm.data.shards.write import check_tar_end
 from megatron_nvlm.errors import UserError
 
@@ -78,7 +78,7 @@ class WebDatasetShards:
         content: Mapping[str, Any] = {"id": key}
         used = {"json"}
         if "json" in members:
-            content = {"id": key, **self.names.apply(parse_json(members["json"]))}
+            content = {"id": key, **self.names.apply(_read_json(members["json"]))}
         if "txt" in members and not has_form(content):
             content = {**content, "caption": decode_text(members["txt"], "its caption .txt")}
             used.add("txt")
@@ -169,6 +169,14 @@ class _Scan:
         found = self._files.get(posixpath.normpath(target))
         if found is not None:
             self._files[name] = self.links[member.offset] = found
+
+
+def _read_json(data: bytes) -> Mapping[str, Any]:
+    """A sample's json; a list alone is its turns, as in tars of Megatron-LM's multimodal example."""
+    content = load_json(data)
+    if not isinstance(content, list | dict):
+        raise UserError("its JSON is neither an object nor a list of turns")
+    return content if isinstance(content, dict) else {"conversations": content}
 
 
 def _is_read(member: tarfile.TarInfo) -> bool:
