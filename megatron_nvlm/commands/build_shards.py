@@ -4,6 +4,7 @@ Input is any number of
   --jsonl FILE       one JSON object a line, or one JSON array of them: `image` (a path or several, relative to
                      --images-dir) and a conversation (`conversations` as LLaVA and ShareGPT have it, or `messages`), or
                      `question` and `answer`, or `caption`; text alone has no image
+  --internvl-meta FILE  InternVL's meta file: the `annotation` and `root` of each set that it names
   --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
   --webdataset PATH  tars below a folder, a pattern ('a/*.tar'), braces ('shard-{000..127}.tar') or one tar: samples with a
                      .json of these forms or a .txt caption
@@ -18,11 +19,15 @@ are tried again. A finished set whose inputs were written since is refused: --re
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT
 from megatron_nvlm.data.building.inputs import ImageFolder, Input, open_json
+from megatron_nvlm.data.building.internvl import describe_meta, read_meta
+from megatron_nvlm.data.building.names import Names, read_names
 from megatron_nvlm.data.building.preview import Preview
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
@@ -48,18 +53,22 @@ from megatron_nvlm.option_types import (
     token_count,
     utf8_text,
 )
-from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, find_template
+from megatron_nvlm.text.conversation import DEFAULT_SYSTEM, IMAGE_PLACEHOLDER, find_template
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 
-def open_inputs(options: argparse.Namespace) -> list[Input]:
-    """All inputs, in the order: JSON lines, folders, WebDataset shards."""
-    inputs: list[Input] = [open_json(path, options.images_dir) for path in options.jsonl]
+def open_inputs(options: argparse.Namespace, names: Names) -> list[Input]:
+    """All inputs, in the order: JSON lines, sets of meta files, folders, WebDataset shards."""
+    inputs: list[Input] = [open_json(path, options.images_dir, names) for path in options.jsonl]
+    for meta in options.internvl_meta:
+        sets = read_meta(meta)
+        print(printable(describe_meta(sets)))
+        inputs += [open_json(one.annotation, one.root, names) for one in sets]
     inputs += [ImageFolder(path) for path in options.folder]
-    inputs += [WebDatasetShards(path) for path in options.webdataset]
+    inputs += [WebDatasetShards(path, names) for path in options.webdataset]
     if not inputs:
-        raise UserError("nothing to build from; give --jsonl, --folder or --webdataset")
+        raise UserError("nothing to build from; give --jsonl, --internvl-meta, --folder or --webdataset")
     return inputs
 
 
@@ -75,6 +84,7 @@ def sample_settings(options: argparse.Namespace) -> SampleSettings:
         caption_prompt=options.caption_prompt,
         background=options.background,
         keep=tuple(options.keep),
+        names=read_names(options.field, options.role, options.placeholder),
     )
 
 
@@ -89,7 +99,9 @@ def text_counter(options: argparse.Namespace) -> TextTokenCounter | None:
 
 def preview(options: argparse.Namespace) -> int:
     """Print what the first samples would become; 1 if there are only rejects."""
-    shown = Preview(open_inputs(options), sample_settings(options), options.preview, text_counter(options))
+    settings = sample_settings(options)
+    inputs = open_inputs(options, settings.names)
+    shown = Preview(inputs, settings, options.preview, text_counter(options))
     for line in shown.lines():
         print(printable(line))
     return 0 if shown.num_good else 1
@@ -98,10 +110,11 @@ def preview(options: argparse.Namespace) -> int:
 def build(options: argparse.Namespace) -> str:
     """Build or go on; returns the report's text."""
     counter = text_counter(options)
+    sample = sample_settings(options)
     settings = BuildSettings(
-        sample_settings(options), options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
+        sample, options.shard_mb, options.samples_per_shard, options.shuffle, options.max_reject_rate
     )
-    builder = Builder(open_inputs(options), options.out, settings, counter)
+    builder = Builder(open_inputs(options, sample.names), options.out, settings, counter)
     manifest = builder.run(options.processes, not options.quiet, options.rebuild)
     index, tiling = open_index(options.out), TilingConfig(options.tile_size, options.max_tiles, options.tag_format)
     predictions = []
@@ -125,6 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=named_folder, required=True, metavar="DIR", help="folder of the new set")
     add("--jsonl", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--images-dir", type=Path, metavar="DIR", help="what paths in --jsonl are relative to (default: its folder)")
+    add("--internvl-meta", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
     add("--webdataset", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
     add(
@@ -161,6 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIELD",
         help="copy this field of the input, such as a licence",
     )
+    _add_names(add)
     add("--shard-mb", type=megabytes, default=256, help="size of a shard, about, in megabytes (default 256)")
     add("--samples-per-shard", type=positive_int, help="instead of a size")
     add("--shuffle", type=natural_int, metavar="SEED", help="write samples in the random order of this seed")
@@ -181,6 +196,31 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rebuild", action="store_true", help="remove what a build of --out has written and begin again")
     add("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     return parser
+
+
+def _add_names(add: Callable[..., Any]) -> None:
+    add(
+        "--field",
+        type=utf8_text,
+        action="append",
+        default=[],
+        metavar="NAME=THEIRS",
+        help="what the input calls a field: image=picture_path, or from=speaker of turns; may be repeated",
+    )
+    add(
+        "--role",
+        type=utf8_text,
+        action="append",
+        default=[],
+        metavar="NAME=THEIRS",
+        help="what it calls a speaker: user=questioner",
+    )
+    add(
+        "--placeholder",
+        type=utf8_text,
+        default=IMAGE_PLACEHOLDER,
+        help=f"what stands where a picture stands (default {IMAGE_PLACEHOLDER})",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

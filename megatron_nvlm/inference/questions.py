@@ -21,16 +21,21 @@ def make_sample(key: str, turns: Sequence[dict[str, str]], images: Sequence[byte
     return RawSample(key, record, {f"{number}.image": image for number, image in enumerate(images)})
 
 
-def read_image(path: Path) -> bytes:
-    """An image file's bytes; UserError if it cannot be read."""
+def read_image(path: Path, place: str = "") -> bytes:
+    """An image file's bytes; UserError if it cannot be read.
+
+    Args:
+        place: what the sentence calls it; its path if empty.
+    """
+    place = place or str(path)
     try:
         if path.exists() and not path.is_file():  # a pipe or a device may have no end
-            raise UserError(f"the image {path} is no file")
+            raise UserError(f"the image {place} is no file")
         return path.read_bytes()
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"the image {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise UserError(f"the image {place} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_picture(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.data.building.forms import to_question
-from megatron_nvlm.data.building.pictures import present
+from megatron_nvlm.data.building.pictures import picture_place, present
 from megatron_nvlm.data.building.text import parse_json
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
@@ -28,8 +28,8 @@ class Request:
     id: str
     fields: dict[str, Any]
     turns: Sequence[dict[str, Any]] = ()
-    images: Sequence[str] = ()
-    """Paths of its pictures."""
+    images: Sequence[str | bytes] = ()
+    """Its pictures, each a path or its content."""
     error: str = ""
     """Why it is no question; empty if it is one."""
 
@@ -84,7 +84,21 @@ def load_request(request: Request, folder: Path) -> RawSample:
     """
     if request.error:
         raise UserError(request.error)
-    return make_sample(request.id, request.turns, [read_image(folder / path) for path in request.images])
+    return make_sample(request.id, request.turns, [_read_picture(folder, source) for source in request.images])
+
+
+def _read_picture(folder: Path, source: str | bytes) -> bytes:
+    return source if isinstance(source, bytes) else read_image(folder / source, picture_place(folder, source))
+
+
+def _parse_answer(line: bytes) -> dict[str, Any]:
+    """A line of the answers; UserError if it is none."""
+    fields = parse_json(line)
+    if not isinstance(fields.get("id"), str | int):
+        raise UserError("its 'id' is neither text nor a number")
+    if not isinstance(fields.get("answer", fields.get("error")), str):
+        raise UserError("it has neither an 'answer' nor an 'error' of text")
+    return fields
 
 
 class AnswerFile:
@@ -115,14 +129,13 @@ class AnswerFile:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
-                fields = json.loads(line)
-                known = isinstance(fields, dict) and "id" in fields and bool({"answer", "error"} & fields.keys())
-            except (ValueError, RecursionError):
-                known = False
-            if not known:
+                fields = _parse_answer(line)
+            except UserError as error:
                 if number == len(lines) and not line.endswith(b"\n"):
                     break
-                raise UserError(f"line {number} of {self.path} is no answer; name another file with --outputs")
+                raise UserError(
+                    f"line {number} of {self.path} is no answer: {error}; name another file with --outputs"
+                ) from error
             if "answer" in fields and line.endswith(b"\n"):
                 kept.append(line)
                 self.done.add(str(fields["id"]))

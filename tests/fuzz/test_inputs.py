@@ -1,7 +1,7 @@
 """Whatever chance makes of small valid files, each ends as what it says or as one sentence: nothing else, and in time.
 
-A sample's text stands in its input, and its pictures are the input's own. 2,000 files in `make test`, 50,000 in
-`make test-all`; a failure names the kind of file and the seed.
+A sample's text stands in its input, its pictures are the input's own, and a line that names one is not text alone. 2,000
+files in `make test`, 50,000 in `make test-all`; a failure names the kind of file and the seed.
 """
 
 import json
@@ -60,6 +60,7 @@ LINES: list[dict[str, Any]] = [
         ]
     },
     {"file_name": "blue.png", "text": "A blue one.", "images": None},
+    {"conversations": [{"from": "human", "value": "This?", "image": "red.png"}, {"from": "gpt", "value": "Red."}]},
     {"text": "No picture at all."},
 ]
 TAR = [
@@ -106,6 +107,21 @@ def check_sample(record: dict[str, Any], pictures: dict[str, bytes], texts: list
     assert all(data in files for data in pictures.values())
 
 
+SAID = frozenset(
+    ("id", "source", "system", "text", "value", "content", "question", "answer", "caption", "from", "role")
+)
+"""Fields of prose, which may say anything."""
+
+
+def names_a_picture(content: Any, field: str = "") -> bool:
+    """Whether a line names one of the pictures anywhere but in prose."""
+    if isinstance(content, dict):
+        return any(key in PICTURES or names_a_picture(value, key) for key, value in content.items())
+    if isinstance(content, list):
+        return any(names_a_picture(one, field) for one in content)
+    return field not in SAID and content in PICTURES
+
+
 def image(folder: Path, seed: int) -> bool:
     picture = decode_image(mutate_bytes(with_exif(KINDS[seed % len(KINDS)]), seed))
     assert picture.mode == "RGB"
@@ -127,6 +143,7 @@ def json_lines(folder: Path, seed: int) -> bool:
         good += 1
         texts = strings_of(json.loads(opened._bytes_of(number)))
         check_sample(record, pictures, texts, list(PICTURES.values()))
+        assert pictures or not names_a_picture(json.loads(opened._bytes_of(number))), "a picture became text"
         assert len(pictures) == sum(
             turn["value"].count("<image>") for turn in record["conversation"] if turn["from"] == "human"
         )
@@ -294,3 +311,4 @@ def test_lines_of_any_content(tmp_path_factory: pytest.TempPathFactory, line: di
         assert str(error).strip()
     else:
         check_sample(record, pictures, strings_of(line), list(PICTURES.values()))
+        assert pictures or not names_a_picture(line), "a picture became text"

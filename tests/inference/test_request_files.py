@@ -1,5 +1,6 @@
 """Questions in files: however a line names its pictures, they are asked with it, or the line is refused."""
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -40,8 +41,12 @@ ONE_PICTURE: dict[str, dict[str, Any]] = {
     "file_name": {"question": "What?", "file_name": "red.png"},
     "a tag": {"question": "<img>red.png</img>What?"},
     "a description": {"question": "What?", "images": [{"path": "red.png", "bytes": None}]},
+    "data": {"question": "What?", "image": "data:image/png;base64," + base64.b64encode(RED).decode()},
+    "ms-swift's": {"query": "<image>What?", "response": "not given", "images": ["red.png"]},
+    "Alpaca's": {"instruction": "What?", "output": "not given", "image": "red.png"},
     "turns": {"conversation": [{"from": "human", "value": "<image>\nWhat?"}], "images": ["red.png"]},
     "turns without a place": {"conversations": user("What?"), "images": ["red.png"]},
+    "a tag in capitals": {"question": "<IMG>\nred.png\n</IMG>What?"},
     "a turn's own": {"conversation": [{"from": "human", "value": "What?", "image": "red.png"}]},
     "parts": {"messages": user([{"type": "image", "image": "red.png"}, {"type": "text", "text": "What?"}])},
     "parts with an address": {
@@ -74,21 +79,38 @@ def test_text_alone_stays_text(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "another field": ({"question": "What?", "picture": "red.png"}, "its 'picture' names the picture 'red.png'"),
+    "a nested field": (
+        {"question": "What?", "meta": {"image": "red.png"}},
+        "its 'meta.image' names the picture 'red.png'",
+    ),
+    "the system": ({"question": "What?", "system": "<img>red.png</img>"}, "its 'system' names the picture 'red.png'"),
+    "two fields": (
+        {"question": "?", "image": "red.png", "images": ["blue.png"]},
+        "its 'images' names 'blue.png'; leave",
+    ),
+    "an answer's part": (
+        {"messages": [*user("What?"), {"role": "assistant", "content": [{"type": "image", "image": "red.png"}]}]},
+        "turn 1 of its conversation, of the assistant, names the picture 'red.png' outside a user's turn",
+    ),
+    "base64": (
+        {"question": "What?", "image": "QUJD" * 500},
+        f"the image {'QUJD' * 10!r}... (2000 characters), which is no",
+    ),
     "an address": ({"question": "What?", "image": "https://a.org/red.png"}, "is an address; download it"),
-    "data": ({"question": "What?", "image": "data:image/png;base64,AAAA"}, "write it into a file"),
+    "data": ({"question": "What?", "image": "data:image/png;base64,A!"}, "is no base64"),
     "two places": ({"question": "<image> <image>?", "image": "red.png"}, "has 2 <image> and it has 1 images"),
     "a place without a picture": ({"question": "<image>?"}, "has 1 <image> and it has 0 images"),
     "half a character": (b'{"question": "\\ud800?"}', "half of a character"),
     "another encoding": ('{"question": "你"}'.encode("gbk"), "is not UTF-8"),
     "a part of another kind": ({"messages": user([{"type": "video"}])}, "a part of type 'video'"),
-    "a nested field": ({"question": "What?", "meta": {"image": "red.png"}}, "its 'meta.image' names the picture"),
+    "a nested image": ({"question": "What?", "meta": {"image": "red.png"}}, "its 'meta.image' names the picture"),
     "a system turn": ({"question": "What?", "system": "<IMG>red.png</IMG>"}, "its 'system' names the picture"),
-    "two fields": ({"question": "What?", "image": "red.png", "images": ["blue.png"]}, "name different pictures"),
+    "image and images": ({"question": "What?", "image": "red.png", "images": ["blue.png"]}, "name different pictures"),
     "an answer's place": (
         {"messages": [*user("What?"), {"role": "assistant", "content": [{"type": "image"}]}, *user("And?")]},
         "stands in a user's turn alone",
     ),
-    "both": ({"question": "What?", "messages": user("What?")}, "either 'question'"),
+    "both": ({"question": "What?", "messages": user("What?")}, "it needs one of 'conversations' or 'texts'"),
 }
 
 
@@ -97,7 +119,7 @@ def test_what_cannot_be_asked_is_one_sentence(folder: Path, name: str) -> None:
     line, words = REFUSED[name]
     with pytest.raises(UserError) as caught:
         load_request(read(folder, line), folder)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -126,11 +148,23 @@ def test_answers_are_written_beside_the_question(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b'"id answer"', b"[1]", b"3", b'{"id": 1}', b'{"answer": "x"}', b"\xff", b"[" * 100_000, b"null"]
+    ("line", "says"),
+    [
+        (b'"id and answer"', "its JSON is no object"),
+        (b'["id", "answer"]', "its JSON is no object"),
+        (b"7", "its JSON is no object"),
+        (b'{"id": [1], "answer": "Red."}', "its 'id' is neither text nor a number"),
+        (b'{"answer": "Red."}', "its 'id' is neither text nor a number"),
+        (b'{"id": 1, "answer": ["Red."]}', "neither an 'answer' nor an 'error' of text"),
+        (b'{"id": 1, "answer": "R\xff"}', "is not UTF-8"),
+        (b"[" * 100_000, "its JSON is broken"),
+        (b"\xff\xfe", "its JSON is broken"),
+    ],
 )
-def test_a_file_of_something_else_is_not_written_to(folder: Path, line: bytes) -> None:
+def test_a_file_that_holds_no_answers_is_one_sentence(folder: Path, line: bytes, says: str) -> None:
     path = folder / "out.jsonl"
-    path.write_bytes(line + b"\n")
-    with pytest.raises(UserError, match="line 1 of .* is no answer; name another file with --outputs"):
+    path.write_bytes(b'{"id": 3, "answer": "Red."}\n' + line + b"\n")
+    with pytest.raises(UserError, match="name another file with --outputs") as caught:
         AnswerFile(path)
-    assert path.read_bytes() == line + b"\n"
+    assert f"line 2 of {path} is no answer: " in str(caught.value) and says in str(caught.value)
+    assert path.read_bytes().endswith(line + b"\n")

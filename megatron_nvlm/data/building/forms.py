@@ -3,14 +3,20 @@
 | form         | fields                                                   | becomes                                      |
 |--------------|----------------------------------------------------------|----------------------------------------------|
 | conversation | `conversations`, `conversation` or `messages`            | its turns (LLaVA's, ShareGPT's, OpenAI's)    |
-| question     | `question` and `answer` (of a list, the commonest)       | one user's turn, one answer                  |
+| Cauldron     | `texts`, each with `user` and `assistant`                | a user's turn and an answer of each          |
+| query        | `query`, `response`, `history` (ms-swift)                | the history's turns, the query, the response |
+| instruction  | `instruction`, `input`, `output`, `history` (Alpaca)     | the same; the input stands after a newline   |
+| question     | `question` and `answer` or `answers`                     | one user's turn, one answer                  |
 | caption      | `caption`, or `text` beside an image                     | the caption prompt, the caption              |
 | text         | `text` without an image                                  | one answer without a question                |
 
-Images are named by `image` (a path or a list of paths), `images` or `file_name`, by `image` or `images` of a user's turn, by
-the parts of an OpenAI message, by Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a
-user's turn says `<image>`; if none does, those of a turn stand at its beginning, others at the beginning of the first
-question. A field `system` is the system turn. Fields that are null are absent.
+Of several `answers`, texts or VQA's `{"answer": ...}`, the commonest is taken (the first of equals), unless there is a
+`multiple_choice_answer`: our choice. An instruction and its input are joined by a newline, as in LLaMA-Factory.
+
+Images are named by `image` (a path or a list of paths), `images` or `file_name` of the sample or of a user's turn, by the
+parts of an OpenAI message, by Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a turn
+of the user says `<image>`; those that a turn names stand in it, and if no turn says where, all stand at the beginning of the
+first question. A field `system` is the system turn. Fields that are null are absent.
 """
 
 from collections import Counter
@@ -22,21 +28,20 @@ from megatron_nvlm.data.building.pictures import (
     FILE_NAME_FIELDS,
     IMAGE_FIELDS,
     has_image_name,
-    named_pictures,
-    own_pictures,
-    picture_paths,
+    join_pictures,
+    listed_pictures,
+    picture_source,
     present,
     refuse_unread_picture,
-    replace_image_tags,
+    tagged_picture,
 )
+from megatron_nvlm.data.building.text import shown
+from megatron_nvlm.data.building.turns import BYTE_ORDER_MARK, StoredTurn, spell_turns
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, check_places, check_turns, read_turns
+from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, check_turns, read_turns
 
 Content = Mapping[str, Any]
-StoredTurn = dict[str, Any]
 DEFAULT_CAPTION_PROMPT = "Describe the image briefly."
-BYTE_ORDER_MARK = "\ufeff"
-"""What Windows' editors put before a text; it is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,13 @@ class Form:
 
     fields: tuple[str, ...]
     """Any of them tells the form."""
+    answers: tuple[str, ...]
+    """Fields of its answer, if that is no part of `fields`."""
+    further: tuple[str, ...]
+    """Fields that it reads beside these."""
     needs_image: bool | None
     """True or false where the form is only this with or without an image; None if it is either way."""
-    turns: Callable[[Content, str], list[StoredTurn]]
+    turns: Callable[[Content, str], Any]
 
 
 def _human(text: str) -> StoredTurn:
@@ -66,16 +75,8 @@ def _first_text(content: Content, *fields: str) -> str:
     raise UserError(f"its {' or '.join(repr(field) for field in fields)} is empty or no text")
 
 
-def _conversation(content: Content, prompt: str) -> list[StoredTurn]:
-    raw = _raw_turns(content)
-    if not isinstance(raw, list):
-        raise UserError("its conversation is no list of turns")
-    plain = [_plain_turn(turn) for turn in raw]
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return [
-        {"from": names[turn.role], "value": turn.text, **({} if turn.is_learned else {"loss": False})}
-        for turn in read_turns({"conversation": plain})
-    ]
+def _conversation(content: Content, prompt: str) -> Any:
+    return _raw_turns(content)
 
 
 def _raw_turns(content: Content) -> Any:
@@ -83,42 +84,55 @@ def _raw_turns(content: Content) -> Any:
     return next((content[field] for field in FORMS["conversation"].fields if content.get(field) is not None), None)
 
 
-def _turns_of(content: Content) -> list[Any]:
-    """The turns as they stand there, if they are a list."""
-    raw = _raw_turns(content)
-    return raw if isinstance(raw, list) else []
+def _cauldron(content: Content, prompt: str) -> Any:
+    pairs = content["texts"]
+    if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
+        raise UserError("its 'texts' is no list of entries with 'user' and 'assistant'")
+    return [
+        turn for pair in pairs for turn in (_human(_first_text(pair, "user")), _gpt(_first_text(pair, "assistant")))
+    ]
 
 
-def _plain_turn(turn: Any) -> Any:
-    """A turn as one text: its parts (OpenAI's form) joined, pictures of its own in front unless the text has places."""
-    content = turn.get("content") if isinstance(turn, Mapping) else None
-    if not isinstance(content, list):
-        return _with_own_pictures(turn)
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("image", "image_url"):
-            texts.append(IMAGE_PLACEHOLDER)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            raise UserError(f"a part of type {kind!r} in its conversation is neither text nor image")
-    return {**turn, "content": "".join(texts)}
+def _history(content: Content) -> list[StoredTurn]:
+    pairs = content.get("history", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UserError("its 'history' is no list of pairs [question, answer]")
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise UserError("its 'history' holds what is no text")
+    return [turn for asked, answered in pairs for turn in (_human(asked), _gpt(answered))]
 
 
-def _with_own_pictures(turn: Any) -> Any:
-    number = own_pictures(turn)
-    field = next((name for name in ("value", "content") if number and isinstance(turn.get(name), str)), None)
-    if field is None or IMAGE_PLACEHOLDER in replace_image_tags(turn[field], IMAGE_PLACEHOLDER):
-        return turn
-    return {**turn, field: f"{IMAGE_PLACEHOLDER}\n" * number + turn[field]}
+def _query(content: Content, prompt: str) -> Any:
+    return [*_history(content), _human(_first_text(content, "query")), *_answer(content, "response")]
 
 
-def _question(content: Content, prompt: str) -> list[StoredTurn]:
-    answer = content.get("answer", content.get("answers"))
-    if isinstance(answer, list) and answer and all(isinstance(one, str) for one in answer):
-        answer = Counter(answer).most_common(1)[0][0]
-    return [_human(_first_text(content, "question")), _gpt(_first_text({"answer": answer}, "answer"))]
+def _instruction(content: Content, prompt: str) -> Any:
+    asked = _first_text(content, "instruction")
+    beside = content.get("input", "")
+    if not isinstance(beside, str):
+        raise UserError("its 'input' is no text")
+    asked = f"{asked}\n{beside}" if beside.strip() else asked
+    return [*_history(content), _human(asked), *_answer(content, "output")]
+
+
+def _answer(content: Content, field: str) -> list[StoredTurn]:
+    """The answer's turn; none where the field is absent, as in a question that is to be answered."""
+    return [_gpt(_first_text(content, field))] if field in content else []
+
+
+def _question(content: Content, prompt: str) -> Any:
+    answer = next((content[field] for field in _QUESTION_ANSWERS if field in content), None)
+    if isinstance(answer, list) and answer:
+        texts = [one.get("answer") if isinstance(one, Mapping) else one for one in answer]
+        if all(isinstance(text, str) for text in texts):
+            answer = Counter(texts).most_common(1)[0][0]
+    return [
+        _human(_first_text(content, "question")),
+        *([] if answer is None else [_gpt(_first_text({"answer": answer}, "answer"))]),
+    ]
+
+
+_QUESTION_ANSWERS = ("multiple_choice_answer", "answer", "answers")
 
 
 def _caption(content: Content, prompt: str) -> list[StoredTurn]:
@@ -130,25 +144,20 @@ def _text(content: Content, prompt: str) -> list[StoredTurn]:
 
 
 FORMS: dict[str, Form] = {
-    "conversation": Form(("conversations", "conversation", "messages"), None, _conversation),
-    "question": Form(("question",), None, _question),
-    "caption": Form(("caption", "text"), True, _caption),
-    "text": Form(("text",), False, _text),
+    "conversation": Form(("conversations", "conversation", "messages"), (), (), None, _conversation),
+    "Cauldron": Form(("texts",), (), (), None, _cauldron),
+    "query": Form(("query",), ("response",), ("history",), None, _query),
+    "instruction": Form(("instruction",), ("output",), ("input", "history"), None, _instruction),
+    "question": Form(("question",), _QUESTION_ANSWERS, (), None, _question),
+    "caption": Form(("caption", "text"), (), (), True, _caption),
+    "text": Form(("text",), (), (), False, _text),
 }
-
-
-READ_FIELDS = frozenset(
-    {
-        "id",
-        "source",
-        "system",
-        "answer",
-        "answers",
-        *IMAGE_FIELDS,
-        *(name for form in FORMS.values() for name in form.fields),
-    }
+TEXT_FIELDS = frozenset(
+    {"id", "source", "system"}.union(*((*form.fields, *form.answers, *form.further) for form in FORMS.values()))
 )
-"""Fields that decide something; others are counted in the report."""
+"""Fields of texts and turns, and those that name a sample."""
+_READ_OF_ALL = ("id", "source", "system", *IMAGE_FIELDS)
+"""Fields that decide something in any form; others than these and its own are counted in the report."""
 
 
 def to_conversation(content: Content, num_images: int, caption_prompt: str) -> list[StoredTurn]:
@@ -160,40 +169,37 @@ def to_conversation(content: Content, num_images: int, caption_prompt: str) -> l
     """
     content = present(content)
     if num_images == 0:
-        refuse_unread_picture(content, _turns_of(content), READ_FIELDS)
-    turns = _find_form(content, num_images).turns(content, caption_prompt)
-    _clean(turns, content)
+        refuse_unread_picture(content, TEXT_FIELDS)
+    form = _find_form(content, num_images)
+    if form.answers and not any(field in content for field in form.answers):
+        raise UserError(f"it has no {' or '.join(map(repr, form.answers))}, so there is nothing to learn")
+    turns = spell_turns(form.turns(content, caption_prompt)).turns
+    _add_system(turns, content)
     check_turns(read_turns({"conversation": turns}))
     _match_places(turns, num_images)
     return turns
 
 
-def to_question(content: Content) -> tuple[list[StoredTurn], list[str]]:
-    """The turns of a question that is to be answered, and the paths of its pictures: one placeholder for each.
+def to_question(content: Content) -> tuple[list[StoredTurn], list[str | bytes]]:
+    """The turns of a question that is to be answered, and its pictures (path or content), one placeholder for each.
 
     Raises:
         UserError: it is no question, pictures are named in another way, or placeholders and pictures differ in number.
     """
     content = present(content)
-    raw, question = _raw_turns(content), content.get("question")
-    if isinstance(question, str) == (raw is not None):
-        raise UserError("it needs either 'question', a text, or 'conversation', a list of turns")
-    paths = image_paths(content)
-    if not paths:
-        refuse_unread_picture(content, _turns_of(content), READ_FIELDS)
-    turns = [_human(question)] if isinstance(question, str) else _conversation(content, "")
-    _clean(turns, content)
-    check_places(read_turns({"conversation": turns}))
-    _match_places(turns, len(paths))
-    return turns, paths
-
-
-def _clean(turns: list[StoredTurn], content: Content) -> None:
-    """Placeholders for names of pictures in users' turns, no byte order marks, the system turn in front."""
-    for turn in turns:
-        text = turn["value"].removeprefix(BYTE_ORDER_MARK)
-        turn["value"] = replace_image_tags(text, IMAGE_PLACEHOLDER) if turn["from"] == "human" else text
+    asking = [
+        form for form in FORMS.values() if form.needs_image is None and any(name in content for name in form.fields)
+    ]
+    if len(asking) != 1:
+        wanted = " or ".join(repr(form.fields[0]) for form in FORMS.values() if form.needs_image is None)
+        raise UserError(f"it needs one of {wanted}, and has {'none' if not asking else 'several'} of these; correct it")
+    images = image_sources(content)
+    if not images:
+        refuse_unread_picture(content, TEXT_FIELDS)
+    turns = spell_turns(asking[0].turns(_without_answers(content, asking[0]), "")).turns
     _add_system(turns, content)
+    _match_places(turns, len(images))
+    return turns, images
 
 
 def _match_places(turns: list[StoredTurn], num_images: int) -> None:
@@ -212,7 +218,11 @@ def has_form(content: Content) -> bool:
 
 def unread_fields(content: Content, kept: Sequence[str]) -> list[str]:
     """Fields that decide nothing and are not kept."""
-    read = READ_FIELDS.union(kept, *(FILE_NAME_FIELDS for name in FILE_NAME_FIELDS if _names_image(content.get(name))))
+    told = next((form for form in FORMS.values() if any(content.get(field) is not None for field in form.fields)), None)
+    own = (*told.fields, *told.answers, *told.further) if told else ()
+    read = {*_READ_OF_ALL, *own}.union(
+        kept, *(FILE_NAME_FIELDS for name in FILE_NAME_FIELDS if _names_image(content.get(name)))
+    )
     return [field for field in present(content) if field not in read]
 
 
@@ -235,6 +245,9 @@ def _add_system(turns: list[StoredTurn], content: Content) -> None:
     said = content.get("system", "")
     if not isinstance(said, str):
         raise UserError("its 'system' is no text")
+    named = tagged_picture(said)
+    if named is not None:
+        raise UserError(f"its 'system' names the picture {shown(named)} outside a user's turn; move it there")
     said = said.removeprefix(BYTE_ORDER_MARK)
     if not said.strip():
         return
@@ -255,16 +268,28 @@ def _place_images(turns: list[StoredTurn], num_images: int) -> None:
 
 
 def image_names(content: Content) -> list[Any]:
-    """What a sample says of its images, in order: paths, or descriptions without one."""
-    question = content.get("question")
-    asked = [_human(question)] if isinstance(question, str) else []
-    return named_pictures(content, _turns_of(content) or asked)
-
-
-def image_paths(content: Content) -> list[str]:
-    """Paths of a sample's images, in order; none for text.
+    """What a sample says of its images, in order: paths, or descriptions without one.
 
     Raises:
-        UserError: its images are named by something else than paths of files.
+        UserError: two of its places name different pictures.
     """
-    return picture_paths(image_names(content))
+    content = present(content)
+    told: list[Any] = []
+    for form in FORMS.values():
+        if form.needs_image is None and any(field in content for field in form.fields):
+            told = spell_turns(form.turns(_without_answers(content, form), "")).pictures
+            break
+    return join_pictures(told, listed_pictures(content), "its turns name")
+
+
+def _without_answers(content: Content, form: Form) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in form.answers}
+
+
+def image_sources(content: Content) -> list[str | bytes]:
+    """A sample's images, in order, each the path of a file or its content; none for text.
+
+    Raises:
+        UserError: its images are named by something else.
+    """
+    return [picture_source(one) for one in image_names(content)]

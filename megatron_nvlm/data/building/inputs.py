@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_nvlm.data.building.forms import image_paths
-from megatron_nvlm.data.building.pictures import has_image_name
+from megatron_nvlm.data.building.forms import image_sources
+from megatron_nvlm.data.building.names import OUR_NAMES, Names
+from megatron_nvlm.data.building.pictures import has_image_name, picture_place
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
 from megatron_nvlm.data.building.unpacked import OpenFile
 from megatron_nvlm.errors import UserError
@@ -28,8 +29,6 @@ from megatron_nvlm.regular_files import check_regular
 _MOST_SPACE = 4096
 """Bytes by which a file that is an array has begun."""
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
-_MOST_SHOWN = 300
-"""Characters of a path in a sentence: what stands there may be a whole picture in base64."""
 MOST_FILE_BYTES = 4 * MAX_PIXELS
 """A larger file is no image that could be used."""
 
@@ -83,9 +82,9 @@ class JsonLines:
 
     kind = "jsonl"
 
-    def __init__(self, path: Path, file: OpenFile, images: Path | None = None) -> None:
+    def __init__(self, path: Path, file: OpenFile, images: Path | None = None, names: Names = OUR_NAMES) -> None:
         self._file = file
-        self.path, self.images, self.containers = path, images or path.parent, [path]
+        self.path, self.images, self.names, self.containers = path, images or path.parent, names, [path]
         self.faults, self.unread = list[str](), dict[str, int]()
         self.elsewhere = {} if self.images == path.parent else {"images": str(self.images)}
         self._number()
@@ -112,15 +111,16 @@ class JsonLines:
 
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
-        content = parse_json(self._bytes_of(number))
-        return InputSample(content, [_read_image(self.images / path) for path in image_paths(content)], {})
+        content = self.names.apply(parse_json(self._bytes_of(number)))
+        return InputSample(content, [_read_image(self.images, source) for source in image_sources(content)], {})
 
     def files_of(self, number: int) -> list[Path]:
         """Files that a sample is read from, there or not."""
         try:
-            return [self.images / path for path in image_paths(parse_json(self._bytes_of(number)))]
+            sources = image_sources(self.names.apply(parse_json(self._bytes_of(number))))
         except UserError:
             return []
+        return [self.images / source for source in sources if isinstance(source, str)]
 
     def _bytes_of(self, number: int) -> bytes:
         with self._file.path.open("rb") as file:
@@ -174,7 +174,7 @@ class JsonArray(JsonLines):
             return file.read(int(self.ends[number] - self.starts[number]))
 
 
-def open_json(path: Path, images: Path | None) -> JsonLines:
+def open_json(path: Path, images: Path | None, names: Names = OUR_NAMES) -> JsonLines:
     """JSON lines, or one JSON array; either may be compressed with gzip.
 
     Raises:
@@ -184,7 +184,7 @@ def open_json(path: Path, images: Path | None) -> JsonLines:
     if not path.is_file():
         raise UserError(f"there is no file {path}; correct --jsonl")
     file = OpenFile(path)
-    return (JsonArray if JsonArray.is_one(file) else JsonLines)(path, file, images)
+    return (JsonArray if JsonArray.is_one(file) else JsonLines)(path, file, images, names)
 
 
 class ImageFolder:
@@ -222,7 +222,7 @@ class ImageFolder:
         text = image.with_suffix(".txt")
         caption = decode_text(_read_file(text, f"its caption {text.name}"), f"its caption {text.name}")
         identity = str(Path(self.names[number]).with_suffix(""))
-        return InputSample({"id": identity, "caption": caption}, [_read_image(image)], {})
+        return InputSample({"id": identity, "caption": caption}, [_read_image(self.path, self.names[number])], {})
 
     def files_of(self, number: int) -> list[Path]:
         """Files that a sample is read from, there or not."""
@@ -230,8 +230,11 @@ class ImageFolder:
         return [image, image.with_suffix(".txt")]
 
 
-def _read_image(path: Path) -> bytes:
-    return _read_file(path, f"its image {printable(str(path)[:_MOST_SHOWN])}")
+def _read_image(folder: Path, name: str | bytes) -> bytes:
+    """An image by its path, or its content as it stands."""
+    if isinstance(name, bytes):
+        return name
+    return _read_file(folder / name, f"its image {printable(picture_place(folder, name))}")
 
 
 def _read_file(path: Path, what: str) -> bytes:

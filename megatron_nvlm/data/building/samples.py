@@ -10,6 +10,7 @@ from PIL import Image
 from megatron_nvlm.data.building.forms import DEFAULT_CAPTION_PROMPT, to_conversation, unread_fields
 from megatron_nvlm.data.building.inputs import InputSample
 from megatron_nvlm.data.building.mpo import first_picture
+from megatron_nvlm.data.building.names import OUR_NAMES, Names
 from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.prepare import stored_grid
 from megatron_nvlm.data.shards.records import RawSample
@@ -42,6 +43,8 @@ class SampleSettings:
     """Colour behind transparent pixels of what is stored as tiles or becomes PNG; None drops transparency."""
     keep: tuple[str, ...] = ()
     """Further fields of the input that go into the record."""
+    names: Names = OUR_NAMES
+    """What the input calls fields, roles and the place of a picture; its readers apply it."""
 
     def describe(self) -> dict[str, Any]:
         """For the index and the manifest; whole images fit any size of tiles."""
@@ -51,7 +54,9 @@ class SampleSettings:
                 del facts[name]
         if self.background is None:
             del facts["background"]  # sets of before it could be chosen do not name it
-        return {**facts, "keep": list(self.keep)}
+        names = self.names.describe()
+        del facts["names"]  # sets of before have none
+        return {**facts, "keep": list(self.keep), **({"names": names} if names else {})}
 
 
 def make_sample(sample: InputSample, settings: SampleSettings) -> Stored:

@@ -5,6 +5,9 @@ from typing import Any
 
 from megatron_nvlm.errors import UserError
 
+MOST_SHOWN, _BEGINNING = 200, 40
+"""Characters of a path in a sentence; of a longer one so many from its beginning."""
+
 
 def decode_text(data: bytes, what: str) -> str:
     """A text file, without the byte order mark that some editors write first.
@@ -40,15 +43,14 @@ def load_json(data: bytes) -> Any:
     """
     try:
         content = json.loads(data)
-    except UnicodeDecodeError as error:
-        raise UserError(f"its JSON is broken: it is not UTF-8 ({error}); convert it") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"its JSON is broken ({error})") from error
-    try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])[1:-1]
         raise UserError(f"its JSON holds half of a character ({half}, a lone surrogate); fix the text") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"its JSON is broken: it is not UTF-8 ({error}); convert it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"its JSON is broken ({error})") from error
     return content
 
 
@@ -63,3 +65,10 @@ def check_name(name: str) -> None:
 def printable(text: str) -> str:
     """The text with what cannot be written as UTF-8 spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(text: str) -> str:
+    """A path or the like in quotes; of a long one, which may be a whole picture in base64, the beginning and the length."""
+    if len(text) <= MOST_SHOWN:
+        return repr(text)
+    return f"{text[:_BEGINNING]!r}... ({len(text)} characters)"

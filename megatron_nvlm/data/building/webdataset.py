@@ -14,9 +14,11 @@ import numpy as np
 
 from megatron_nvlm.data.building.forms import has_form, image_names
 from megatron_nvlm.data.building.inputs import InputSample
-from megatron_nvlm.data.building.pictures import choose_members, is_picture
+from megatron_nvlm.data.building.members import choose_members
+from megatron_nvlm.data.building.names import OUR_NAMES, Names
+from megatron_nvlm.data.building.pictures import embedded_picture, is_picture
 from megatron_nvlm.data.building.tars import find_tars
-from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
+from megatron_nvlm.data.building.text import check_name, decode_text, load_json
 from megatron_nvlm.data.building.unpacked import OpenFile
 from megatron_nvlm.data.shards.write import check_tar_end
 from megatron_nvlm.errors import UserError
@@ -27,7 +29,8 @@ class WebDatasetShards:
 
     kind = "webdataset"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Names = OUR_NAMES) -> None:
+        self.names = names
         self.path, self.faults, self.unread = path, list[str](), dict[str, int]()
         self.elsewhere: dict[str, str] = {}
         self.tars = self.containers = find_tars(path, self.faults)
@@ -83,7 +86,7 @@ class WebDatasetShards:
         content: Mapping[str, Any] = {"id": key}
         used = {"json"}
         if "json" in members:
-            content = {"id": key, **parse_json(members["json"])}
+            content = {"id": key, **self.names.apply(_read_json(members["json"]))}
         if "txt" in members and not has_form(content):
             content = {**content, "caption": decode_text(members["txt"], "its caption .txt")}
             used.add("txt")
@@ -93,9 +96,16 @@ class WebDatasetShards:
         tiles = {name: data for name, data in pictures.items() if is_tile(name)}
         if tiles and tiles.keys() != pictures.keys():
             raise UserError("it holds both tiles and whole images")
-        chosen = [] if tiles else choose_members(image_names(content), list(pictures), key)
+        named = [] if tiles else image_names(content)
+        held = [embedded_picture(one) for one in named]  # in the json itself
+        told = [one for one, data in zip(named, held, strict=True) if data is None]
+        chosen = [] if tiles or (named and not told) else choose_members(told, list(pictures), key)
         unread = tuple(name for name in members if name not in used.union(tiles, chosen))
-        return InputSample(content, [pictures[name] for name in chosen], tiles, unread)
+        images = [pictures[name] for name in chosen]
+        if told != named:
+            found = iter(images)
+            images = [next(found) if data is None else data for data in held]
+        return InputSample(content, images, tiles, unread)
 
     def files_of(self, number: int) -> list[Path]:
         """Files that a sample is read from, there or not."""
@@ -169,6 +179,14 @@ class _Scan:
         found = self._files.get(posixpath.normpath(target))
         if found is not None:
             self._files[name] = self.links[member.offset] = found
+
+
+def _read_json(data: bytes) -> Mapping[str, Any]:
+    """A sample's json; a list alone is its turns, as in tars of Megatron-LM's multimodal example."""
+    content = load_json(data)
+    if not isinstance(content, list | dict):
+        raise UserError("its JSON is neither an object nor a list of turns")
+    return content if isinstance(content, dict) else {"conversations": content}
 
 
 def _is_read(member: tarfile.TarInfo) -> bool:

@@ -63,8 +63,9 @@ def test_a_line_that_names_a_picture_never_becomes_text(tmp_path: Path) -> None:
         ({"pictures": ["red.png"], "text": "A square"}, "its 'pictures' names the picture"),
         ({"url": "https://a.org/b.JPG?size=2", "text": "A square"}, "its 'url' names the picture"),
         ({"image": "https://a.org/b.jpg", **talk("What?")}, "is an address; download it"),
-        ({"image": "data:image/png;base64,AAAA", **talk("What?")}, "its image stands in its text"),
-        ({"image": {"bytes": "AAAA", "path": None}, **talk("What?")}, "neither a path nor a list of paths"),
+        ({"image": "data:image/png;base64,AAAA", **talk("What?")}, "its image 0: the image cannot be decoded"),
+        ({"image": {"bytes": "AAAA", "path": None}, **talk("What?")}, "its image 0: the image cannot be decoded"),
+        ({"image": {"bytes": None, "path": None}, **talk("What?")}, "neither a path nor a list of paths"),
         ({"image": "red.png", **talk("<img>blue.png</img>")}, "its turns name other pictures"),
         ({"file_name": "missing.png", "text": "A square"}, "missing.png cannot be read"),
         (

@@ -54,7 +54,6 @@ def learned_text(sample: RawSample, tokenizer: Tokenizer) -> str:
         {"image": "red.png", "question": "Which tag?", "answer": "<image>"},
         {"text": "The tag <image>."},
         {"image": "red.png", "system": "Use <image>.", "conversations": [human("What?"), gpt("Red.")]},
-        {"images": ["red.png"], "messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
     ],
 )
 def test_a_place_of_an_image_outside_a_users_turn_is_a_named_reject(tmp_path: Path, line: Line) -> None:
