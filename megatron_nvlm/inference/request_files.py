@@ -6,8 +6,8 @@ builds of shards read (data/building/forms.py). A line out: the same and "answer
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Request:
     turns: Sequence[dict[str, Any]] = ()
     images: Sequence[str] = ()
     """Paths of its pictures."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Sampling` that it sets for itself."""
     error: str = ""
     """Why it is no question; empty if it is one."""
 
@@ -128,10 +130,10 @@ class AnswerFile:
                 self.done.add(str(fields["id"]))
         return kept
 
-    def write(self, results: Sequence[tuple[Request, str, str]]) -> None:
-        """Append (request, answer, error) each; the error is empty if there is an answer."""
-        for request, answer, error in results:
+    def write(self, results: Sequence[tuple[Request, Mapping[str, Any], str]]) -> None:
+        """Append (request, "answer" and what else is said of it, error) each; the error is empty if there is an answer."""
+        for request, answered, error in results:
             told = {"id": request.fields.get("id", request.id)}
-            line = {**told, "error": error} if error else {**told, **request.fields, "answer": answer}
+            line = {**told, "error": error} if error else {**told, **request.fields, **answered}
             self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         self._file.flush()
