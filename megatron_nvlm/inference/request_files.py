@@ -16,6 +16,7 @@ from megatron_nvlm.data.building.pictures import present
 from megatron_nvlm.data.building.text import parse_json
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.inference.openai_request import open_batch_line
 from megatron_nvlm.inference.questions import make_sample, read_image
 
 
@@ -65,14 +66,17 @@ def _parse(number: int, line: bytes) -> Request:
     fields: dict[str, Any] = {}
     try:
         fields = present(parse_json(line))
+        if "body" in fields and "id" not in fields and "custom_id" in fields:
+            fields = {"id": fields["custom_id"], **fields}
         if not isinstance(fields.get("id", ""), str | int):
             fields = {}
             raise UserError("its 'id' is neither text nor a number")
         name = str(fields.get("id", name))
-        turns, images = to_question(fields)
+        question, settings = open_batch_line(fields)
+        turns, images = to_question(question)
     except UserError as error:
         return Request(number, name, fields, error=str(error))
-    return Request(number, name, fields, turns, images)
+    return Request(number, name, fields, turns, images, settings)
 
 
 def load_request(request: Request, folder: Path) -> RawSample:
