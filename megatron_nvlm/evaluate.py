@@ -18,6 +18,7 @@ from megatron_nvlm.data.shards.read import RawSample, ShardSet
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.accuracy import VIEWS, Answer, accuracy_table
 from megatron_nvlm.inference.answers import answer
+from megatron_nvlm.inference.sampling import Sampling
 from megatron_nvlm.option_types import LaunchedParser, positive_int
 from megatron_nvlm.parallel.groups import get_groups, stop_groups
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
@@ -30,13 +31,14 @@ def answer_all(trained: TrainedRun, shards: ShardSet, batch_size: int, max_new_t
     """Every sample under every view, shared out over the data-parallel replicas; all ranks return all answers."""
     replicas = get_groups().dp
     numbers = range(replicas.rank(), len(shards), replicas.size())
+    sampling = Sampling(max_new_tokens=max_new_tokens)
     own: list[Answer] = []
     for first in range(0, len(numbers), batch_size):
         raws = [shards.read(number) for number in numbers[first : first + batch_size]]
         samples = [_prepare(trained, raw, shards.name) for raw in raws]
         truths = [read_turns(raw.record)[-1].text for raw in raws]
         for view, look in VIEWS.items():
-            texts = answer(trained, [look(sample) for sample in samples], max_new_tokens)
+            texts = answer(trained, [look(sample) for sample in samples], sampling)
             own += [
                 Answer(sample.key, view, sample.source, truth, text)
                 for sample, truth, text in zip(samples, truths, texts, strict=True)

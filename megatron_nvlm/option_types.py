@@ -91,6 +91,11 @@ def natural_float(text: str) -> float:
     return value
 
 
+def finite_float(text: str) -> float:
+    """A number, neither infinite nor NaN."""
+    return _number(text)
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     value = _number(text)

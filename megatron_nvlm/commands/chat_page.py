@@ -43,6 +43,7 @@ from megatron_nvlm.runs.run_dir import RunDir
 PAGE = Path(__file__).with_suffix(".html")
 MOST_MEGABYTES = 32
 """Of one picture; a conversation may send four times as much."""
+MOST_NEW_TOKENS = 4096
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
 )
@@ -80,13 +81,13 @@ class ModelThread:
         self.step = self._do(save_load.load_model, path, self.trained.model).step
         self.path = path
 
-    def answer(self, raw: RawSample, max_new_tokens: int, sampling: Sampling) -> dict[str, Any]:
+    def answer(self, raw: RawSample, sampling: Sampling) -> dict[str, Any]:
         """The answer, and what it took."""
 
         def work() -> dict[str, Any]:
             began = time.monotonic()
             sample = self.trained.pipeline.prepare(raw, open_answer=True)
-            text = answer(self.trained, [sample], max_new_tokens, sampling)[0]
+            text = answer(self.trained, [sample], sampling)[0]
             seconds = round(time.monotonic() - began, 2)
             return {"answer": text, "tiles": sample.sequence.num_tiles, "seconds": seconds}
 
@@ -146,13 +147,19 @@ def make_app(model: ModelThread) -> Flask:
         try:
             images = [base64.b64decode(image, validate=True) for image in fields["images"]]
             raw = make_sample("page", fields["turns"], images)
-            tokens, seed = int(fields["max_new_tokens"]), secrets.randbits(32)
-            sampling = Sampling(float(fields["temperature"]), float(fields["top_p"]), seed)
+            sampling = Sampling(
+                temperature=float(fields["temperature"]),
+                top_p=float(fields["top_p"]),
+                top_k=int(fields["top_k"]),
+                repetition_penalty=float(fields["repetition_penalty"]),
+                max_new_tokens=int(fields["max_new_tokens"]),
+                seed=secrets.randbits(32),
+            )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise UserError(f"the page sent something else than a question ({error}); reload it") from error
-        if not 1 <= tokens <= 4096:
-            raise UserError(f"an answer of {tokens} tokens is not possible; choose 1 to 4096")
-        return jsonify(model.answer(raw, tokens, sampling))
+        if sampling.max_new_tokens > MOST_NEW_TOKENS:
+            raise UserError(f"max_new_tokens is {sampling.max_new_tokens}; choose 1 to {MOST_NEW_TOKENS}")
+        return jsonify(model.answer(raw, sampling))
 
     _answer_errors(app)
     return app

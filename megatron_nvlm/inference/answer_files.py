@@ -1,9 +1,10 @@
 """Answers all questions of a file. The first rank reads and writes, all ranks compute, replicas share the questions out."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -11,13 +12,18 @@ from tqdm import tqdm
 from megatron_nvlm.data.prepare import PreparedSample
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.inference.answers import answer
+from megatron_nvlm.inference.answers import generate_answers
+from megatron_nvlm.inference.decoding import GeneratedAnswer, token_logprobs
 from megatron_nvlm.inference.request_files import AnswerFile, Request, load_request, read_requests
 from megatron_nvlm.inference.sampling import Sampling
 from megatron_nvlm.parallel.groups import get_groups
 from megatron_nvlm.runs.restore import TrainedRun
+from megatron_nvlm.text.tokenizer import Tokenizer
 
 LINES_EVERY_SECONDS = 10
+Question = tuple[RawSample, Sampling]
+Answered = dict[str, Any]
+"""What a line of the outputs says of an answer."""
 Sent = TypeVar("Sent")
 
 
@@ -47,13 +53,12 @@ class _Progress:
             self.told_at = time.monotonic()
 
 
-def answer_file(
-    trained: TrainedRun, inputs: Path, outputs: Path, batch_size: int, max_new_tokens: int, sampling: Sampling
-) -> int:
+def answer_file(trained: TrainedRun, inputs: Path, outputs: Path, batch_size: int, sampling: Sampling) -> int:
     """Answer what has no answer yet; every rank calls it.
 
     Args:
         batch_size: questions that a model replica answers at once.
+        sampling: of lines that say nothing else.
 
     Returns:
         Lines that could not be answered; each stands in the outputs with its reason.
@@ -74,14 +79,14 @@ def answer_file(
     failed = 0
     for start in range(0, from_first_rank(len(requests)), at_once):
         some = requests[start : start + at_once]
-        raws = from_first_rank([_load(one, inputs.parent) for one in some])
-        results = _answer(trained, raws, max_new_tokens, sampling)
+        questions = from_first_rank([_load(one, inputs.parent, sampling) for one in some])
+        results = _answer(trained, questions)
         failed += sum(error != "" for _, error in results)
         if first:
             answers.write(
                 [
-                    (request, text, _named(request, inputs, error))
-                    for request, (text, error) in zip(some, results, strict=True)
+                    (request, found, _named(request, inputs, error))
+                    for request, (found, error) in zip(some, results, strict=True)
                 ]
             )
             progress.add(len(some))
@@ -97,33 +102,41 @@ def _named(request: Request, inputs: Path, error: str) -> str:
     return named
 
 
-def _load(request: Request, folder: Path) -> RawSample | str:
+def _load(request: Request, folder: Path, sampling: Sampling) -> Question | str:
     """The question, or why it is none."""
     try:
-        return load_request(request, folder)
+        return load_request(request, folder), dataclasses.replace(sampling, **request.settings)
     except UserError as error:
         return str(error)
 
 
-def _answer(
-    trained: TrainedRun, raws: list[RawSample | str], max_new_tokens: int, sampling: Sampling
-) -> list[tuple[str, str]]:
-    """(answer, error) of each; every rank knows all."""
+def _answer(trained: TrainedRun, questions: list[Question | str]) -> list[tuple[Answered, str]]:
+    """(what the outputs say, error) of each; every rank knows all."""
     replicas = get_groups().dp
-    own: dict[int, tuple[str, str]] = {}
-    prepared: dict[int, PreparedSample] = {}
-    for number in range(replicas.rank(), len(raws), replicas.size()):
-        raw = raws[number]
-        if isinstance(raw, str):
-            own[number] = "", raw
+    own: dict[int, tuple[Answered, str]] = {}
+    prepared: dict[int, tuple[PreparedSample, Sampling]] = {}
+    for number in range(replicas.rank(), len(questions), replicas.size()):
+        question = questions[number]
+        if isinstance(question, str):
+            own[number] = {}, question
             continue
+        raw, sampling = question
         try:
-            prepared[number] = trained.pipeline.prepare(raw, open_answer=True)
+            prepared[number] = trained.pipeline.prepare(raw, open_answer=True), sampling
         except UserError as error:
-            own[number] = "", str(error)
-    texts = answer(trained, list(prepared.values()), max_new_tokens, sampling)
-    own |= {number: (text, "") for number, text in zip(prepared, texts, strict=True)}
-    parts: list[dict[int, tuple[str, str]]] = [{} for _ in range(replicas.size())]
+            own[number] = {}, str(error)
+    samples, samplings = [sample for sample, _ in prepared.values()], [sampling for _, sampling in prepared.values()]
+    found = generate_answers(trained, samples, samplings)
+    for number, answered, sampling in zip(prepared, found, samplings, strict=True):
+        own[number] = _told(answered, sampling, trained.pipeline.tokenizer), ""
+    parts: list[dict[int, tuple[Answered, str]]] = [{} for _ in range(replicas.size())]
     dist.all_gather_object(parts, own, group=replicas)
     everything = {number: result for part in parts for number, result in part.items()}
-    return [everything[number] for number in range(len(raws))]
+    return [everything[number] for number in range(len(questions))]
+
+
+def _told(found: GeneratedAnswer, sampling: Sampling, tokenizer: Tokenizer) -> Answered:
+    """Fields of a line of the outputs."""
+    if sampling.logprobs is None:
+        return {"answer": found.text}
+    return {"answer": found.text, "logprobs": token_logprobs(found, tokenizer)}

@@ -3,18 +3,29 @@
 from collections.abc import Sequence
 
 from megatron_nvlm.data.prepare import PreparedSample
-from megatron_nvlm.inference.generation import generate
+from megatron_nvlm.inference.decoding import GeneratedAnswer
+from megatron_nvlm.inference.generation import Listener, generate
 from megatron_nvlm.inference.sampling import GREEDY, Sampling
 from megatron_nvlm.runs.restore import TrainedRun
-from megatron_nvlm.text.conversation import TEMPLATES
+from megatron_nvlm.text.conversation import find_template
 
 
-def answer(
-    trained: TrainedRun, samples: Sequence[PreparedSample], max_new_tokens: int, sampling: Sampling = GREEDY
-) -> list[str]:
-    """Texts for samples prepared with `open_answer`; every rank of a model replica calls it alike."""
-    tokenizer = trained.pipeline.tokenizer
-    stop_id = tokenizer.special_id(TEMPLATES[trained.run.data.template].turn_end)
+def generate_answers(
+    trained: TrainedRun,
+    samples: Sequence[PreparedSample],
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    listener: Listener | None = None,
+) -> list[GeneratedAnswer]:
+    """Answers to samples prepared with `open_answer`; every rank of a model replica calls it alike.
+
+    Args:
+        sampling: of all samples, or one for each.
+    """
+    stop_id = trained.pipeline.tokenizer.special_id(find_template(trained.run.data.template).turn_end)
     token_multiple = trained.run.parallelism.token_multiple
-    ids = generate(trained.model, samples, trained.pipeline, stop_id, max_new_tokens, token_multiple, sampling)
-    return [tokenizer.decode(found) for found in ids]
+    return generate(trained.model, samples, trained.pipeline, stop_id, sampling, token_multiple, listener)
+
+
+def answer(trained: TrainedRun, samples: Sequence[PreparedSample], sampling: Sampling = GREEDY) -> list[str]:
+    """As `generate_answers`, the texts alone."""
+    return [found.text for found in generate_answers(trained, samples, sampling)]

@@ -82,7 +82,7 @@ class _Terminal:
         self._prompt()
 
 
-def chat(trained: TrainedRun, images: Sequence[bytes], max_new_tokens: int, sampling: Sampling) -> None:
+def chat(trained: TrainedRun, images: Sequence[bytes], sampling: Sampling) -> None:
     """Until the end of input; every rank calls it.
 
     Args:
@@ -104,7 +104,7 @@ def chat(trained: TrainedRun, images: Sequence[bytes], max_new_tokens: int, samp
                 terminal.images = []
                 terminal.say(f"error: {error}")
             continue
-        text = answer(trained, [sample], max_new_tokens, sampling)[0]
+        text = answer(trained, [sample], sampling)[0]
         if terminal is not None:
             terminal.conversation.answered(text)
             terminal.images = []

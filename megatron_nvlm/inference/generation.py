@@ -5,6 +5,7 @@ parallelism; every rank of a model replica calls it with the same samples and ge
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,22 @@ from torch.nn.functional import pad
 
 from megatron_nvlm.data.collate import build_micro_batch
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
+from megatron_nvlm.inference.beam_search import BeamSearch
+from megatron_nvlm.inference.decoding import Decoding, GeneratedAnswer, OnToken, TokenByToken
 from megatron_nvlm.inference.kv_cache import KeyValueCache
 from megatron_nvlm.inference.pipeline_pass import from_last_stage, pass_through
 from megatron_nvlm.inference.sampling import GREEDY, Sampling, TokenChooser, gather_vocabulary
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
-OnLogits = Callable[[list[int], Tensor], None]
-"""Told the numbers of the open samples and their logits [o, vocabulary], on the last stage."""
+
+@dataclass(frozen=True)
+class Listener:
+    """What is told while answers are generated, on the last stage."""
+
+    on_logits: Callable[[Tensor], None] | None = None
+    """Told the logits [open rows, vocabulary] of each step."""
+    on_token: OnToken | None = None
 
 
 @torch.no_grad()
@@ -33,47 +42,59 @@ def generate(
     samples: Sequence[PreparedSample],
     pipeline: SamplePipeline,
     stop_id: int,
-    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     token_multiple: int = 1,
-    sampling: Sampling = GREEDY,
-    on_logits: OnLogits | None = None,
-) -> list[list[int]]:
+    listener: Listener | None = None,
+) -> list[GeneratedAnswer]:
     """Answer several samples at once.
 
     Args:
         model: this rank's pipeline stage, in evaluation mode.
         samples: prepared with `open_answer`.
         stop_id: token that ends an answer; not part of it.
+        sampling: of all samples, or one for each; beam search for all of them or for none.
         token_multiple: tokens are padded to a multiple of it, as in `pack`.
-
-    Returns:
-        New ids of each sample, at most `max_new_tokens`.
     """
-    answers: list[list[int]] = [[] for _ in samples]
-    if not samples or max_new_tokens < 1:
-        return answers
+    if not samples:
+        return []
+    samplings = [sampling] * len(samples) if isinstance(sampling, Sampling) else sampling
+    listener = listener or Listener()
     device = next(model.parameters()).device
     micro_batch = build_micro_batch(samples, pipeline, token_multiple).to(device)
     cache = KeyValueCache(model, micro_batch.cu_seqlens, micro_batch.context_intervals, len(samples))
-    chooser = TokenChooser(sampling, [sample.key for sample in samples])
-    open_samples = list(range(len(samples)))
+    decoding = _start_decoding(samples, samplings, stop_id, pipeline, listener)
+    rows = list(range(len(samples)))
     with cache.installed():
         logits = _read_prompts(model, micro_batch, cache, token_multiple)
         while True:
-            tokens = _choose(model, logits, open_samples, chooser, on_logits)
-            goes_on = []
-            for place, (sample, token) in enumerate(zip(open_samples, tokens, strict=True)):
-                if token == stop_id:
-                    continue
-                answers[sample].append(token)
-                if len(answers[sample]) < max_new_tokens:
-                    goes_on.append(place)
-            if not goes_on:
-                return answers
-            if len(goes_on) < len(open_samples):
-                cache.keep(torch.tensor(goes_on, device=device))
-                open_samples = [open_samples[place] for place in goes_on]
-            logits = _read_tokens(model, [tokens[place] for place in goes_on], cache, token_multiple)
+            step = None
+            if logits is not None:
+                whole = gather_vocabulary(logits, model.language_model.pg_collection.tp)
+                if listener.on_logits is not None:
+                    listener.on_logits(whole)
+                step = decoding.advance(whole)
+            step = from_last_stage(model, step)
+            if not step.places:
+                return from_last_stage(model, None if logits is None else decoding.answers())
+            if step.places != rows:
+                cache.keep(torch.tensor(step.places, device=device))
+                rows = list(range(len(step.places)))
+            logits = _read_tokens(model, step.tokens, cache, token_multiple)
+
+
+def _start_decoding(
+    samples: Sequence[PreparedSample],
+    samplings: Sequence[Sampling],
+    stop_id: int,
+    pipeline: SamplePipeline,
+    listener: Listener,
+) -> Decoding:
+    """What chooses the tokens."""
+    prompts = [sample.sequence.tokens[sample.sequence.decoder_vision_index < 0].tolist() for sample in samples]
+    if samplings[0].beams > 1:
+        return BeamSearch(samplings, prompts, stop_id, pipeline.tokenizer)
+    chooser = TokenChooser(samplings, [sample.key for sample in samples], prompts, stop_id)
+    return TokenByToken(chooser, pipeline.tokenizer, listener.on_token)
 
 
 def _read_prompts(
@@ -137,16 +158,3 @@ def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, toke
 
     output = pass_through(model, num_tokens, compute)
     return None if output is None else output[: len(tokens)]
-
-
-def _choose(
-    model: NVLMModel, logits: Tensor | None, open_samples: list[int], chooser: TokenChooser, on_logits: OnLogits | None
-) -> list[int]:
-    """One token of each open sample, the same on every rank."""
-    tokens = None
-    if logits is not None:
-        whole = gather_vocabulary(logits, model.language_model.pg_collection.tp)
-        if on_logits is not None:
-            on_logits(open_samples, whole)
-        tokens = chooser.choose(whole, open_samples)
-    return from_last_stage(model, tokens, len(open_samples))

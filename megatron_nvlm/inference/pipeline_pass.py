@@ -5,12 +5,15 @@ Shapes: s tokens, h hidden.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nvlm.models.nvlm_model import NVLMModel
+
+Sent = TypeVar("Sent")
 
 
 def pass_through(model: NVLMModel, num_tokens: int, compute: Callable[[Tensor | None], Tensor]) -> Tensor | None:
@@ -40,13 +43,11 @@ def pass_through(model: NVLMModel, num_tokens: int, compute: Callable[[Tensor | 
     return None
 
 
-def from_last_stage(model: NVLMModel, tokens: list[int] | None, count: int) -> list[int]:
-    """The tokens that the last stage chose, on every stage (there `tokens` is None)."""
+def from_last_stage(model: NVLMModel, value: Sent | None) -> Sent:
+    """What the last stage has, on every stage (whose own value is None)."""
     group = model.language_model.pg_collection.pp
-    if group.size() == 1:
-        assert tokens is not None
-        return tokens
-    device = next(model.parameters()).device
-    message = torch.tensor(tokens if tokens is not None else [0] * count, dtype=torch.int64, device=device)
-    dist.broadcast(message, src=dist.get_global_rank(group, group.size() - 1), group=group)
-    return [int(token) for token in message]
+    box = [value]
+    if group.size() > 1:
+        dist.broadcast_object_list(box, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    assert box[0] is not None
+    return box[0]

@@ -6,8 +6,8 @@ builds of shards read (data/building/forms.py). A line out: the same and "answer
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_nvlm.data.building.pictures import picture_place, present
 from megatron_nvlm.data.building.text import parse_json
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.inference.openai_request import open_batch_line
 from megatron_nvlm.inference.questions import make_sample, read_image
 
 
@@ -30,6 +31,8 @@ class Request:
     turns: Sequence[dict[str, Any]] = ()
     images: Sequence[str | bytes] = ()
     """Its pictures, each a path or its content."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Sampling` that it sets for itself."""
     error: str = ""
     """Why it is no question; empty if it is one."""
 
@@ -63,14 +66,17 @@ def _parse(number: int, line: bytes) -> Request:
     fields: dict[str, Any] = {}
     try:
         fields = present(parse_json(line))
+        if "body" in fields and "id" not in fields and "custom_id" in fields:
+            fields = {"id": fields["custom_id"], **fields}
         if not isinstance(fields.get("id", ""), str | int):
             fields = {}
             raise UserError("its 'id' is neither text nor a number")
         name = str(fields.get("id", name))
-        turns, images = to_question(fields)
+        question, settings = open_batch_line(fields)
+        turns, images = to_question(question)
     except UserError as error:
         return Request(number, name, fields, error=str(error))
-    return Request(number, name, fields, turns, images)
+    return Request(number, name, fields, turns, images, settings)
 
 
 def load_request(request: Request, folder: Path) -> RawSample:
@@ -141,10 +147,10 @@ class AnswerFile:
                 self.done.add(str(fields["id"]))
         return kept
 
-    def write(self, results: Sequence[tuple[Request, str, str]]) -> None:
-        """Append (request, answer, error) each; the error is empty if there is an answer."""
-        for request, answer, error in results:
+    def write(self, results: Sequence[tuple[Request, Mapping[str, Any], str]]) -> None:
+        """Append (request, "answer" and what else is said of it, error) each; the error is empty if there is an answer."""
+        for request, answered, error in results:
             told = {"id": request.fields.get("id", request.id)}
-            line = {**told, "error": error} if error else {**told, **request.fields, "answer": answer}
+            line = {**told, "error": error} if error else {**told, **request.fields, **answered}
             self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         self._file.flush()

@@ -59,12 +59,14 @@ def test_a_file_of_questions_under_two_layouts(run_dir: Path, image: Path, tmp_p
     inputs = tmp_path / "in.jsonl"
     inputs.write_text("\n".join(map(json.dumps, questions)) + '\n\n{"id": "half\n')
     common = ("--run-dir", str(run_dir), "--inputs", str(inputs), "--max-new-tokens", "5", "--temperature", "0.8")
+    common += ("--logprobs", "1", "--top-k", "40", "--repetition-penalty", "1.1", "--stop", "~~~")
 
     joined = launch(MODULE, 1, *common, "--outputs", str(tmp_path / "joined.jsonl"), "--batch-size", "3", check=False)
     assert joined.returncode == 1 and "3 lines could not be answered" in joined.stdout
     assert "7 of 7 questions" in joined.stdout
     found = lines_of(tmp_path / "joined.jsonl")
     assert [line["id"] for line in found] == ["text", 2, "broken", "truth is left out", "two", "places", "line 8"]
+    assert all(len(token["top_logprobs"]) == 1 for token in found[0]["logprobs"])
     assert found[0]["note"] == "kept" and all("answer" in found[place] for place in (0, 1, 3, 4))
     for place, line, reason in ((2, 3, "cannot be decoded"), (5, 6, "2 images"), (6, 8, "its JSON is broken")):
         assert re.match(f"line {line} of {inputs}: .*{reason}", found[place]["error"])
@@ -125,6 +127,8 @@ def test_a_conversation_on_the_terminal(run_dir: Path, image: Path, tmp_path: Pa
     [
         (("--inputs", "in.jsonl"), "--inputs and --outputs belong together"),
         (("--question", "?", "--temperature", "-1"), "argument --temperature: -1 is under 0"),
+        (("--question", "?", "--logprobs", "1"), "--logprobs are written to --outputs"),
+        (("--question", "?", "--beams", "2", "--top-k", "5"), "beams draw nothing"),
         (("--question", "?", "--image", "nothing.png"), "the image nothing.png cannot be read"),
     ],
 )

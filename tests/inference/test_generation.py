@@ -8,7 +8,7 @@ import torch
 from megatron_nvlm.data.collate import build_micro_batch
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.inference.generation import generate
+from megatron_nvlm.inference.generation import Listener, generate
 from megatron_nvlm.inference.sampling import GREEDY, Sampling
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
@@ -55,7 +55,9 @@ def answers_of(
 ) -> list[list[int]]:
     model = tiny_model(tiny_config(variant), device, parallelism).eval()
     samples = prepared(variant, prompts)
-    return generate(model, samples, pipeline_of(variant), stop_id, NEW_TOKENS, parallelism.token_multiple, sampling)
+    sampling = dataclasses.replace(sampling, max_new_tokens=NEW_TOKENS)
+    found = generate(model, samples, pipeline_of(variant), stop_id, sampling, parallelism.token_multiple)
+    return [answer.ids for answer in found]
 
 
 def answers_on_rank(parallelism: ParallelismConfig, sampling: Sampling, stop_id: int) -> dict[str, list[list[int]]]:
@@ -70,9 +72,8 @@ def test_each_step_equals_a_fresh_forward_pass(world_of_one: Device, variant: st
     model = tiny_model(tiny_config(variant, qk_norm=True), world_of_one, dtype=torch.float32).eval()
     pipeline, samples = pipeline_of(variant), prepared(variant, prompts)
     cached: list[torch.Tensor] = []
-    answers = generate(
-        model, samples, pipeline, -1, NEW_TOKENS, on_logits=lambda numbers, logits: cached.append(logits)
-    )
+    found = generate(model, samples, pipeline, -1, Sampling(max_new_tokens=NEW_TOKENS), 1, Listener(cached.append))
+    answers = [answer.ids for answer in found]
     assert answers == cacheless.generate(model, samples, pipeline, -1, NEW_TOKENS)
     assert len(cached) == NEW_TOKENS
     for step in range(NEW_TOKENS):
@@ -101,7 +102,7 @@ def test_samples_end_by_themselves(world_of_one: Device, variant: str) -> None:
 def test_the_model_is_as_it_was(world_of_one: Device) -> None:
     model = tiny_model(tiny_config("h"), world_of_one).eval()
     modules = {name: type(module) for name, module in model.named_modules()}
-    generate(model, prepared("h"), pipeline_of("h"), -1, 2)
+    generate(model, prepared("h"), pipeline_of("h"), -1, Sampling(max_new_tokens=2))
     assert {name: type(module) for name, module in model.named_modules()} == modules
 
 

@@ -12,6 +12,7 @@ from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.inference import generation
+from megatron_nvlm.inference.sampling import Sampling
 from megatron_nvlm.models.config import ModelConfig, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
@@ -28,6 +29,12 @@ from tests.support.ranks import run_ranks
 
 NEVER = -1
 """No token ends an answer."""
+
+
+def cached(*inputs: Any) -> list[list[int]]:
+    """As `cacheless.generate`."""
+    *others, length = inputs
+    return [answer.ids for answer in generation.generate(*others, Sampling(max_new_tokens=length))]
 
 
 def sample_of(ids: np.ndarray, place_id: int | None, tiles: np.ndarray) -> PreparedSample:
@@ -60,7 +67,7 @@ def model_of(config: ModelConfig, parallelism: ParallelismConfig, device: Device
     return next(iter(chunks)).eval()
 
 
-@pytest.mark.parametrize("form", [generation.generate, cacheless.generate])
+@pytest.mark.parametrize("form", [cached, cacheless.generate])
 def test_the_original_codes_tokens(reference: Path, world_of_one: Device, form: Any) -> None:
     folder = reference / "nvlm_d_tiny"
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
@@ -76,7 +83,9 @@ def answers_on_rank(config: ModelConfig, parallelism: ParallelismConfig, ids: np
     device = use_device()
     start_groups(parallelism, device, seed=1)
     sample = sample_of(ids, None, np.zeros((0, 3, 28, 28), dtype=np.uint8))
-    return generation.generate(model_of(config, parallelism, device), [sample], pipeline_of(28, 1), NEVER, 12)
+    model = model_of(config, parallelism, device)
+    found = generation.generate(model, [sample], pipeline_of(28, 1), NEVER, Sampling(max_new_tokens=12))
+    return [answer.ids for answer in found]
 
 
 @pytest.mark.distributed

@@ -135,7 +135,7 @@ def test_a_picture_without_an_end_is_not_read(folder: Path, kind: str) -> None:
 
 def test_answers_are_written_beside_the_question(folder: Path) -> None:
     request = read(folder, {"id": None, "question": "What?", "note": "kept", "image": "red.png"})
-    AnswerFile(folder / "out.jsonl").write([(request, "Red.", "")])
+    AnswerFile(folder / "out.jsonl").write([(request, {"answer": "Red."}, "")])
     (line,) = (folder / "out.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "id": "line 1",

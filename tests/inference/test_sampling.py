@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.inference.sampling import GREEDY, Sampling, TokenChooser, draw
+from megatron_nvlm.inference.sampling import GREEDY, ChosenToken, Sampling, TokenChooser, draw
 
 
 @given(
@@ -36,14 +36,14 @@ def test_shares_of_the_draws(logits: list[float], temperature: float, top_p: flo
 def test_a_sample_draws_the_same_beside_any_others() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     sampling = Sampling(temperature=1.0, seed=7)
-    together, alone = TokenChooser(sampling, ["a", "b", "c"]), TokenChooser(sampling, ["b"])
+    together, alone = TokenChooser([sampling] * 3, ["a", "b", "c"]), TokenChooser([sampling], ["b"])
     for _ in range(20):
         assert together.choose(logits, [0, 1, 2])[1] == alone.choose(logits[1:2], [0])[0]
-    assert len({TokenChooser(Sampling(1.0, seed=seed), ["b"]).choose(logits[:1], [0])[0] for seed in range(9)}) > 1
+    assert len({TokenChooser([Sampling(1.0, seed=seed)], ["b"]).choose(logits[:1], [0])[0] for seed in range(9)}) > 1
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
-    assert TokenChooser(GREEDY, ["a"]).choose(torch.tensor([[0.0, 2.0, 2.0]]), [0]) == [1]
+    assert TokenChooser([GREEDY], ["a"]).choose(torch.tensor([[0.0, 2.0, 2.0]]), [0]) == [ChosenToken(1)]
 
 
 @pytest.mark.parametrize("settings", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 2}])
