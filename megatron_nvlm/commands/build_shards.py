@@ -141,15 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--internvl-meta", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
     add("--webdataset", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
-    add(
-        "--images",
-        choices=("tiles", "whole"),
-        default="tiles",
-        help="cut in advance (fast to read) or kept as they are",
-    )
-    add("--tile-size", type=tile_pixels, default=448, help="pixels along an edge of a tile (default 448)")
-    add("--max-tiles", type=tile_count, default=6, help="most tiles of an image, without the thumbnail (default 6)")
-    add("--quality", type=jpeg_quality, default=90, help="JPEG quality of tiles (default 90)")
+    _add_storing(add)
     add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer.json: counts tokens, which packing needs")
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="the run's data.template (default chatml)")
     add(
@@ -159,23 +151,6 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"the run's data.system, or none (default {DEFAULT_SYSTEM!r})",
     )
     add("--tag-format", default="1d", help="the run's tiling.tag_format, for the report (default 1d)")
-    add(
-        "--background",
-        type=utf8_text,
-        metavar="COLOUR",
-        help="the run's tiling.background (default: transparency is dropped)",
-    )
-    add("--caption-prompt", type=utf8_text, default=DEFAULT_CAPTION_PROMPT, help="question of captions")
-    add("--source", type=utf8_text, help="name under which training counts bad samples (default: the name of --out)")
-    add(
-        "--keep",
-        type=utf8_text,
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="copy this field of the input, such as a licence",
-    )
-    _add_names(add)
     add("--shard-mb", type=megabytes, default=256, help="size of a shard, about, in megabytes (default 256)")
     add("--samples-per-shard", type=positive_int, help="instead of a size")
     add("--shuffle", type=natural_int, metavar="SEED", help="write samples in the random order of this seed")
@@ -196,6 +171,35 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rebuild", action="store_true", help="remove what a build of --out has written and begin again")
     add("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     return parser
+
+
+def _add_storing(add: Callable[..., Any]) -> None:
+    add(
+        "--images",
+        choices=("tiles", "whole"),
+        default="tiles",
+        help="cut in advance (fast to read) or kept as they are",
+    )
+    add("--tile-size", type=tile_pixels, default=448, help="pixels along an edge of a tile (default 448)")
+    add("--max-tiles", type=tile_count, default=6, help="most tiles of an image, without the thumbnail (default 6)")
+    add("--quality", type=jpeg_quality, default=90, help="JPEG quality of tiles (default 90)")
+    add(
+        "--background",
+        type=utf8_text,
+        metavar="COLOUR",
+        help="the run's tiling.background (default: transparency is dropped)",
+    )
+    add("--caption-prompt", type=utf8_text, default=DEFAULT_CAPTION_PROMPT, help="question of captions")
+    add("--source", type=utf8_text, help="name under which training counts bad samples (default: the name of --out)")
+    add(
+        "--keep",
+        type=utf8_text,
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="copy this field of the input, such as a licence",
+    )
+    _add_names(add)
 
 
 def _add_names(add: Callable[..., Any]) -> None:

@@ -105,10 +105,10 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "a part of another kind": ({"messages": user([{"type": "video"}])}, "a part of type 'video'"),
     "a nested image": ({"question": "What?", "meta": {"image": "red.png"}}, "its 'meta.image' names the picture"),
     "a system turn": ({"question": "What?", "system": "<IMG>red.png</IMG>"}, "its 'system' names the picture"),
-    "image and images": ({"question": "What?", "image": "red.png", "images": ["blue.png"]}, "name different pictures"),
+    "image and images": ({"question": "What?", "image": "red.png", "images": ["blue.png"]}, "names 'red.png' and its"),
     "an answer's place": (
         {"messages": [*user("What?"), {"role": "assistant", "content": [{"type": "image"}]}, *user("And?")]},
-        "stands in a user's turn alone",
+        "names a picture outside a user's turn",
     ),
     "both": ({"question": "What?", "messages": user("What?")}, "it needs one of 'conversations' or 'texts'"),
 }

@@ -231,7 +231,8 @@ def refuse_unread_picture(content: Mapping[str, Any], text_fields: frozenset[str
 def _names_within(value: Any, place: str, is_read: bool, is_text: bool) -> Iterator[tuple[str, str]]:
     """(field, name) of pictures that a value names, however deep."""
     if isinstance(value, str):
-        name = tagged_picture(value) if is_text else value if _names_picture(value) else None
+        is_named_so = bool(value) and "." in place and place.rpartition(".")[2] in IMAGE_FIELDS
+        name = tagged_picture(value) if is_text else value if is_named_so or _names_picture(value) else None
         if name is not None:
             yield place, name
     elif isinstance(value, list):

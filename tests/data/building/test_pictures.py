@@ -76,17 +76,20 @@ def test_a_line_that_names_a_picture_never_becomes_text(tmp_path: Path) -> None:
         ({"text": "<Img>red.png</Img> is red"}, "its 'text' names the picture 'red.png'"),
         ({"meta": {"source": [{"image": "red.png"}]}, **talk("?")}, "its 'meta.source.image' names the picture"),
         ({"meta": {"images": ["000123"]}, "text": "A square"}, "its 'meta.images' names the picture '000123'"),
-        (turn_with(picture={"path": "red.png"}), "its 'turn 0: picture.path' names the picture 'red.png'"),
+        (turn_with(picture={"path": "red.png"}), "its 'conversations.picture.path' names the picture 'red.png'"),
         (
             {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x", "image": "red.png"}]},
-            "its turns name the picture 'red.png' outside a user's turn",
+            "names the picture 'red.png' outside a user's turn",
         ),
-        (turn_with(image="red.png", value="<img>blue.png</img>?"), "a turn's text names other pictures"),
-        ({"image": "red.png", "images": ["blue.png"], **talk("?")}, "its 'image' and 'images' name different pictures"),
-        ({"image": "red.png", "file_name": "blue.png", **talk("?")}, "its file name 'blue.png' is another picture"),
+        (turn_with(image="red.png", value="<img>blue.png</img>?"), "names in its text other pictures ('blue.png')"),
+        (
+            {"image": "red.png", "images": ["blue.png"], **talk("?")},
+            "its 'image' names 'red.png' and its 'images' names 'blue.png'",
+        ),
+        ({"image": "red.png", "file_name": "blue.png", **talk("?")}, "and its 'file_name' names 'blue.png'"),
         (
             {"image": "QUJD" * 2000, **talk("?")},
-            "'QUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJD'... (8000 characters) is no path",
+            "'QUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJDQUJD'... (8000 characters), which is no path",
         ),
     ]
     samples, rejects = build_lines(tmp_path, *(line for line, _ in lines))
