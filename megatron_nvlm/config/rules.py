@@ -1,5 +1,6 @@
 """What must hold between sections of a run, checked before any work: one function per rule."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -134,6 +135,8 @@ def shares_are_possible(run: RunConfig, model: ResolvedModel, world_size: int) -
     """Shares lie between their bounds, and the loader's limits are valid."""
     if not 0 <= run.data.max_bad_fraction <= 1:
         raise UserError(f"data.max_bad_fraction is {run.data.max_bad_fraction}; it must lie between 0 and 1")
+    if not 0 < run.model.init_std < math.inf:
+        raise UserError(f"model.init_std is {run.model.init_std}; it must be above 0, since with 0 nothing is learned")
     if run.data.too_long not in TOO_LONG:
         raise UserError(f"data.too_long is {run.data.too_long!r}; choose one of {', '.join(TOO_LONG)}")
     for name, share in (

@@ -48,8 +48,14 @@ class OptimizerConfig:
 
 def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
     """Refuse rates and steps that make no schedule."""
-    if not 0 <= config.min_lr <= config.max_lr:
-        raise UserError(f"optimizer.min_lr {config.min_lr} must lie between 0 and optimizer.max_lr {config.max_lr}")
+    if not 0 <= config.min_lr <= config.max_lr < math.inf:
+        raise UserError(
+            f"optimizer.min_lr {config.min_lr} must lie between 0 and optimizer.max_lr {config.max_lr}, a finite number"
+        )
+    if config.decay_steps is not None and config.decay_steps < 1:
+        raise UserError(
+            f"optimizer.decay_steps is {config.decay_steps}; it must be at least 1, or null for training.train_steps"
+        )
     decay = config.decay_steps or train_steps
     if not 0 <= config.warmup_steps < decay:
         raise UserError(

@@ -120,9 +120,10 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
         """Replace the output layer."""
         self.language_model.lm_head = new_embeddings
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """As transformers', without reentrance: layers share the context, whose graph would be walked twice."""
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        own = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        super().gradient_checkpointing_enable(own, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As transformers', and the configuration says the new size."""

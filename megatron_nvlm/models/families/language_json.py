@@ -126,7 +126,8 @@ def _find_family(config: Mapping[str, Any], where: str) -> LanguageFamily:
             return family
     known = ", ".join(family.architecture for family in LANGUAGE_FAMILIES.values())
     raise UserError(
-        f"{where}: the language model is of {str(architecture or 'no architecture')[:200]}, which is not supported; use one of {known}"
+        f"{where}: the language model is of {architecture[:200] or 'no architecture'}, which is not supported; use one of "
+        f"{known}"
     )
 
 
