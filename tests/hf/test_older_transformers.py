@@ -25,7 +25,10 @@ model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_c
 picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 180, 3), dtype=np.uint8))
 inputs = processor(text="<image>\\nWhat is this?", images=[picture])
 answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-print(json.dumps([transformers.__version__, inputs["input_ids"].tolist(), answer.tolist()]))
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+said = model.chat(tokenizer, inputs["pixel_values"], "What is this?", {"max_new_tokens": 6, "do_sample": False})
+assert said == processor.decode_answers(inputs, answer)[0].strip()
+print(json.dumps([transformers.__version__, inputs["input_ids"].tolist(), answer.tolist(), said]))
 """
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, pipeline
+from transformers import AutoTokenizer, PreTrainedModel, pipeline
 
 from megatron_nvlm.hf.exported_code.modeling_nvlm import NVLM_D_Model, NVLM_H_Model, NVLM_X_Model, NVLMModel
 from megatron_nvlm.hf.exported_code.processing_nvlm import NVLMProcessor
@@ -107,3 +107,34 @@ def test_options_that_any_processor_is_given(folders: Path) -> None:
         processor.apply_chat_template(talk, continue_final_message=True)
     with pytest.raises(ValueError, match="is an address; download it"):
         processor("https://example.org/a.png", "<image>")
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_chat_as_on_the_release_card_is_the_processor_and_generate(folders: Path, variant: str) -> None:
+    model, processor = opened_folder(folders, variant)
+    tokenizer = AutoTokenizer.from_pretrained(folders / variant)
+    one, two = picture(170, 110, seed=1), picture(50, 50, seed=2)
+    tiles = processor.image_processor([one])["pixel_values"]
+    asked = {"max_new_tokens": 6, "do_sample": False}
+    assert len(tiles) > 2
+
+    def expected(turns: Any, images: list[bytes]) -> str:
+        inputs = processor(images or None, turns)
+        return processor.decode_answers(inputs, model.generate(**inputs, **asked))[0].strip()
+
+    first, history = model.chat(tokenizer, tiles, "What is this?", asked, return_history=True)
+    assert first == expected("<image>\nWhat is this?", [one]) and history == [("<image>\nWhat is this?", first)]
+    turns = [
+        {"role": "user", "content": "<image>\nWhat is this?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And here? <image>"},
+    ]
+    both = torch.cat([tiles, processor.image_processor([two])["pixel_values"]])
+    counts = [len(tiles), 1]
+    again = model.chat(tokenizer, both, "And here? <image>", asked, history, num_patches_list=counts)
+    assert again == expected([turns], [one, two])
+    assert model.chat(tokenizer, None, "Hello", asked) == expected("Hello", [])
+    with pytest.raises(ValueError, match="an image has 1, or its tiles and a thumbnail"):
+        model.chat(tokenizer, tiles[:2], "What?", asked)
+    with pytest.raises(ValueError, match="write one for each image"):
+        model.chat(tokenizer, both, "What?", asked, num_patches_list=counts)

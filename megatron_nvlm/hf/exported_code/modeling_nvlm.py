@@ -1,4 +1,4 @@
-"""NVLM-D, NVLM-X and NVLM-H for Hugging Face transformers: needs torch and transformers, nothing else.
+"""NVLM-D, NVLM-X and NVLM-H for Hugging Face transformers: needs torch, transformers and Pillow.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -18,8 +18,7 @@ Inputs, as the processor makes them (training's rows, token for token):
 | `context_vision_index` | [b, c]        | number in its sample of the vision token that stands here; -1 for tags (X, H) |
 | `context_intervals`    | [b, r, 2]     | range [start, end) of context rows that a row sees (X, H)                     |
 
-Text alone needs `input_ids` only. Without `vision_index`, vision tokens go where `input_ids` is `img_context_token_id`, as
-in NVLM-D's release.
+Text alone needs `input_ids` only. Without `vision_index`, vision tokens go where `input_ids` is `img_context_token_id`.
 """
 
 from dataclasses import dataclass, fields
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .chat_nvlm import ChatMixin
 from .configuration_nvlm import NVLM_D_Config, NVLM_H_Config, NVLM_X_Config, NVLMConfig
 from .decoder_nvlm import Context, CrossAttention, KeyValue, LanguageModel
 from .rows_nvlm import loss_of, positions_of
@@ -49,7 +49,7 @@ class NVLMOutput(CausalLMOutputWithPast):
     context_key_values: tuple[KeyValue, ...] | None = None
 
 
-class NVLMModel(PreTrainedModel, GenerationMixin):
+class NVLMModel(ChatMixin, PreTrainedModel, GenerationMixin):
     """What the three variants share; use the class of a variant."""
 
     config_class: type[NVLMConfig] = NVLMConfig
@@ -122,7 +122,7 @@ class NVLMModel(PreTrainedModel, GenerationMixin):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """As transformers', without reentrance: layers share the context, whose graph would be walked twice."""
-        own = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        own = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         super().gradient_checkpointing_enable(own, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:

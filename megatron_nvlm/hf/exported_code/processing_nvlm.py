@@ -140,6 +140,30 @@ class NVLMProcessor(ProcessorMixin):
         assert sum(sample.num_tiles for sample in samples) == len(tiles["pixel_values"])
         return self._tensors(samples, tiles["pixel_values"], bool(padding), padding_side == "left")
 
+    def with_tiles(self, prompt: Any, pixel_values: torch.Tensor, tiles_of_images: Sequence[int]) -> BatchFeature:
+        """Inputs for one prompt whose images are cut and normalised already.
+
+        Args:
+            pixel_values: [t, 3, S, S] of all images, each image's thumbnail last.
+            tiles_of_images: of each image, its thumbnail included; 1 for an image of one tile, which has no thumbnail.
+
+        Raises:
+            ValueError: tiles, images and their places differ in number, or the tags name places in a grid.
+        """
+        counts = list(tiles_of_images)
+        if sum(counts) != len(pixel_values) or any(count < 1 or count == 2 for count in counts):
+            raise ValueError(
+                f"there are {len(pixel_values)} tiles and the images have {counts}; an image has 1, or its tiles and a "
+                "thumbnail"
+            )
+        if self.tag_format.startswith("2d") and max(counts, default=0) > 1:
+            raise ValueError(f"tags of format {self.tag_format} name places in a grid; give the image to the processor")
+        turns, is_open, _ = self._read(prompt, True)
+        if sum(turn.num_images for turn in turns) != len(counts):
+            raise ValueError(f"the prompt has not {len(counts)} {IMAGE_PLACEHOLDER}; write one for each image")
+        grids = [Grid(max(count - 1, 1), 1) for count in counts]
+        return self._tensors([self.layout.assemble(turns, grids, self._tokenizer, is_open)], pixel_values, True, True)
+
     def apply_chat_template(
         self,
         conversation: Any,
