@@ -170,7 +170,7 @@ def to_conversation(content: Content, num_images: int, caption_prompt: str) -> l
     content = present(content)
     if num_images == 0:
         refuse_unread_picture(content, TEXT_FIELDS)
-    form = _find_form(content, num_images)
+    form = FORMS[find_form(content, num_images)]
     if form.answers and not any(field in content for field in form.answers):
         raise UserError(f"it has no {' or '.join(map(repr, form.answers))}, so there is nothing to learn")
     turns = spell_turns(form.turns(content, caption_prompt)).turns
@@ -230,10 +230,18 @@ def _names_image(value: Any) -> bool:
     return isinstance(value, str) and has_image_name(value)
 
 
-def _find_form(content: Content, num_images: int) -> Form:
-    for form in FORMS.values():
+def find_form(content: Content, num_images: int) -> str:
+    """The name of a sample's form; the first of the table that fits.
+
+    Args:
+        content: without fields that are null.
+
+    Raises:
+        UserError: none fits.
+    """
+    for name, form in FORMS.items():
         if any(field in content for field in form.fields) and form.needs_image in (None, num_images > 0):
-            return form
+            return name
     wanted = ", ".join(field for form in FORMS.values() for field in form.fields)
     there = ", ".join(map(str, content))[:200] or "none"
     image = "" if num_images else " and no picture"

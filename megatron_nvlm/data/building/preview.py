@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_nvlm.data.building.forms import FORMS
+from megatron_nvlm.data.building.forms import FORMS, find_form
 from megatron_nvlm.data.building.inputs import Input
+from megatron_nvlm.data.building.pictures import present
 from megatron_nvlm.data.building.samples import SampleSettings, Stored, make_sample, unread_parts
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.data.prepare import stored_grid
@@ -64,11 +65,9 @@ class Preview:
 
 def _form_of(content: Mapping[str, Any], num_images: int) -> str:
     """The form that a good sample was read in, and the fields that told it."""
-    for name, form in FORMS.items():
-        told = [field for field in form.fields if content.get(field) is not None]
-        if told and form.needs_image in (None, num_images > 0):
-            return f"{name} ({', '.join(told)})"
-    raise AssertionError("a sample without a form was taken")
+    name = find_form(present(content), num_images)
+    told = [field for field in FORMS[name].fields if content.get(field) is not None]
+    return f"{name} ({', '.join(told)})"
 
 
 def _describe(stored: Stored) -> Iterator[str]:
