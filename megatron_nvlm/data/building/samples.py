@@ -1,6 +1,7 @@
 """One input sample -> the record and pictures that go into a shard."""
 
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,7 +71,7 @@ def make_sample(sample: InputSample, settings: SampleSettings) -> Stored:
     record: dict[str, Any] = {
         "conversation": conversation,
         "source": sample.content.get("source") or settings.source,
-        **{name: sample.content[name] for name in ("id", *settings.keep) if name in sample.content},
+        **{name: _kept(sample.content, name) for name in ("id", *settings.keep) if name in sample.content},
     }
     if sample.cut_tiles:
         record["images"], pictures = _take_tiles(sample, num_images, settings), dict(sample.cut_tiles)
@@ -84,6 +85,15 @@ def make_sample(sample: InputSample, settings: SampleSettings) -> Stored:
             record["images"].append(entry)
             pictures.update({f"{number}.{name}": picture for name, picture in stored.items()})
     return record, pictures
+
+
+def _kept(content: Mapping[str, Any], name: str) -> Any:
+    """A field that goes into the record."""
+    try:
+        json.dumps(content[name])
+    except TypeError as error:  # the bytes of a table
+        raise UserError(f"its {name!r} holds bytes, which --keep cannot keep; leave that out") from error
+    return content[name]
 
 
 def unread_parts(sample: InputSample, settings: SampleSettings) -> list[str]:
