@@ -272,7 +272,7 @@ def test_help_is_clear() -> None:
 
 def test_nothing_to_build_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [
-        ([], "give --jsonl, --internvl-meta, --folder or --webdataset"),
+        ([], "give --jsonl, --internvl-meta, --table, --folder or --webdataset"),
         (["--jsonl", str(tmp_path / "no")], "there is no file .*; correct --jsonl"),
         (["--folder", str(tmp_path / "no")], "there is no folder"),
         (["--webdataset", str(tmp_path / "no")], "there is no shard"),
