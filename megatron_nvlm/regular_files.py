@@ -14,6 +14,29 @@ _KINDS = (
 )
 
 
+def read_whole(path: Path, what: str, most_bytes: int | None = None) -> bytes:
+    """A regular file's bytes.
+
+    Args:
+        what: the file, as the sentence calls it.
+        most_bytes: of a larger file nothing is read.
+
+    Raises:
+        UserError: it is no file, too large, or cannot be read.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or a device may have no end
+            raise UserError(f"{what} is no file")
+        if most_bytes is not None and found.st_size > most_bytes:
+            raise UserError(f"{what} has over {most_bytes} bytes")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
 def check_regular(path: str | Path) -> None:
     """Refuse what is there and no regular file; what is missing is left to those who open it.
 

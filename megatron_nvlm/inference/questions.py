@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import decode_image
+from megatron_nvlm.regular_files import read_whole
 from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER
 
 
@@ -27,15 +28,7 @@ def read_image(path: Path, place: str = "") -> bytes:
     Args:
         place: what the sentence calls it; its path if empty.
     """
-    place = place or str(path)
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device may have no end
-            raise UserError(f"the image {place} is no file")
-        return path.read_bytes()
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"the image {place} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return read_whole(path, f"the image {place or path}")
 
 
 def read_picture(path: Path) -> bytes:

@@ -24,7 +24,7 @@ from megatron_nvlm.data.building.text import check_name, decode_text, parse_json
 from megatron_nvlm.data.building.unpacked import OpenFile
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import MAX_PIXELS
-from megatron_nvlm.regular_files import check_regular
+from megatron_nvlm.regular_files import check_regular, read_whole
 
 _MOST_SPACE = 4096
 """Bytes by which a file that is an array has begun."""
@@ -220,7 +220,8 @@ class ImageFolder:
         image = self.path / self.names[number]
         check_name(self.names[number])
         text = image.with_suffix(".txt")
-        caption = decode_text(_read_file(text, f"its caption {text.name}"), f"its caption {text.name}")
+        what = f"its caption {text.name}"
+        caption = decode_text(read_whole(text, what, MOST_FILE_BYTES), what)
         identity = str(Path(self.names[number]).with_suffix(""))
         return InputSample({"id": identity, "caption": caption}, [read_image(self.path, self.names[number])], {})
 
@@ -234,22 +235,7 @@ def read_image(folder: Path, name: str | bytes) -> bytes:
     """An image by its path, or its content as it stands."""
     if isinstance(name, bytes):
         return name
-    return _read_file(folder / name, f"its image {printable(picture_place(folder, name))}")
-
-
-def _read_file(path: Path, what: str) -> bytes:
-    """A regular file of a sensible size: a pipe or a device may have no end."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{what} is no file")
-        if found.st_size > MOST_FILE_BYTES:
-            raise UserError(f"{what} has over {MOST_FILE_BYTES} bytes")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return read_whole(folder / name, f"its image {printable(picture_place(folder, name))}", MOST_FILE_BYTES)
 
 
 def files_below(root: Path, faults: list[str]) -> Iterator[Path]:
