@@ -28,8 +28,10 @@ from megatron_nvlm.data.building.pictures import (
     FILE_NAME_FIELDS,
     IMAGE_FIELDS,
     has_image_name,
+    is_embedded,
     join_pictures,
     listed_pictures,
+    picture_path,
     picture_source,
     present,
     refuse_unread_picture,
@@ -301,3 +303,12 @@ def image_sources(content: Content) -> list[str | bytes]:
         UserError: its images are named by something else.
     """
     return [picture_source(one) for one in image_names(content)]
+
+
+def image_files(content: Content) -> list[str]:
+    """Paths of those images that stand in files of their own; nothing is decoded.
+
+    Raises:
+        UserError: an image is named by something else.
+    """
+    return [picture_path(one) for one in image_names(content) if not is_embedded(one)]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_nvlm.data.building.forms import image_sources
+from megatron_nvlm.data.building.forms import image_files, image_sources
 from megatron_nvlm.data.building.names import OUR_NAMES, Names
 from megatron_nvlm.data.building.pictures import has_image_name, picture_place
 from megatron_nvlm.data.building.text import check_name, decode_text, parse_json, printable
@@ -77,7 +78,37 @@ class Input(Protocol):
         """Files that a sample is read from, there or not; without those whose content the fingerprint holds."""
 
 
-class JsonLines:
+class FieldSamples(ABC):
+    """Samples that are fields in one of the forms, with pictures in files below `images` or in the fields."""
+
+    images: Path
+    names: Names
+    _last: tuple[int, dict[str, Any]] | None = None
+    """The content that was asked for last: a build asks for a sample's files and then for the sample."""
+
+    @abstractmethod
+    def _fields(self, number: int) -> Mapping[str, Any]:
+        """A sample as it stands there; UserError if it is none."""
+
+    def _content(self, number: int) -> dict[str, Any]:
+        if self._last is None or self._last[0] != number:
+            self._last = number, self.names.apply(self._fields(number))
+        return self._last[1]
+
+    def read(self, number: int) -> InputSample:
+        """The sample; UserError if it is none."""
+        content = self._content(number)
+        return InputSample(content, [read_image(self.images, source) for source in image_sources(content)], {})
+
+    def files_of(self, number: int) -> list[Path]:
+        """Files that a sample is read from, there or not."""
+        try:
+            return [self.images / path for path in image_files(self._content(number))]
+        except UserError:
+            return []
+
+
+class JsonLines(FieldSamples):
     """A file with one JSON object a line; paths of images are relative to `images`."""
 
     kind = "jsonl"
@@ -109,18 +140,8 @@ class JsonLines:
         """Place of a sample, for messages."""
         return f"{self.path} line {self.lines[number]}"
 
-    def read(self, number: int) -> InputSample:
-        """The sample; UserError if it is none."""
-        content = self.names.apply(parse_json(self._bytes_of(number)))
-        return InputSample(content, [read_image(self.images, source) for source in image_sources(content)], {})
-
-    def files_of(self, number: int) -> list[Path]:
-        """Files that a sample is read from, there or not."""
-        try:
-            sources = image_sources(self.names.apply(parse_json(self._bytes_of(number))))
-        except UserError:
-            return []
-        return [self.images / source for source in sources if isinstance(source, str)]
+    def _fields(self, number: int) -> dict[str, Any]:
+        return parse_json(self._bytes_of(number))
 
     def _bytes_of(self, number: int) -> bytes:
         with self._file.path.open("rb") as file:

@@ -132,8 +132,15 @@ def picture_source(one: Any) -> str | bytes:
         UserError: it is neither.
     """
     data = embedded_picture(one)
-    if data is not None:
-        return data
+    return picture_path(one) if data is None else data
+
+
+def picture_path(one: Any) -> str:
+    """The path of the file that a sample names; of a picture that stands in the sample (`is_embedded`) there is none.
+
+    Raises:
+        UserError: it is no path.
+    """
     path = reference(one)
     if not isinstance(path, str) or not path:
         raise UserError("its 'image' is neither a path nor a list of paths")
@@ -141,6 +148,14 @@ def picture_source(one: Any) -> str | bytes:
     if _ADDRESS.match(path):
         raise UserError(f"its image {shown(path)} is an address; download it and name the file, for none is fetched")
     return path
+
+
+def is_embedded(one: Any) -> bool:
+    """Whether the picture stands in the sample itself."""
+    path = reference(one)
+    return (isinstance(one, Mapping) and one.get("bytes") is not None) or (
+        isinstance(path, str) and path.startswith("data:")
+    )
 
 
 def embedded_picture(one: Any) -> bytes | None:
@@ -151,14 +166,12 @@ def embedded_picture(one: Any) -> bytes | None:
     Raises:
         UserError: it is no base64.
     """
-    held = one.get("bytes") if isinstance(one, Mapping) else None
-    if isinstance(held, bytes | bytearray):
-        return bytes(held)
-    if held is not None:
-        return _decode(held, "'bytes'")
-    path = reference(one)
-    if not isinstance(path, str) or not path.startswith("data:"):
+    if not is_embedded(one):
         return None
+    held = one.get("bytes") if isinstance(one, Mapping) else None
+    if held is not None:
+        return bytes(held) if isinstance(held, bytes | bytearray) else _decode(held, "'bytes'")
+    path = reference(one)
     head, _, data = path.partition(",")
     if not head.lower().endswith(";base64"):
         raise UserError(f"its image {shown(path)} is no data URL of base64; write data:image/png;base64,... or a path")

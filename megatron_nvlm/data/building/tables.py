@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_nvlm.data.building.forms import FORMS, image_sources
-from megatron_nvlm.data.building.inputs import InputSample, read_image
+from megatron_nvlm.data.building.forms import FORMS
+from megatron_nvlm.data.building.inputs import FieldSamples
 from megatron_nvlm.data.building.names import OUR_NAMES, Names
 from megatron_nvlm.data.building.pictures import IMAGE_FIELDS
 from megatron_nvlm.errors import UserError
@@ -38,7 +38,7 @@ class _Group:
     """In its file."""
 
 
-class TableRows:
+class TableRows(FieldSamples):
     """Rows of one file, or of all files of one kind below a folder; paths of images are relative to `images`.
 
     Raises:
@@ -57,9 +57,10 @@ class TableRows:
         self._groups, self._starts, self._rows = list[_Group](), list[int](), 0
         digest = hashlib.sha256()
         for file in self.containers:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode(errors="surrogateescape"))
             with file.open("rb") as opened:
-                opened.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+                opened.seek(max(0, size - _TAIL_BYTES))
                 digest.update(opened.read())
             self._number(file)
         self.fingerprint = digest.hexdigest()
@@ -92,21 +93,11 @@ class TableRows:
         group, row = self._find(number)
         return f"{group.file} row {group.first_row + row + 1}"
 
-    def read(self, number: int) -> InputSample:
-        """The sample; UserError if it is none."""
-        content = self._content(number)
-        return InputSample(content, [read_image(self.images, source) for source in image_sources(content)], {})
-
     def files_of(self, number: int) -> list[Path]:
         """Files that a sample is read from, there or not; its table too, whose content the fingerprint does not hold."""
-        try:
-            sources = image_sources(self._content(number))
-        except UserError:
-            sources = []
-        file = self._find(number)[0].file
-        return [file, *(self.images / source for source in sources if isinstance(source, str))]
+        return [self._find(number)[0].file, *super().files_of(number)]
 
-    def _content(self, number: int) -> dict[str, Any]:
+    def _fields(self, number: int) -> dict[str, Any]:
         group, row = self._find(number)
         try:
             if self._held is None or self._held[0] != group:
@@ -114,7 +105,7 @@ class TableRows:
             (found,) = self._held[1].slice(row, 1).to_pylist()
         except (OSError, ValueError) as error:
             raise UserError(f"its row cannot be read ({_first_line(error)})") from error
-        return self.names.apply({field: _plain_field(field, value) for field, value in found.items()})
+        return {field: _plain_field(field, value) for field, value in found.items()}
 
 
 def find_tables(path: Path) -> list[Path]:
