@@ -60,6 +60,10 @@ class Form:
     """True or false where the form is only this with or without an image; None if it is either way."""
     turns: Callable[[Content, str], Any]
 
+    def is_told_by(self, content: Content) -> bool:
+        """Whether the fields tell this form, be it with or without an image."""
+        return any(content.get(field) is not None for field in self.fields)
+
 
 def _human(text: str) -> StoredTurn:
     return {"from": "human", "value": text}
@@ -189,9 +193,7 @@ def to_question(content: Content) -> tuple[list[StoredTurn], list[str | bytes]]:
         UserError: it is no question, pictures are named in another way, or placeholders and pictures differ in number.
     """
     content = present(content)
-    asking = [
-        form for form in FORMS.values() if form.needs_image is None and any(name in content for name in form.fields)
-    ]
+    asking = [form for form in FORMS.values() if form.needs_image is None and form.is_told_by(content)]
     if len(asking) != 1:
         wanted = " or ".join(repr(form.fields[0]) for form in FORMS.values() if form.needs_image is None)
         raise UserError(f"it needs one of {wanted}, and has {'none' if not asking else 'several'} of these; correct it")
@@ -215,12 +217,12 @@ def _match_places(turns: list[StoredTurn], num_images: int) -> None:
 
 def has_form(content: Content) -> bool:
     """Whether any field tells a form."""
-    return any(content.get(field) is not None for form in FORMS.values() for field in form.fields)
+    return any(form.is_told_by(content) for form in FORMS.values())
 
 
 def unread_fields(content: Content, kept: Sequence[str]) -> list[str]:
     """Fields that decide nothing and are not kept."""
-    told = next((form for form in FORMS.values() if any(content.get(field) is not None for field in form.fields)), None)
+    told = next((form for form in FORMS.values() if form.is_told_by(content)), None)
     own = (*told.fields, *told.answers, *told.further) if told else ()
     read = {*_READ_OF_ALL, *own}.union(
         kept, *(FILE_NAME_FIELDS for name in FILE_NAME_FIELDS if _names_image(content.get(name)))
@@ -242,7 +244,7 @@ def find_form(content: Content, num_images: int) -> str:
         UserError: none fits.
     """
     for name, form in FORMS.items():
-        if any(field in content for field in form.fields) and form.needs_image in (None, num_images > 0):
+        if form.is_told_by(content) and form.needs_image in (None, num_images > 0):
             return name
     wanted = ", ".join(field for form in FORMS.values() for field in form.fields)
     there = ", ".join(map(str, content))[:200] or "none"
@@ -286,7 +288,7 @@ def image_names(content: Content) -> list[Any]:
     content = present(content)
     told: list[Any] = []
     for form in FORMS.values():
-        if form.needs_image is None and any(field in content for field in form.fields):
+        if form.needs_image is None and form.is_told_by(content):
             told = spell_turns(form.turns(_without_answers(content, form), "")).pictures
             break
     return join_pictures(told, listed_pictures(content), "its turns name")
