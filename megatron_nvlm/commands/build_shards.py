@@ -121,10 +121,8 @@ def build(options: argparse.Namespace) -> str:
     manifest = builder.run(options.processes, not options.quiet, options.rebuild)
     index, tiling = open_index(options.out), TilingConfig(options.tile_size, options.max_tiles, options.tag_format)
     predictions = []
-    if options.tokenizer is not None:
-        plan = TrainingPlan(
-            Tokenizer.load(options.tokenizer), tiling, options.template, options.global_batch, options.sequence_length
-        )
+    if counter is not None:
+        plan = TrainingPlan(counter.tokenizer, tiling, options.template, options.global_batch, options.sequence_length)
         predictions = predict(index, plan)
     parts = (manifest, histograms(index, tiling), predictions, options.global_batch)
     texts = as_text(*parts), as_html(*parts)
