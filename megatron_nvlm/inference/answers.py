@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_nvlm.data.prepare import PreparedSample
 from megatron_nvlm.inference.decoding import GeneratedAnswer
-from megatron_nvlm.inference.generation import Listener, generate
+from megatron_nvlm.inference.generation import generate
 from megatron_nvlm.inference.sampling import GREEDY, Sampling
 from megatron_nvlm.runs.restore import TrainedRun
 from megatron_nvlm.text.conversation import find_template
@@ -14,7 +14,6 @@ def generate_answers(
     trained: TrainedRun,
     samples: Sequence[PreparedSample],
     sampling: Sampling | Sequence[Sampling] = GREEDY,
-    listener: Listener | None = None,
 ) -> list[GeneratedAnswer]:
     """Answers to samples prepared with `open_answer`; every rank of a model replica calls it alike.
 
@@ -23,7 +22,7 @@ def generate_answers(
     """
     stop_id = trained.pipeline.tokenizer.special_id(find_template(trained.run.data.template).turn_end)
     token_multiple = trained.run.parallelism.token_multiple
-    return generate(trained.model, samples, trained.pipeline, stop_id, sampling, token_multiple, listener)
+    return generate(trained.model, samples, trained.pipeline, stop_id, sampling, token_multiple)
 
 
 def answer(trained: TrainedRun, samples: Sequence[PreparedSample], sampling: Sampling = GREEDY) -> list[str]:

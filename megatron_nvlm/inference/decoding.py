@@ -3,7 +3,7 @@
 A decoding lives on the last pipeline stage; the other stages learn of it what `Step` says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from megatron_nvlm.inference.sampling import ChosenToken, TokenChooser
 from megatron_nvlm.text.tokenizer import Tokenizer
-
-OnToken = Callable[[int, str], None]
-"""Told the number of a sample and the text of its answer so far."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,10 @@ class Decoding(Protocol):
 
 
 class TokenByToken:
-    """Greedy or drawn answers.
+    """Greedy or drawn answers."""
 
-    Args:
-        on_token: told of every token.
-    """
-
-    def __init__(self, chooser: TokenChooser, tokenizer: Tokenizer, on_token: OnToken | None = None) -> None:
-        self.chooser, self.tokenizer, self.on_token = chooser, tokenizer, on_token
+    def __init__(self, chooser: TokenChooser, tokenizer: Tokenizer) -> None:
+        self.chooser, self.tokenizer = chooser, tokenizer
         self.open_samples = list(range(len(chooser.samplings)))
         self._written: list[list[ChosenToken]] = [[] for _ in self.open_samples]
         self._finished: dict[int, GeneratedAnswer] = {}
@@ -87,9 +80,6 @@ class TokenByToken:
             self._finished[sample] = cut
         elif len(written) == sampling.max_new_tokens:
             self._finished[sample] = self._answer(written, is_complete=False)
-        if self.on_token is not None:
-            finished = self._finished.get(sample)
-            self.on_token(sample, self._answer(written, False).text if finished is None else finished.text)
         return sample not in self._finished
 
     def _answer(self, written: list[ChosenToken], is_complete: bool) -> GeneratedAnswer:

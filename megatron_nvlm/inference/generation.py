@@ -5,7 +5,6 @@ parallelism; every rank of a model replica calls it with the same samples and ge
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +18,15 @@ from torch.nn.functional import pad
 from megatron_nvlm.data.collate import build_micro_batch
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.inference.beam_search import BeamSearch
-from megatron_nvlm.inference.decoding import Decoding, GeneratedAnswer, OnToken, TokenByToken
+from megatron_nvlm.inference.decoding import Decoding, GeneratedAnswer, TokenByToken
 from megatron_nvlm.inference.kv_cache import KeyValueCache
 from megatron_nvlm.inference.pipeline_pass import from_last_stage, pass_through
 from megatron_nvlm.inference.sampling import GREEDY, Sampling, TokenChooser, gather_vocabulary
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
-
-@dataclass(frozen=True)
-class Listener:
-    """What is told while answers are generated, on the last stage."""
-
-    on_logits: Callable[[Tensor], None] | None = None
-    """Told the logits [open rows, vocabulary] of each step."""
-    on_token: OnToken | None = None
+OnLogits = Callable[[Tensor], None]
+"""Told the logits [open rows, vocabulary] of each step, on the last stage."""
 
 
 @torch.no_grad()
@@ -44,7 +37,7 @@ def generate(
     stop_id: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     token_multiple: int = 1,
-    listener: Listener | None = None,
+    on_logits: OnLogits | None = None,
 ) -> list[GeneratedAnswer]:
     """Answer several samples at once.
 
@@ -58,11 +51,10 @@ def generate(
     if not samples:
         return []
     samplings = [sampling] * len(samples) if isinstance(sampling, Sampling) else sampling
-    listener = listener or Listener()
     device = next(model.parameters()).device
     micro_batch = build_micro_batch(samples, pipeline, token_multiple).to(device)
     cache = KeyValueCache(model, micro_batch.cu_seqlens, micro_batch.context_intervals, len(samples))
-    decoding = _start_decoding(samples, samplings, stop_id, pipeline, listener)
+    decoding = _start_decoding(samples, samplings, stop_id, pipeline)
     rows = list(range(len(samples)))
     with cache.installed():
         logits = _read_prompts(model, micro_batch, cache, token_multiple)
@@ -70,8 +62,8 @@ def generate(
             step = None
             if logits is not None:
                 whole = gather_vocabulary(logits, model.language_model.pg_collection.tp)
-                if listener.on_logits is not None:
-                    listener.on_logits(whole)
+                if on_logits is not None:
+                    on_logits(whole)
                 step = decoding.advance(whole)
             step = from_last_stage(model, step)
             if not step.places:
@@ -87,14 +79,13 @@ def _start_decoding(
     samplings: Sequence[Sampling],
     stop_id: int,
     pipeline: SamplePipeline,
-    listener: Listener,
 ) -> Decoding:
     """What chooses the tokens."""
     prompts = [sample.sequence.tokens[sample.sequence.decoder_vision_index < 0].tolist() for sample in samples]
     if samplings[0].beams > 1:
         return BeamSearch(samplings, prompts, stop_id, pipeline.tokenizer)
     chooser = TokenChooser(samplings, [sample.key for sample in samples], prompts, stop_id)
-    return TokenByToken(chooser, pipeline.tokenizer, listener.on_token)
+    return TokenByToken(chooser, pipeline.tokenizer)
 
 
 def _read_prompts(

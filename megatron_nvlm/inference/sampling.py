@@ -5,6 +5,7 @@ temperature, top-k, top-p.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,18 +48,17 @@ class Sampling:
     """Whether beam search ends once `beams` answers are complete, or only when none can get better."""
 
     def __post_init__(self) -> None:
-        finite = float("inf")
         for name, is_right, rule in (
-            ("temperature", 0 <= self.temperature < finite, "at least 0 (0 takes the likeliest token)"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 takes the likeliest token)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("top_k", self.top_k >= 0, "at least 0 (0 draws from all tokens)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < finite, "above 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
             ("stop", all(self.stop), "texts that are not empty"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
             ("beams", self.beams >= 1, "at least 1"),
-            ("length_penalty", abs(self.length_penalty) < finite, "a finite number"),
+            ("length_penalty", abs(self.length_penalty) < math.inf, "a finite number"),
         ):
             if not is_right:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {rule}")

@@ -8,7 +8,7 @@ import torch
 from megatron_nvlm.data.collate import build_micro_batch
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.image.tiling import TilingConfig
-from megatron_nvlm.inference.generation import Listener, generate
+from megatron_nvlm.inference.generation import generate
 from megatron_nvlm.inference.sampling import GREEDY, Sampling
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
@@ -72,7 +72,7 @@ def test_each_step_equals_a_fresh_forward_pass(world_of_one: Device, variant: st
     model = tiny_model(tiny_config(variant, qk_norm=True), world_of_one, dtype=torch.float32).eval()
     pipeline, samples = pipeline_of(variant), prepared(variant, prompts)
     cached: list[torch.Tensor] = []
-    found = generate(model, samples, pipeline, -1, Sampling(max_new_tokens=NEW_TOKENS), 1, Listener(cached.append))
+    found = generate(model, samples, pipeline, -1, Sampling(max_new_tokens=NEW_TOKENS), 1, cached.append)
     answers = [answer.ids for answer in found]
     assert answers == cacheless.generate(model, samples, pipeline, -1, NEW_TOKENS)
     assert len(cached) == NEW_TOKENS
