@@ -16,6 +16,7 @@ from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.hf.folders import PROMPTS, pipeline_of
 from tests.hf.test_model import Pair, make_pair
+from tests.inference.test_generation import LAYOUTS
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, tiny_model
 
@@ -87,13 +88,8 @@ def answers_on_rank(parallelism: ParallelismConfig) -> dict[str, list[list[int]]
 def test_layouts_give_the_same_answers(world_of_one: Device) -> None:
     """Vocabulary, sequence and stages split."""
     expected = {variant: answers_of(variant, world_of_one, ParallelismConfig()) for variant in ("d", "x")}
-    split = ParallelismConfig(
-        tensor_model_parallel_size=2,
-        pipeline_model_parallel_size=2,
-        sequence_parallel=True,
-        vision_placement="replicated",
-    )
-    for found in run_ranks(4, answers_on_rank, split):
+    ranks, split = LAYOUTS["TP2 x PP2"]
+    for found in run_ranks(ranks, answers_on_rank, split):
         assert found == expected
 
 

@@ -17,7 +17,7 @@ from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
-from tests.inference.test_generation import pipeline_of, prepared
+from tests.inference.test_generation import LAYOUTS, pipeline_of, prepared
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, tiny_model
 
@@ -168,13 +168,8 @@ def test_each_has_its_own_settings_in_a_batch(world_of_one: Device) -> None:
 def test_layouts_give_the_same_answers(world_of_one: Device) -> None:
     """Vocabulary, sequence and stages split."""
     expected = [everything_of(variant, world_of_one, ParallelismConfig()) for variant in ("d", "h")]
-    split = ParallelismConfig(
-        tensor_model_parallel_size=2,
-        pipeline_model_parallel_size=2,
-        sequence_parallel=True,
-        vision_placement="replicated",
-    )
-    for found in run_ranks(4, everything_on_rank, split):
+    ranks, split = LAYOUTS["TP2 x PP2"]
+    for found in run_ranks(ranks, everything_on_rank, split):
         assert found == expected
 
 

@@ -42,9 +42,8 @@ class ChatMixin:
         Raises:
             ValueError: tiles and images differ in number, or the folder's tags need more than the number of tiles.
         """
-        processor = NVLMProcessor.from_pretrained(
-            tokenizer.name_or_path, trust_remote_code=True
-        )  # its code runs already
+        # Its code runs already.
+        processor = NVLMProcessor.from_pretrained(tokenizer.name_or_path, trust_remote_code=True)
         if pixel_values is not None and not history and IMAGE_PLACEHOLDER not in question:
             question = f"{IMAGE_PLACEHOLDER}\n{question}"
         turns = [

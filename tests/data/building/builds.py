@@ -1,5 +1,6 @@
 """Real builds of a few samples: what became of each, or the sentence by which it was rejected."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -84,3 +85,9 @@ def build_tar(folder: Path, *members: Member, **options: Any) -> tuple[list[RawS
 def turns_of(sample: RawSample) -> list[tuple[str, str]]:
     """(role, text) of each turn."""
     return [(turn["from"], turn["value"]) for turn in sample.record["conversation"]]
+
+
+def hashes(out: Path) -> dict[str, str]:
+    """Of a set's shards and index; the manifest names the inputs' files."""
+    files = [*out.glob("shard-*.tar"), *out.glob("*.npy"), out / "index.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

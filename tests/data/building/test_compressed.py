@@ -1,7 +1,6 @@
 """The same samples, whatever holds them: gzip, folders below folders, patterns and braces."""
 
 import gzip
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,18 +8,12 @@ import pytest
 
 from megatron_nvlm.commands.build_shards import main
 from megatron_nvlm.data.shards.read import ShardSet
-from tests.data.building.builds import COLOURS, coloured, colours_of, write_tar
+from tests.data.building.builds import COLOURS, coloured, colours_of, hashes, write_tar
 
 
 def build(out: Path, *source: object) -> Path:
     main(["--out", str(out), *map(str, source), "--images", "whole", "--quiet", "--samples-per-shard", "2"])
     return out
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Of the shards and their index: the manifest names the input's file."""
-    files = [*folder.glob("shard-*.tar"), *folder.glob("*.npy"), folder / "index.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def colours(out: Path) -> list[str]:
