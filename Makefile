@@ -26,7 +26,7 @@ $(VENV)/installed: setup.py requirements-ci.txt
 $(NEWEST_VENV)/installed-$(NEWEST_CORE): setup.py requirements-ci.txt
 	python=$$(.ci/newest_python) && $$python -m venv --clear $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/pip install -q torch==2.13.0
-	grep -v '^megatron-core==' requirements-ci.txt >$(NEWEST_VENV)/requirements.txt
+	grep -v -e '^megatron-core==' -e '^triton==' requirements-ci.txt >$(NEWEST_VENV)/requirements.txt
 	$(NEWEST_VENV)/bin/pip install -q -r $(NEWEST_VENV)/requirements.txt
 	$(NEWEST_VENV)/bin/pip install -q --no-deps megatron-core==$(NEWEST_CORE)
 	$(NEWEST_VENV)/bin/pip install -q --no-deps -e .

@@ -68,6 +68,7 @@ setup(
             "ruff>=0.8",
             "sentencepiece>=0.2",
             "transformers>=4.46,<6",
+            "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the kernels on a CPU
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -86,9 +86,9 @@ def made_micro_batch(model: ResolvedModel, options: argparse.Namespace) -> Micro
     ids = torch.randint(0, model.language.vocab_size, micro_batch.tokens.shape, generator=generator)
     micro_batch.tokens.copy_(torch.where(micro_batch.decoder_vision_index < 0, ids, micro_batch.tokens))
     micro_batch.labels.copy_(ids)
-    micro_batch.loss_mask.copy_(micro_batch.decoder_vision_index < 0)
     tiles = torch.randint(0, 256, (micro_batch.num_tiles, 3, size, size), dtype=torch.uint8, generator=generator)
-    return replace(micro_batch, tiles=tiles)
+    learned = (micro_batch.decoder_vision_index < 0).float()
+    return replace(micro_batch, tiles=tiles, loss_mask=learned, boundaries=())  # boundaries: derive again
 
 
 def parser() -> argparse.ArgumentParser:

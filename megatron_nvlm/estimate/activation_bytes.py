@@ -17,6 +17,7 @@ from megatron_nvlm.models.families.languages import family_of
 from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.padding import pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.ops.linear_cross_entropy import CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,14 @@ class ActivationModel:
         layer, cross = self._layer(work), self._cross_attention(work)
         working = 0
         if self.sizes.recompute == "full":
-            kept = chunk.layers * residual
+            # A recomputed layer keeps its input and, as measured, what a trainable gate multiplies.
+            gated = chunk.cross_attention_layers if self._trains("cross_attention") else 0
+            kept = (chunk.layers + gated) * residual
             working = layer + (cross if chunk.cross_attention_layers else 0)
         else:
             kept = chunk.layers * layer + chunk.cross_attention_layers * cross
+        if self.backend == "local":
+            kept += 4 * work.num_tokens * language.head_size  # rotary frequencies of each token
         if self.sizes.variant.needs_cross_attention:
             kept += work.num_context_tokens * language.hidden_size * self.dtype.itemsize // self._shard
         if chunk.has_encoder:
@@ -88,9 +93,14 @@ class ActivationModel:
                 working = max(working, self._features(self._tiles_at_once(work) * self._ranks))
         if chunk.has_output:
             kept += self._norm(work.num_tokens * language.hidden_size, self._shard, self._trains("language_model"))
-            columns = work.num_tokens * (language.vocab_size // self._tensor)
-            kept += 4 * columns  # softmax in float32
-            working = max(working, (self.dtype.itemsize + 8) * columns)
+            columns = language.vocab_size // self._tensor
+            weight = columns * language.hidden_size if self._trains("language_model") else 0
+            # Of the tokens with a target, the gradient of their hidden states and that of the weight, made with the loss
+            # (ops/linear_cross_entropy.py).
+            kept += self.dtype.itemsize * (work.num_targets * language.hidden_size + weight)
+            working = max(
+                working, 2 * self.dtype.itemsize * min(work.num_targets * columns, CHUNK_ELEMENTS) + 4 * weight
+            )
         return ActivationBytes(kept, working)
 
     @property

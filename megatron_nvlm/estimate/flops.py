@@ -65,6 +65,8 @@ class Work:
     context_pairs: int
     """Pairs of a decoder token and a context token that it sees."""
     tiles: int
+    num_targets: int
+    """Decoder tokens whose next token is learned; no other passes the output layer."""
 
 
 def count_work(micro_batch: MicroBatch, tokens_per_tile: int, dense_attention: bool = False) -> Work:
@@ -95,6 +97,7 @@ def count_work(micro_batch: MicroBatch, tokens_per_tile: int, dense_attention: b
         num_context_tokens=num_context_tokens,
         context_pairs=context_pairs if num_context_tokens else 0,
         tiles=(last_vision_token + 1) // tokens_per_tile,
+        num_targets=len(micro_batch.target_rows),
     )
 
 
@@ -174,7 +177,7 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
         projector=_projector(sizes, work.tiles * sizes.vision.tokens_per_tile, trains),
         decoder_layer=_with_recompute(layer, self_attention, sizes.recompute),
         cross_attention=_with_recompute(cross_linears, cross_attention, sizes.recompute),
-        output_layer=linear(work.num_tokens, hidden, language.vocab_size, language_trains),
+        output_layer=linear(work.num_targets, hidden, language.vocab_size, language_trains),
     )
 
 

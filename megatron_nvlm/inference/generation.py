@@ -145,7 +145,7 @@ def _read_tokens(model: NVLMModel, tokens: list[int], cache: KeyValueCache, toke
                 decoder_input=message,
                 extra_block_kwargs=kwargs,
             )
-        return model.without_padding(output[0]) if model.post_process else output
+        return model.logits(output) if model.post_process else output
 
     output = pass_through(model, num_tokens, compute)
     return None if output is None else output[: len(tokens)]

@@ -46,6 +46,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; shape and dtype stay."""
+        if x.is_cuda and x.dtype == self.weight.dtype:  # one kernel, with statistics in float32
+            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight).to(x.dtype)
@@ -96,15 +98,16 @@ class TorchCoreAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend.
 
-        With `packed_seq_params`: query [s, n, d], key and value [s, g, d], causal inside each sample -> [s, n * d].
+        With `packed_seq_params` (models/language_model.py): query [s, 1, n, d], key and value [s, 1, g, d], causal inside
+        each sample -> [s, 1, n * d].
         Without: query [s, b, n, d], key and value [s, b, g, d]; every token sees every token of its own batch entry (the
         patches of a tile) -> [s, b, n * d].
         """
         dropout = self.dropout if self.training else 0.0
         if packed_seq_params is not None:
-            boundaries = packed_seq_params.cu_seqlens_q
-            output = causal_attention(query, key, value, boundaries, self.scale, dropout)  # [s, n, d]
-            return output.flatten(1)  # [s, n * d]
+            one_batch = (query[:, 0], key[:, 0], value[:, 0])
+            output = causal_attention(*one_batch, packed_seq_params.boundaries, self.scale, dropout)  # [s, n, d]
+            return output.flatten(1)[:, None]  # [s, 1, n * d]
         output = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),  # [b, n, s, d]
             key.permute(1, 2, 0, 3),  # [b, g, s, d]
@@ -127,10 +130,16 @@ class IntervalCoreAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """query [s, 1, n, d], key and value [c, 1, g, d], attention_mask: intervals [s, 2] -> [s, 1, n * d]."""
+        """query [s, 1, n, d], key and value [c, 1, g, d] -> [s, 1, n * d].
+
+        Args:
+            attention_mask: [s + blocks, 2], the intervals and after them what `block_rows` says of them
+                (MicroBatch.context_mask).
+        """
         dropout = self.dropout if self.training else 0.0
         one_batch = (query[:, 0], key[:, 0], value[:, 0])
-        output = interval_attention(*one_batch, attention_mask, self.scale, dropout)  # [s, n, d]
+        intervals, blocks = attention_mask.split([len(query), len(attention_mask) - len(query)])
+        output = interval_attention(*one_batch, intervals, self.scale, dropout, blocks)  # [s, n, d]
         return output.flatten(1)[:, None]  # [s, 1, n * d]
 
 

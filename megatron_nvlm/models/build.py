@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -18,6 +17,7 @@ from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.languages import family_of
 from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL
+from megatron_nvlm.models.language_model import LanguageModel
 from megatron_nvlm.models.layer_specs import get_decoder_layer_spec, get_vision_layer_spec, norm_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.padding import Padding, pad_evenly
@@ -50,7 +50,7 @@ def build_model(
     language = language_config(config, model.language, parallelism, dtype, on_cpu)
     vocabulary = vocabulary_padding(model.language, parallelism)
     with torch.device(device):
-        language_model = GPTModel(
+        language_model = LanguageModel(
             language,
             _decoder_layers(model, language, backend, stage, vp_stage),
             vocab_size=vocabulary.padded if vocabulary else model.language.vocab_size,
@@ -83,7 +83,7 @@ def build_model(
     )
 
 
-def scale_rotary(language_model: GPTModel, preset: LanguagePreset) -> None:
+def scale_rotary(language_model: LanguageModel, preset: LanguagePreset) -> None:
     """Set the frequencies of a scaled rotary embedding; core has Llama's with fixed settings, and no YaRN for this form."""
     if preset.rope_scaling is not None:
         rotary = language_model.rotary_pos_emb

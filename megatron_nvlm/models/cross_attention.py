@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.head_norm import mark_head_norm
+from megatron_nvlm.ops.gated_add import gated_add
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,6 @@ class TanhGatedAdd(torch.nn.Module):
 
         def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float) -> Tensor:
             x, bias = x_with_bias
-            if bias is not None:
-                x = x + bias
-            return residual + torch.tanh(self.gate) * torch.nn.functional.dropout(x, probability, training)
+            return gated_add(x, bias, residual, self.gate, probability, training)
 
         return add

@@ -1,4 +1,4 @@
-"""One pipeline stage of NVLM: vision tokens made once, put where the micro-batch says, decoded by a GPTModel.
+"""One pipeline stage of NVLM: vision tokens made once, put where the micro-batch says, decoded by the language model.
 
 D, X and H are the same code: the micro-batch carries, for every decoder token and every context token, either a token or the
 number of a vision token (sequence/assemble.py writes them by the variant's row of the table).
@@ -8,8 +8,6 @@ Shapes: s decoder tokens, c context tokens, h hidden, t tiles.
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET, PixelStatistics
+from megatron_nvlm.models.language_model import LanguageModel, ragged_sequence
 from megatron_nvlm.models.padding import Padding
 from megatron_nvlm.models.vision_clock import VisionClock
 from megatron_nvlm.models.vision_model import VisionModel
@@ -43,7 +42,7 @@ class NVLMModel(MegatronModule):
 
     def __init__(
         self,
-        language_model: GPTModel,
+        language_model: LanguageModel,
         vision_model: VisionModel | None,
         vision_projection: torch.nn.Module | None,
         has_context: bool,
@@ -78,10 +77,11 @@ class NVLMModel(MegatronModule):
         """Take what the previous stage sent (core's schedules call it before `forward`)."""
         self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, micro_batch: MicroBatch, features: Tensor | None = None) -> Tensor:
+    def forward(self, micro_batch: MicroBatch, features: Tensor | None = None, with_loss: bool = False) -> Tensor:
         """This stage's output: logits [s, vocabulary / TP] on the last stage, the payload for the next one before.
 
         Args:
+            with_loss: the last stage gives the sum of the losses of all targets instead, and projects no other token.
             features: [t, tokens per tile, 4 v] of all tiles of the micro-batch, where they are encoded already
                 (`encode` or `encode_tiles`); by default the micro-batch's own tiles are encoded.
         """
@@ -93,21 +93,28 @@ class NVLMModel(MegatronModule):
             self.language_model.set_input_tensor(hidden)
         block_kwargs: dict[str, Any] = {}
         if self.has_context:
-            block_kwargs = {"context": context, "context_mask": micro_batch.context_intervals}
-        output = self.language_model(
+            block_kwargs = {"context": context, "context_mask": micro_batch.context_mask()}
+        output: Tensor = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=hidden,
-            packed_seq_params=packed_sequence(micro_batch.cu_seqlens),
+            packed_seq_params=ragged_sequence(micro_batch, self.config.apply_rope_fusion),
             extra_block_kwargs=block_kwargs,
         )
+        if self.post_process and with_loss:
+            rows = micro_batch.target_rows
+            return self.language_model.loss(output, rows, micro_batch.labels.index_select(0, rows), self.vocabulary)
         if self.post_process:
-            return self.without_padding(output[0])  # [s, vocabulary / TP]
+            return self.logits(output)
         return self._join_payload(micro_batch, output, context)
 
-    def without_padding(self, logits: Tensor) -> Tensor:
-        """Columns that stand for no id can neither be chosen nor take a share of the softmax, and get no gradient."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [s, 1, h] of the last stage -> [s, vocabulary / TP].
+
+        Columns that stand for no id can neither be chosen nor take a share of the softmax, and get no gradient.
+        """
+        logits = self.language_model.logits(hidden)
         if self.vocabulary is None:
             return logits
         first = self.language_model.pg_collection.tp.rank() * logits.shape[-1]
@@ -224,15 +231,3 @@ def normalise(tiles: Tensor, dtype: torch.dtype, statistics: PixelStatistics = I
     mean = torch.tensor(statistics.mean, dtype=wide, device=tiles.device).view(3, 1, 1)
     std = torch.tensor(statistics.std, dtype=wide, device=tiles.device).view(3, 1, 1)
     return ((tiles.to(wide) / 255 - mean) / std).to(dtype)
-
-
-def packed_sequence(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Core's description of a ragged sequence, from the boundaries [samples + 1] of its samples."""
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )

@@ -1,32 +1,39 @@
 """Causal self-attention over a ragged sequence of samples, without attention between samples."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Sequence[int],
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention inside each sample of a ragged sequence.
 
     Args:
         query: [tokens, heads, head_dim]; key, value: [tokens, groups, head_dim].
-        cu_seqlens: [samples + 1] boundaries of the samples, from 0 to tokens.
+        boundaries: those of the samples, from 0 to tokens; on the host, so that nothing waits for the device.
         scale: factor of the scores; head_dim ** -0.5 by default.
         dropout: probability with which an attention weight is dropped.
 
     Returns:
         [tokens, heads, head_dim].
     """
-    starts = cu_seqlens[:-1].tolist()
-    ends = cu_seqlens[1:].tolist()
+    starts, ends = boundaries[:-1], boundaries[1:]
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     longest = max(lengths)
     # Samples of similar length run as one padded batch (padding stands after the real tokens, so no real token sees it);
     # otherwise padding would cost more than a loop.
-    if len(lengths) > 1 and longest * len(lengths) <= 2 * sum(lengths):
-        return _padded_batch(query, key, value, cu_seqlens, longest, scale, dropout)
+    # On CUDA a loop costs launches alone, and a batch's indices would have to be copied there.
+    if not query.is_cuda and len(lengths) > 1 and longest * len(lengths) <= 2 * sum(lengths):
+        return _padded_batch(query, key, value, boundaries, longest, scale, dropout)
     outputs = [
         _causal(query[start:end][None], key[start:end][None], value[start:end][None], scale, dropout)[0]
         for start, end in zip(starts, ends, strict=True)
@@ -50,11 +57,18 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, drop
 
 
 def _padded_batch(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Sequence[int],
+    longest: int,
+    scale: float | None,
+    dropout: float,
 ) -> Tensor:
     """All samples in one call; b samples of l tokens each, padding included."""
-    starts = cu_seqlens[:-1].long()  # [b]
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()  # [b]
+    bounds = torch.tensor(boundaries, device=query.device)
+    starts = bounds[:-1]  # [b]
+    lengths = bounds[1:] - starts  # [b]
     position = torch.arange(longest, device=query.device)  # [l]
     real = position[None] < lengths[:, None]  # [b, l]
     rows = (starts[:, None] + position[None]).clamp(max=query.shape[0] - 1)  # [b, l]

@@ -1,8 +1,8 @@
 """Attention in which each query token sees one contiguous range of keys.
 
 A range per token describes every mask of NVLM-X and NVLM-H (docs/design: "one interval per token"), for ragged tiles,
-several images and packed samples, without padding. This is the readable form that runs everywhere and that kernels are
-compared with.
+several images and packed samples, without padding. The readable form is here and runs everywhere; on CUDA a kernel
+(ops/triton/interval_attention.py) reads only the keys that a block of tokens sees.
 
 Example, 5 query tokens and 6 keys (two tiles of 3 tokens)::
 
@@ -14,9 +14,18 @@ Example, 5 query tokens and 6 keys (two tiles of 3 tokens)::
     [0, 6)      xxxxxx
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_nvlm.ops.dispatch import runs_kernel
+
+KEY_BLOCK = 64
+"""Keys of an entry of `block_rows`."""
+_LARGEST_HEAD = 256
+_MOST_ELEMENTS = 2**31
+"""Of a tensor that the kernel addresses."""
 
 
 def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
@@ -25,8 +34,40 @@ def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
     return (position >= intervals[:, :1]) & (position < intervals[:, 1:])
 
 
+def block_rows(intervals: np.ndarray, num_keys: int) -> np.ndarray:
+    """For each block of KEY_BLOCK keys, the tokens from the first to the last that see a key of it.
+
+    The loader makes it once a micro-batch; the backward kernel reads no other tokens for that block.
+
+    Args:
+        intervals: [tokens, 2].
+
+    Returns:
+        [ceil(num_keys / KEY_BLOCK), 2] int32, first token and token after the last; 0, 0 where no token sees the block.
+    """
+    blocks = -(-num_keys // KEY_BLOCK)
+    first = np.full(blocks, len(intervals), dtype=np.int64)
+    last = np.zeros(blocks, dtype=np.int64)
+    seen = np.flatnonzero(intervals[:, 1] > intervals[:, 0])
+    if len(seen):
+        # Tokens of equal range, one after the other, are one run: few, where there are many tokens.
+        changes = np.flatnonzero((np.diff(intervals[seen], axis=0) != 0).any(axis=1)) + 1
+        for run in np.split(seen, changes):
+            start, end = intervals[run[0]]
+            touched = slice(start // KEY_BLOCK, -(-end // KEY_BLOCK))
+            first[touched] = np.minimum(first[touched], run[0])
+            last[touched] = np.maximum(last[touched], run[-1] + 1)
+    return np.stack([np.where(last > 0, first, 0), last], axis=1).astype(np.int32)
+
+
 def interval_attention(
-    query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    rows_of_blocks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of each token over its own range of keys; a token with an empty range is exactly zero.
 
@@ -36,17 +77,33 @@ def interval_attention(
         intervals: [tokens, 2] integers, the range [start, end) of keys that the token sees.
         scale: factor of the scores; head_dim ** -0.5 by default.
         dropout: probability with which an attention weight is dropped.
+        rows_of_blocks: what `block_rows` says of the intervals; made here where it is needed and not given, which on CUDA
+            waits for the device.
 
     Returns:
         [tokens, heads, head_dim].
     """
     if key.shape[0] == 0:
         return query * 0
+    if _has_kernel(query, key, dropout) and runs_kernel(query, key, value):
+        from megatron_nvlm.ops.triton.interval_attention import IntervalAttention
+
+        if rows_of_blocks is None:
+            found = block_rows(intervals.cpu().numpy(), len(key))
+            rows_of_blocks = torch.from_numpy(found).to(intervals.device)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        fused: Tensor = IntervalAttention.apply(query, key, value, intervals, rows_of_blocks, scale)
+        return fused
     outputs = [
         _attend(query[first:last], key[start:end], value[start:end], intervals[first:last] - start, scale, dropout)
         for first, last, start, end in segments(intervals)
     ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # [tokens, heads, head_dim]
+
+
+def _has_kernel(query: Tensor, key: Tensor, dropout: float) -> bool:
+    """Whether the kernel computes this: no dropout of weights, and places that fit 32 bits."""
+    return dropout == 0 and query.shape[-1] <= _LARGEST_HEAD and max(query.numel(), key.numel()) < _MOST_ELEMENTS
 
 
 def segments(intervals: Tensor) -> list[tuple[int, int, int, int]]:

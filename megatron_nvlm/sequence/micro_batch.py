@@ -6,13 +6,14 @@ Shapes: s decoder tokens, c context tokens, t tiles, S pixels along an edge of a
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_nvlm.ops.interval_attention import block_rows
 from megatron_nvlm.sequence.assemble import IGNORED_LABEL, AssembledSample
 
 
@@ -48,6 +49,30 @@ class MicroBatch:
     """Number of `tiles[0]` among them."""
     adjustments: tuple[str, ...] = ()
     """What samples gave up so that they fit, one name for each that did."""
+    boundaries: tuple[int, ...] = ()
+    """`cu_seqlens` on the host, so that nobody waits for the device to know them."""
+    target_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Places of the tokens whose next token is a target."""
+    context_blocks: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int32))
+    """[blocks of context tokens, 2] which tokens see each block, as `block_rows` (ops/interval_attention.py) says it."""
+
+    def __post_init__(self) -> None:
+        """What follows from the other fields, once, on the host."""
+        if self.boundaries:
+            return
+        derived: dict[str, Any] = {
+            "boundaries": tuple(self.cu_seqlens.tolist()),
+            "target_rows": self.loss_mask.nonzero().flatten(),
+            "context_blocks": torch.from_numpy(
+                block_rows(self.context_intervals.cpu().numpy(), len(self.context_tokens))
+            ).to(self.context_intervals.device),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
+
+    def context_mask(self) -> Tensor:
+        """[s + blocks, 2]: the intervals, and after them `context_blocks`. Core's recomputation keeps one tensor."""
+        return torch.cat([self.context_intervals, self.context_blocks])
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device; copies of pinned memory do not wait."""

@@ -19,7 +19,6 @@ from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL, marked
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
-from megatron_nvlm.ops.vocab_cross_entropy import vocab_cross_entropy
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
@@ -97,12 +96,8 @@ def _sum_over(group: dist.ProcessGroup, models: list[Any], mark: str) -> None:
         offset += gradient.numel()
 
 
-def loss_function(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(micro_batch: MicroBatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the losses of the targets and their number; core divides once, by the number in the global batch."""
-    losses = vocab_cross_entropy(
-        logits, micro_batch.labels.clamp(min=0), parallel_state.get_tensor_model_parallel_group()
-    )
-    loss_sum = (losses * micro_batch.loss_mask.to(losses.dtype)).sum()
     num_targets = micro_batch.loss_mask.sum()
     report = torch.stack([loss_sum.detach().double(), num_targets.double()])
     return loss_sum, num_targets.to(torch.int), {"loss": report}
@@ -146,7 +141,7 @@ class _ForwardSteps:
         micro_batch = micro_batch.to(self.device)
         if features is not None:
             features = features.to(self.device)
-        return module(micro_batch, features), partial(loss_function, micro_batch)
+        return module(micro_batch, features, with_loss=True), partial(loss_function, micro_batch)
 
 
 def run_step(

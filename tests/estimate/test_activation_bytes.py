@@ -37,7 +37,7 @@ def kept_bytes(model: torch.nn.Module, micro_batch) -> int:  # type: ignore[no-u
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss_function(micro_batch, model(micro_batch))
+        loss_function(micro_batch, model(micro_batch, with_loss=True))
     return sum(storages.values())
 
 

@@ -110,7 +110,7 @@ def run_case(model: NVLMModel, inputs: dict[str, Tensor], case: str) -> tuple[Te
         vision_tokens = model.vision_projection(features["pixel_shuffled"].flatten(0, 1))
         features["mlp1_out"] = vision_tokens.view(-1, 4, LANGUAGE.hidden_size)
     logits = model(micro_batch, encoded)
-    loss_sum, targets, _ = loss_function(micro_batch, logits)
+    loss_sum, targets, _ = loss_function(micro_batch, model(micro_batch, encoded, with_loss=True))
     return loss_sum / targets, logits, features
 
 

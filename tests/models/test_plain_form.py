@@ -16,7 +16,7 @@ def test_logits_loss_and_every_gradient(world_of_one: Device, variant: str, qk_n
     samples = plain_samples()[-1]
     micro_batch = micro_batch_of(samples, variant)
     logits = model(micro_batch)
-    loss, _, _ = loss_function(micro_batch, logits)
+    loss, _, _ = loss_function(micro_batch, model(micro_batch, with_loss=True))
     loss.backward()
 
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in named_parameters(model)}

@@ -21,12 +21,12 @@ def inputs(*batch: int) -> tuple[torch.Tensor, ...]:
 
 def packed(boundaries: list[int]) -> tuple[torch.nn.Module, dict[str, object]]:
     layer = TorchCoreAttention(CONFIG, 1, AttnMaskType.causal, "self")
-    return layer, {"attention_mask": None, "packed_seq_params": SimpleNamespace(cu_seqlens_q=torch.tensor(boundaries))}
+    return layer, {"attention_mask": None, "packed_seq_params": SimpleNamespace(boundaries=boundaries)}
 
 
 FORMS = {
-    "one sample": (lambda: packed([0, TOKENS]), ()),
-    "two samples": (lambda: packed([0, 3, TOKENS]), ()),
+    "one sample": (lambda: packed([0, TOKENS]), (1,)),
+    "two samples": (lambda: packed([0, 3, TOKENS]), (1,)),
     "tiles": (lambda: (TorchCoreAttention(CONFIG, 1, AttnMaskType.no_mask, "self"), {"attention_mask": None}), (2,)),
     "cross-attention": (
         lambda: (IntervalCoreAttention(CONFIG), {"attention_mask": torch.tensor([[0, 0], [0, 3], *[[1, 6]] * 4])}),

@@ -1,0 +1,1 @@
+"""Triton kernels of the operations in `ops`, each beside its plain form there. Only `ops` imports them."""
