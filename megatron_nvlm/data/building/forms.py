@@ -145,8 +145,8 @@ _QUESTION_ANSWERS = ("multiple_choice_answer", "answer", "answers")
 
 
 def _caption(content: Content, prompt: str) -> list[StoredTurn]:
-    said = [field for field in ("caption", "text") if content.get(field)]
-    if len({_first_text(content, field) for field in said}) > 1:
+    said = {value.strip() for value in map(content.get, ("caption", "text")) if isinstance(value, str)}
+    if len(said - {""}) > 1:
         raise UserError("its 'caption' and 'text' both tell what is learned, and differ; leave one out")
     return [_human(prompt), _gpt(_first_text(content, "caption", "text"))]
 
