@@ -75,7 +75,7 @@ EFFECTS: dict[str, Effect] = {
             ),
             *_keys("data.cache.", "folder limit_gb retries"),
             *_keys("optimizer.", "clip_grad"),
-            *_keys("training.", "micro_batch_size global_batch_size train_steps timeout_seconds"),
+            *_keys("training.", "micro_batch_size global_batch_size train_steps epochs timeout_seconds"),
             *_keys("parallelism.", "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel"),
             *_keys("parallelism.", "virtual_pipeline_model_parallel_size pipeline_layout payload_vision_tokens"),
             *_keys("parallelism.", "context_parallel_size expert_model_parallel_size"),
@@ -114,7 +114,10 @@ EFFECTS: dict[str, Effect] = {
 
 
 def settings_of(config: RunConfig, model: ResolvedModel) -> dict[str, Any]:
-    """Every key of a run with its value in force: where null means another key's value, that value."""
+    """Every key of a run with its value in force: where null means another key's value, that value.
+
+    A run whose steps have been counted (runs/length.py) has both `training.train_steps` and `training.epochs`.
+    """
     settings: dict[str, Any] = {}
     _flatten(dataclasses.asdict(config), "", settings)
     settings["optimizer.decay_steps"] = config.optimizer.decay_steps or config.training.train_steps

@@ -36,7 +36,10 @@ class TrainingConfig:
     """Samples of one ragged sequence."""
     global_batch_size: int
     """Samples of a step, over all replicas."""
-    train_steps: int
+    train_steps: int | None = None
+    """Length of the run in steps; null where `epochs` gives it."""
+    epochs: float | None = None
+    """Length of the run in passes over the data (docs/training.md); null where `train_steps` gives it."""
     precision: str = "bf16"
     """bf16 or fp32."""
     seed: int = 1234
@@ -50,6 +53,8 @@ class Trainer:
     """What the loop works with, made by runs/trainer.py."""
 
     config: TrainingConfig
+    train_steps: int
+    """Length of the run."""
     device: torch.device
     model: list[DistributedDataParallel]
     """The chunks of this rank's stage, with gradient buffers."""
@@ -109,7 +114,7 @@ def _train(
 ) -> Outcome:
     progress, bad_samples, seen = start, 0, 0
     reducer = MetricReducer(trainer.device)
-    while progress.step < trainer.config.train_steps:
+    while progress.step < trainer.train_steps:
         began = time.monotonic()
         number = progress.step + 1
         watchdog.beat(number, "reading samples")
@@ -138,7 +143,7 @@ def _train(
         _check(totals, progress, (bad_samples, seen), trainer.data.max_bad_fraction, saver)
         watchdog.beat(number, "saving a checkpoint")
         saver.poll()
-        done = progress.step == trainer.config.train_steps
+        done = progress.step == trainer.train_steps
         if done or stops or progress.step % trainer.save_every_steps == 0:
             saver.save(progress, wait=done or stops)
         if stops:

@@ -46,8 +46,12 @@ class OptimizerConfig:
     """Of schedule wsd alone: a name of WSD_STYLES; null for linear."""
 
 
-def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
-    """Refuse rates and steps that make no schedule."""
+def check_optimizer(config: OptimizerConfig, train_steps: int | None) -> None:
+    """Refuse rates and steps that make no schedule.
+
+    Args:
+        train_steps: None where they are counted later; what rests on them is not checked then.
+    """
     if not 0 <= config.min_lr <= config.max_lr < math.inf:
         raise UserError(
             f"optimizer.min_lr {config.min_lr} must lie between 0 and optimizer.max_lr {config.max_lr}, a finite number"
@@ -56,7 +60,7 @@ def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
         raise UserError(
             f"optimizer.decay_steps is {config.decay_steps}; it must be at least 1, or null for training.train_steps"
         )
-    decay = config.decay_steps or train_steps
+    decay = config.decay_steps or train_steps or math.inf
     if not 0 <= config.warmup_steps < decay:
         raise UserError(
             f"optimizer.warmup_steps {config.warmup_steps} must be fewer than the {decay} steps of the schedule"
@@ -73,7 +77,7 @@ def check_optimizer(config: OptimizerConfig, train_steps: int) -> None:
             raise UserError(f"optimizer.{name} is {value}; it must be {range_}")
 
 
-def _check_schedule(config: OptimizerConfig, decay_steps: int) -> None:
+def _check_schedule(config: OptimizerConfig, decay_steps: float) -> None:
     if config.schedule not in SCHEDULES:
         raise UserError(f"optimizer.schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if config.schedule != "wsd":
