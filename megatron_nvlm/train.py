@@ -16,7 +16,7 @@ from megatron_nvlm.runs.length import count_steps
 from megatron_nvlm.runs.processes import joined, mark_end, prepare_run_dir
 from megatron_nvlm.runs.resolve import resolve_run
 from megatron_nvlm.runs.run_dir import RunDir
-from megatron_nvlm.runs.start import find_start, load_start
+from megatron_nvlm.runs.start import find_start, keep_multiples, load_start
 from megatron_nvlm.runs.trainer import make_trainer
 from megatron_nvlm.training.faults import StopRequest, stop_with_launcher
 from megatron_nvlm.training.loop import Reports, train
@@ -35,10 +35,11 @@ def run_training(config: RunConfig) -> None:
     identity = make_identity(run.config, run.model, data.pipeline.tokenizer, data)
     with joined(run) as device:
         start = find_start(run, identity)
+        run = keep_multiples(start, run)
         trainer = make_trainer(run, data, device)
         progress = load_start(start, trainer)
         if start.checkpoint is not None and start.keep_schedule:
-            in_force = config_in_force(config.optimizer, trainer.optimizer, trainer.scheduler)
+            in_force = config_in_force(run.config.optimizer, trainer.optimizer, trainer.scheduler)
             config = replace(config, optimizer=in_force)
             identity = replace(identity, settings=settings_of(replace(run.config, optimizer=in_force), run.model))
         prepare_run_dir(run.run_dir, config)

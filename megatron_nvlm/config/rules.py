@@ -17,7 +17,7 @@ from megatron_nvlm.models.config import ResolvedModel, check_model
 from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
-from megatron_nvlm.training.optimizer import check_optimizer
+from megatron_nvlm.training.optimizer import check_components, check_optimizer
 
 
 def model_can_be_built(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
@@ -182,6 +182,8 @@ def weights_come_from_one_place(run: RunConfig, model: ResolvedModel, world_size
 def schedule_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Learning rates and steps make a schedule."""
     check_optimizer(run.optimizer, run.training.train_steps)
+    absent = set() if model.variant.needs_cross_attention else {"cross_attention"}
+    check_components(run.optimizer, set(run.recipe.trainable_components()) - absent)
 
 
 def _splits_the_model(run: RunConfig) -> bool:

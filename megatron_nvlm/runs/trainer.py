@@ -41,6 +41,7 @@ def make_trainer(run: ResolvedRun, data: OpenedData, device: Device) -> Trainer:
         model=wrapped,
         bare_model=bare,
         optimizer=optimizer,
+        rates=config.optimizer,
         scheduler=scheduler,
         loader=make_loader(run, data, device, has_first_layer=bare.pre_process),
         data=config.data,

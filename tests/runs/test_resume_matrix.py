@@ -78,6 +78,7 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
     "optimizer.warmup_steps": ("5", differs("learning_rate")),
     "optimizer.decay_steps": ("20", differs("learning_rate")),
     "optimizer.schedule": ("linear", differs("learning_rate")),
+    "optimizer.component_lr": ("{vision_projection: 3}", differs("loss")),
     "optimizer.adam_beta1": ("0.2", differs("loss")),
     "optimizer.adam_beta2": ("0.2", differs("loss")),
     "optimizer.adam_eps": ("0.1", differs("loss")),
