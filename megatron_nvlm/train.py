@@ -12,10 +12,11 @@ from megatron_nvlm.parallel.groups import world_size_from_environment
 from megatron_nvlm.runs.changes import settings_of
 from megatron_nvlm.runs.components import make_identity, open_data
 from megatron_nvlm.runs.entry import say, user_errors_end_the_process
+from megatron_nvlm.runs.length import count_steps
 from megatron_nvlm.runs.processes import joined, mark_end, prepare_run_dir
 from megatron_nvlm.runs.resolve import resolve_run
 from megatron_nvlm.runs.run_dir import RunDir
-from megatron_nvlm.runs.start import find_start, load_start
+from megatron_nvlm.runs.start import find_start, keep_multiples, load_start
 from megatron_nvlm.runs.trainer import make_trainer
 from megatron_nvlm.training.faults import StopRequest, stop_with_launcher
 from megatron_nvlm.training.loop import Reports, train
@@ -30,20 +31,23 @@ def run_training(config: RunConfig) -> None:
     stop_with_launcher()
     run = resolve_run(config, world_size_from_environment())
     data = open_data(run)
-    identity = make_identity(config, run.model, data.pipeline.tokenizer, data)
+    run = count_steps(run, data)
+    identity = make_identity(run.config, run.model, data.pipeline.tokenizer, data)
     with joined(run) as device:
         start = find_start(run, identity)
+        run = keep_multiples(start, run)
         trainer = make_trainer(run, data, device)
         progress = load_start(start, trainer)
         if start.checkpoint is not None and start.keep_schedule:
-            config = replace(config, optimizer=config_in_force(config.optimizer, trainer.optimizer, trainer.scheduler))
-            identity = replace(identity, settings=settings_of(config, run.model))
+            in_force = config_in_force(run.config.optimizer, trainer.optimizer, trainer.scheduler)
+            config = replace(config, optimizer=in_force)
+            identity = replace(identity, settings=settings_of(replace(run.config, optimizer=in_force), run.model))
         prepare_run_dir(run.run_dir, config)
         saver = CheckpointSaver(
             run.run_dir, config.checkpoint, identity, trainer.bare_model, trainer.optimizer, trainer.scheduler
         )
         reports = Reports(
-            MetricsWriter(run.run_dir, config.logging, progress.step, config.training.train_steps),
+            MetricsWriter(run.run_dir, config.logging, progress.step, run.train_steps),
             SampleWriter(run.run_dir, progress.step, config.data.ledger),
         )
         outcome = train(trainer, progress, reports, stop, saver)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_nvlm.checkpoint.census import refuse_unused_weights
 from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE, find_damage
+from megatron_nvlm.checkpoint.parameter_groups import OwnGroups
 from megatron_nvlm.checkpoint.retention import LATEST_FILE, candidates, read_latest
 from megatron_nvlm.core_compat import core_version, is_newer_than_core, minor_release
 from megatron_nvlm.data.order.batches import DataPosition
@@ -33,8 +34,8 @@ COMMON_FILE = "common.pt"
 """What is no tensor; older cores read nothing without it, newer ones (0.19) write none and read both."""
 _WSD_KEYS = ("wsd_decay_steps", "lr_wsd_decay_style")
 """Of core's schedule, which it does not save itself."""
-_CONSTANTS = ("max_lr", "min_lr", "betas", "eps")
-"""Of every parameter group alike; rate and weight decay follow from the schedule."""
+_CONSTANTS = ("betas", "eps")
+"""Of every parameter group alike; rates and weight decay follow from the schedule."""
 logger = logging.getLogger(__name__)
 
 
@@ -240,9 +241,9 @@ def load(
     """Model, optimizer, step of the schedule and position, into any layout.
 
     Args:
+        optimizer: its groups of parameters may be others than the checkpoint's.
         keep_schedule: take the checkpoint's schedule and constants of Adam too, instead of those that were built.
     """
-    built = [{key: group[key] for key in _CONSTANTS if key in group} for group in optimizer.param_groups[:1]]
     trains = _has_parameters(optimizer)
     for part in getattr(optimizer, "chained_optimizers", [optimizer] if trains else []):
         # Core's distributed optimizer can only receive state that is there; it makes none by itself before a first step.
@@ -253,22 +254,23 @@ def load(
     state = {"model": model_state}
     if trains:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_metadata())
+        own_groups = OwnGroups(state["optimizer"])
     loaded = _load(state, path)
     model.load_state_dict(loaded["model"])
     if trains:
-        # Newer cores find a stored group of parameters by its rates too, which may have changed; `built` has the new ones.
-        for group in optimizer.param_groups:
-            group.update({key: loaded["scheduler"][key] for key in ("max_lr", "min_lr")})
+        constants = own_groups.put_into(loaded["optimizer"])
         optimizer.load_state_dict(loaded["optimizer"])
+        if keep_schedule:
+            for group in optimizer.param_groups:
+                group.update({key: constants[key] for key in _CONSTANTS})
     if keep_schedule:
+        for group in optimizer.param_groups:
+            group.update({key: group["lr_mult"] * loaded["scheduler"][key] for key in ("max_lr", "min_lr")})
         scheduler.num_steps = 0  # core adds the stored steps to those that the new schedule has already made
         for key in _WSD_KEYS:
             setattr(scheduler, key, loaded["scheduler"].get(key))
         scheduler.load_state_dict(loaded["scheduler"])
     else:
-        # Core's optimizer has taken the stored constants with the moments, and its schedule reads the groups' rates.
-        for group in optimizer.param_groups:
-            group.update(*built)
         scheduler.num_steps = loaded["scheduler"]["num_steps"]
     scheduler.step(increment=0)  # core itself would apply a weight decay of before to the first update
     return Progress.from_plain(loaded["progress"])

@@ -3,7 +3,7 @@
 Drop an image, see the tiles and tags that the model gets, ask, in several turns; choose among the run's checkpoints.
 One process holds the whole model (large models: `megatron_nvlm.generate --chat` under torchrun). The page keeps the
 conversation and sends all of it with each question, so the server has no state but the model. It listens on this machine
-alone unless --host says otherwise; there is no password.
+alone unless --host says otherwise; there is no password. Programs ask at /v1/chat/completions, in OpenAI's form.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import decode_image
 from megatron_nvlm.image.tile_tags import tile_tags
 from megatron_nvlm.image.tiling import choose_grid, cut_tiles
-from megatron_nvlm.inference.answers import answer
+from megatron_nvlm.inference.answers import answer, generate_answers
+from megatron_nvlm.inference.openai_chat import completion, read_completion_request
 from megatron_nvlm.inference.questions import make_sample
 from megatron_nvlm.inference.sampling import Sampling
 from megatron_nvlm.runs.restore import open_trained_run
@@ -92,6 +93,23 @@ class ModelThread:
             return {"answer": text, "tiles": sample.sequence.num_tiles, "seconds": seconds}
 
         return self._do(work)
+
+    def complete(self, raw: RawSample, sampling: Sampling) -> dict[str, Any]:
+        """The answer as a chat completion in OpenAI's form."""
+
+        def work() -> dict[str, Any]:
+            sample = self.trained.pipeline.prepare(raw, open_answer=True)
+            found = generate_answers(self.trained, [sample], sampling)[0]
+            names = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
+            tokenizer, with_logprobs = self.trained.pipeline.tokenizer, sampling.logprobs is not None
+            return completion(found, len(sample.sequence.tokens), tokenizer, with_logprobs, names)
+
+        return self._do(work)
+
+    @property
+    def name(self) -> str:
+        """What programs call the model: its run and checkpoint."""
+        return f"{self.run_dir.resolve().name}/{self.path.name}"
 
     def show_tiles(self, data: bytes) -> dict[str, Any]:
         """Tiles of an image as they lie, with their tags, the thumbnail last; as PNG in data addresses."""
@@ -157,29 +175,59 @@ def make_app(model: ModelThread) -> Flask:
             )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise UserError(f"the page sent something else than a question ({error}); reload it") from error
-        if sampling.max_new_tokens > MOST_NEW_TOKENS:
-            raise UserError(f"max_new_tokens is {sampling.max_new_tokens}; choose 1 to {MOST_NEW_TOKENS}")
+        _check_length(sampling)
         return jsonify(model.answer(raw, sampling))
 
+    _add_openai_routes(app, model)
     _answer_errors(app)
     return app
+
+
+def _add_openai_routes(app: Flask, model: ModelThread) -> None:
+    @app.get("/v1/models")
+    def models() -> Response:
+        only = {"id": model.name, "object": "model", "created": 0, "owned_by": "megatron_nvlm"}
+        return jsonify(object="list", data=[only])
+
+    @app.post("/v1/chat/completions")
+    def complete() -> Response:
+        body = request.get_json(silent=True)
+        if not isinstance(body, dict):
+            raise UserError("the request is no JSON object (application/json)")
+        raw, sampling = read_completion_request(body, secrets.randbits(32))
+        _check_length(sampling)
+        return jsonify(model.complete(raw, sampling))
+
+
+def _check_length(sampling: Sampling) -> None:
+    if sampling.max_new_tokens > MOST_NEW_TOKENS:
+        raise UserError(f"max_new_tokens is {sampling.max_new_tokens}; choose 1 to {MOST_NEW_TOKENS}")
 
 
 def _answer_errors(app: Flask) -> None:
     @app.errorhandler(UserError)
     def mistake(error: UserError) -> tuple[Response, int]:
-        return jsonify(error=str(error)), 400
+        return _told(str(error), "invalid_request_error"), 400
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(error: HTTPException) -> tuple[Response, int]:
-        return jsonify(error=f"that is more than the {4 * MOST_MEGABYTES} MB that a conversation may send"), 413
+        sentence = f"that is more than the {4 * MOST_MEGABYTES} MB that a conversation may send"
+        return _told(sentence, "invalid_request_error"), 413
 
     @app.errorhandler(Exception)
     def fault(error: Exception) -> tuple[Response, int] | HTTPException:
         if isinstance(error, HTTPException):
             return error
         app.logger.error("a request failed", exc_info=error)
-        return jsonify(error=f"the server failed ({type(error).__name__}: {error}); its terminal tells more"), 500
+        return _told(
+            f"the server failed ({type(error).__name__}: {error}); its terminal tells more", "server_error"
+        ), 500
+
+
+def _told(sentence: str, kind: str) -> Response:
+    """An error as the page reads it, or as OpenAI's clients do."""
+    is_openai = request.path.startswith("/v1/")
+    return jsonify(error={"message": sentence, "type": kind} if is_openai else sentence)
 
 
 def _fields() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron_nvlm.models.config import ResolvedModel, check_model
 from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
-from megatron_nvlm.training.optimizer import check_optimizer
+from megatron_nvlm.training.optimizer import check_components, check_optimizer
 
 
 def model_can_be_built(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
@@ -91,10 +91,26 @@ def names_are_known(run: RunConfig, model: ResolvedModel, world_size: int) -> No
         raise UserError(f"data.template is {run.data.template!r}; choose one of {', '.join(TEMPLATES)}")
 
 
+def length_is_given_once(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """A run has a number of steps or of epochs."""
+    steps, epochs = run.training.train_steps, run.training.epochs
+    if (steps is None) == (epochs is None):
+        raise UserError(
+            f"training.train_steps is {_null(steps)} and training.epochs is {_null(epochs)}; give one of them, and null "
+            "for the other"
+        )
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise UserError(f"training.epochs is {epochs}; it must be a number above 0")
+
+
+def _null(value: object) -> object:
+    return "null" if value is None else value
+
+
 def counts_are_positive(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Numbers that count steps, files or seconds are at least 1."""
     for name, count in (
-        ("training.train_steps", run.training.train_steps),
+        ("training.train_steps", 1 if run.training.train_steps is None else run.training.train_steps),
         ("checkpoint.save_every_steps", run.checkpoint.save_every_steps),
         ("checkpoint.keep_last", run.checkpoint.keep_last),
         (
@@ -166,6 +182,8 @@ def weights_come_from_one_place(run: RunConfig, model: ResolvedModel, world_size
 def schedule_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Learning rates and steps make a schedule."""
     check_optimizer(run.optimizer, run.training.train_steps)
+    absent = set() if model.variant.needs_cross_attention else {"cross_attention"}
+    check_components(run.optimizer, set(run.recipe.trainable_components()) - absent)
 
 
 def _splits_the_model(run: RunConfig) -> bool:
@@ -218,6 +236,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     virtual_stages_are_possible,
     samples_fit_the_decoder,
     names_are_known,
+    length_is_given_once,
     counts_are_positive,
     packs_are_micro_batches,
     something_trains,

@@ -86,8 +86,7 @@ def write_companions(
     vision = read_vision(config, str(folder / "config.json"))
     family = vision_family_of(vision)
     tokenizer = Tokenizer.load(tokenizer_file)
-    marks = (mark for speech in form.roles.values() for mark in (speech.start, speech.end))
-    for name in {form.begin, form.turn_end, *marks} - {""}:
+    for name in form.special_tokens:
         tokenizer.special_id(name)
     jinja = chat_template(form, system)
     write_code(folder, family.exported_class)
@@ -159,28 +158,49 @@ def chat_template(template: Template, system: str | None) -> str:
     The processor does not use it: it tokenises piece by piece, as training does.
     """
     roles = {
-        role: (speech.start + speech.header, speech.end + speech.behind) for role, speech in template.roles.items()
+        role: (speech.opening + speech.lead, speech.end + speech.behind) for role, speech in template.roles.items()
     }
     opened = ", ".join(f"{role!r}: {before!r}" for role, (before, _) in roles.items())
     closed = ", ".join(f"{role!r}: {after!r}" for role, (_, after) in roles.items())
     lines = [f"{{%- set opened = {{{opened}}} -%}}", f"{{%- set closed = {{{closed}}} -%}}"]
     if template.begin:
         lines.append(f"{{{{- {template.begin!r} -}}}}")
-    if system is not None and template.takes_system:
+    if template.system_joint:
+        default = system + template.system_joint if system is not None and template.takes_system else ""
+        lines.append(f"{{%- set joined = namespace(words={default!r}) -%}}")
+    elif system is not None and template.takes_system:
         spelled = roles["system"][0] + system + roles["system"][1]
         lines.append(f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {spelled!r} -}}}}{{%- endif -%}}")
     lines += [
         "{%- for message in messages -%}",
-        "{{- opened[message['role']] -}}",
-        "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}",
+        "{%- set said = namespace(words='') -%}",
+        "{%- if message['content'] is string -%}{%- set said.words = message['content'] -%}{%- else -%}",
         "{%- for part in message['content'] -%}",
-        "{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}",
+        "{%- set said.words = said.words + ('<image>' if part['type'] == 'image' else part['text']) -%}",
         "{%- endfor -%}{%- endif -%}",
-        "{{- closed[message['role']] -}}",
+        *_spelled_turn(template),
         "{%- endfor -%}",
-        "{%- if add_generation_prompt -%}{{- opened['assistant'] -}}{%- endif -%}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {template.roles['assistant'].opening!r} -}}}}{{%- endif -%}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _spelled_turn(template: Template) -> list[str]:
+    """Jinja that spells the turn `said.words` of `message`."""
+    stripped = [role for role, speech in template.roles.items() if speech.strips]
+    words = f"(said.words | trim if message['role'] in {stripped!r} else said.words)" if stripped else "said.words"
+    spelled = f"{{{{- opened[message['role']] + {words} + closed[message['role']] -}}}}"
+    if not template.system_joint:
+        return [spelled]
+    return [
+        f"{{%- if message['role'] == 'system' -%}}{{%- set joined.words = said.words + {template.system_joint!r} -%}}",
+        "{%- else -%}",
+        "{%- if message['role'] == 'user' -%}",
+        "{%- set said.words = joined.words + said.words -%}{%- set joined.words = '' -%}",
+        "{%- endif -%}",
+        spelled,
+        "{%- endif -%}",
+    ]
 
 
 def _read_vocabulary(tokenizer_file: Path) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Answers of a trained run to prepared samples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_nvlm.data.prepare import PreparedSample
 from megatron_nvlm.inference.decoding import GeneratedAnswer
@@ -20,9 +21,12 @@ def generate_answers(
     Args:
         sampling: of all samples, or one for each.
     """
-    stop_id = trained.pipeline.tokenizer.special_id(find_template(trained.run.data.template).turn_end)
+    form = find_template(trained.run.data.template)
+    stop_id = trained.pipeline.tokenizer.special_id(form.turn_end)
     token_multiple = trained.run.parallelism.token_multiple
-    return generate(trained.model, samples, trained.pipeline, stop_id, sampling, token_multiple)
+    answers = generate(trained.model, samples, trained.pipeline, stop_id, sampling, token_multiple)
+    lead = form.roles["assistant"].lead  # the model writes it, and the template puts it before what is said already
+    return [replace(found, text=found.text.removeprefix(lead)) for found in answers]
 
 
 def answer(trained: TrainedRun, samples: Sequence[PreparedSample], sampling: Sampling = GREEDY) -> list[str]:

@@ -18,6 +18,7 @@ from megatron_nvlm.data.shards.records import RawSample
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.openai_request import open_batch_line
 from megatron_nvlm.inference.questions import make_sample, read_image
+from megatron_nvlm.regular_files import check_regular, read_whole
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ def read_requests(path: Path) -> list[Request]:
         UserError: the file cannot be read.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"the questions {path} cannot be read ({error.strerror}); correct --inputs") from error
+        lines = read_whole(path, f"the file of questions {path}").split(b"\n")
+    except UserError as error:
+        raise UserError(f"{error}; correct --inputs") from error
     found: list[Request] = []
     line_of: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -120,6 +121,7 @@ class AnswerFile:
         self.path = path
         self.done: set[str] = set()
         """Ids with an answer."""
+        check_regular(path)
         try:
             kept = self._read_kept()
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,9 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.config import ResolvedModel
 
 _CROSS_ATTENTION = "model.cross_attention."
+COMPONENT_LR = "optimizer.component_lr"
+_ADDED_LATER: dict[str, Any] = {"training.epochs": None, COMPONENT_LR: {}}
+"""Keys that checkpoints of earlier versions do not say, and what their runs did."""
 PERMISSION = "checkpoint.allow_changes"
 
 
@@ -75,7 +78,7 @@ EFFECTS: dict[str, Effect] = {
             ),
             *_keys("data.cache.", "folder limit_gb retries"),
             *_keys("optimizer.", "clip_grad"),
-            *_keys("training.", "micro_batch_size global_batch_size train_steps timeout_seconds"),
+            *_keys("training.", "micro_batch_size global_batch_size train_steps epochs timeout_seconds"),
             *_keys("parallelism.", "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel"),
             *_keys("parallelism.", "virtual_pipeline_model_parallel_size pipeline_layout payload_vision_tokens"),
             *_keys("parallelism.", "context_parallel_size expert_model_parallel_size"),
@@ -88,7 +91,7 @@ EFFECTS: dict[str, Effect] = {
         Effect.SCHEDULE: _keys(
             "optimizer.",
             "max_lr min_lr warmup_steps decay_steps adam_beta1 adam_beta2 adam_eps weight_decay "
-            "schedule wsd_decay_steps wsd_decay_style",
+            "schedule wsd_decay_steps wsd_decay_style component_lr",
         ),
         Effect.NEW_WEIGHTS: [
             *_keys("model.", "init_std weights language_weights vision_weights"),
@@ -114,10 +117,15 @@ EFFECTS: dict[str, Effect] = {
 
 
 def settings_of(config: RunConfig, model: ResolvedModel) -> dict[str, Any]:
-    """Every key of a run with its value in force: where null means another key's value, that value."""
+    """Every key of a run with its value in force: where null means another key's value, that value.
+
+    A run whose steps have been counted (runs/length.py) has both `training.train_steps` and `training.epochs`.
+    """
     settings: dict[str, Any] = {}
     _flatten(dataclasses.asdict(config), "", settings)
     settings["optimizer.decay_steps"] = config.optimizer.decay_steps or config.training.train_steps
+    settings = {key: value for key, value in settings.items() if not key.startswith(f"{COMPONENT_LR}.")}
+    settings[COMPONENT_LR] = config.optimizer.multiples
     settings["recipe.trainable"] = sorted(config.recipe.trainable_components())
     cross, language = config.model.cross_attention, model.language
     if model.variant.needs_cross_attention:
@@ -140,6 +148,7 @@ def _flatten(section: Mapping[str, Any], prefix: str, settings: dict[str, Any]) 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys whose value has changed, with the old and the new value; keys that only one side has are of another version."""
+    before = {**_ADDED_LATER, **before} if before else before
     return {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
 
 

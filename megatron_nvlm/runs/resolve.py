@@ -22,6 +22,14 @@ class ResolvedRun:
     """Components that train."""
 
     @property
+    def train_steps(self) -> int:
+        """Length of the run; of one that is given in epochs, `count_steps` (runs/length.py) tells it."""
+        steps = self.config.training.train_steps
+        if steps is None:
+            raise ValueError("the steps of this run have not been counted")
+        return steps
+
+    @property
     def replicas(self) -> int:
         """Data-parallel size."""
         return self.config.parallelism.data_parallel_size(self.world_size)

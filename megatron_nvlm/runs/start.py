@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.open_folders import FolderWeights
 from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.runs.changes import (
+    COMPONENT_LR,
     describe_effect,
     differences,
     order_changes,
@@ -68,6 +69,15 @@ def find_start(run: ResolvedRun, identity: Identity) -> Start:
             new_order = _begins_new_order(checkpoint, identity, settings.allow_changes)
             say_changes(changed, settings.keep_schedule)
     return Start(checkpoint, initial, folders, settings.keep_schedule, new_order)
+
+
+def keep_multiples(start: Start, run: ResolvedRun) -> ResolvedRun:
+    """The run with the checkpoint's multiples of learning rates by component, where its schedule is kept."""
+    if start.checkpoint is None or not start.keep_schedule:
+        return run
+    stored = save_load.read_identity(start.checkpoint).settings.get(COMPONENT_LR, {})
+    optimizer = replace(run.config.optimizer, component_lr=dict(stored))
+    return replace(run, config=replace(run.config, optimizer=optimizer))
 
 
 def changed_settings(checkpoint: Path, identity: Identity) -> dict[str, tuple[Any, Any]]:

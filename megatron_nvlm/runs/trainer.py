@@ -30,18 +30,18 @@ def make_trainer(run: ResolvedRun, data: OpenedData, device: Device) -> Trainer:
     freeze(bare, run.trainable)
     _report(bare, run)
     wrapped = wrap_model(bare, run.precision, distributed)
-    optimizer, scheduler = build_optimizer(
-        config.optimizer, wrapped, config.training.train_steps, run.precision, distributed
-    )
+    optimizer, scheduler = build_optimizer(config.optimizer, wrapped, run.train_steps, run.precision, distributed)
     for chunk in bare:
         chunk.config.grad_scale_func = optimizer.scale_loss
         chunk.payload_tokens = run.payload_tokens
     return Trainer(
         config=config.training,
+        train_steps=run.train_steps,
         device=device.torch_device,
         model=wrapped,
         bare_model=bare,
         optimizer=optimizer,
+        rates=config.optimizer,
         scheduler=scheduler,
         loader=make_loader(run, data, device, has_first_layer=bare.pre_process),
         data=config.data,

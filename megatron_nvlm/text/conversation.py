@@ -1,11 +1,12 @@
 """Conversations to pieces of ids, by templates that are data. What is learned: answers and the token that ends them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.text.templates import TEMPLATES, Template
+from megatron_nvlm.text.templates import TEMPLATES, Speech, Template
 from megatron_nvlm.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ImagePiece",
     "TextPiece",
     "Turn",
+    "arrange_turns",
     "check_turns",
     "encode_conversation",
     "find_template",
@@ -140,6 +142,30 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def arrange_turns(turns: Sequence[Turn], form: Template) -> list[Turn]:
+    """The turns that a template spells, with the words as they stand in them.
+
+    Raises:
+        UserError: the template has no place for a system turn that is there.
+    """
+    if form.system_joint and turns and turns[0].role == "system":
+        system, *turns = turns
+        if IMAGE_PLACEHOLDER in system.text or not turns or turns[0].role != "user":
+            raise UserError(
+                "its system turn stands in the first user's turn by this template; let a user's turn follow, and no "
+                f"{IMAGE_PLACEHOLDER} be in it"
+            )
+        turns = [replace(turns[0], text=f"{system.text}{form.system_joint}{turns[0].text}"), *turns[1:]]
+    if form.system_joint and any(turn.role == "system" for turn in turns):
+        raise UserError("it has a system turn after its first turn, for which this template has no place")
+    arranged = []
+    for turn in turns:
+        speech = form.roles[turn.role]
+        words = turn.text.strip() if speech.strips else turn.text
+        arranged.append(replace(turn, text=f"{speech.lead}{words}"))
+    return arranged
+
+
 def encode_conversation(
     turns: Sequence[Turn],
     num_images: int,
@@ -172,6 +198,7 @@ def encode_conversation(
         )
     if system is not None and form.takes_system and turns and turns[0].role != "system":
         turns = [Turn("system", system), *turns]
+    turns = arrange_turns(turns, form)
     tags = iter(first_tags if first_tags is not None else ["<"] * num_images)
     pieces: list[TextPiece | ImagePiece] = [TextPiece(_special(form.begin, tokenizer), False)]
     image = 0
@@ -179,7 +206,7 @@ def encode_conversation(
         speech = form.roles[turn.role]
         learned = turn.role == "assistant" and turn.is_learned
         header = speech.header
-        pieces.append(TextPiece(_special(speech.start, tokenizer), False))
+        pieces += [TextPiece(ids, False) for ids in _marks(speech, tokenizer)]
         if turn.role == "assistant":  # the header is given, only what follows is written by the model
             pieces.append(TextPiece(tokenizer.encode(header), False))
             header = ""
@@ -196,8 +223,14 @@ def encode_conversation(
         pieces.append(TextPiece(tokenizer.encode(speech.behind), learned and form.learns_behind))
     if open_answer:
         speech = form.roles["assistant"]
-        pieces.append(TextPiece(_special(speech.start, tokenizer) + tokenizer.encode(speech.header), False))
+        pieces.append(TextPiece([*chain(*_marks(speech, tokenizer)), *tokenizer.encode(speech.header)], False))
     return [piece for piece in pieces if isinstance(piece, ImagePiece) or piece.ids]
+
+
+def _marks(speech: Speech, tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of what stands before the header."""
+    label = tokenizer.encode(speech.label) if speech.label else []
+    return [_special(speech.start, tokenizer), label, _special(speech.label_end, tokenizer)]
 
 
 def _special(name: str, tokenizer: Tokenizer) -> list[int]:

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +22,7 @@ from megatron_nvlm.training.bad_share import is_over
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metric import MetricReducer
 from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, step_totals
+from megatron_nvlm.training.optimizer import OptimizerConfig, learning_rates
 from megatron_nvlm.training.sample_files import SampleWriter
 from megatron_nvlm.training.step import run_step
 from megatron_nvlm.training.watchdog import Watchdog
@@ -36,7 +38,10 @@ class TrainingConfig:
     """Samples of one ragged sequence."""
     global_batch_size: int
     """Samples of a step, over all replicas."""
-    train_steps: int
+    train_steps: int | None = None
+    """Length of the run in steps; null where `epochs` gives it."""
+    epochs: float | None = None
+    """Length of the run in passes over the data (docs/training.md); null where `train_steps` gives it."""
     precision: str = "bf16"
     """bf16 or fp32."""
     seed: int = 1234
@@ -50,11 +55,14 @@ class Trainer:
     """What the loop works with, made by runs/trainer.py."""
 
     config: TrainingConfig
+    train_steps: int
+    """Length of the run."""
     device: torch.device
     model: list[DistributedDataParallel]
     """The chunks of this rank's stage, with gradient buffers."""
     bare_model: ModelChunks
     optimizer: MegatronOptimizer
+    rates: OptimizerConfig
     scheduler: OptimizerParamScheduler
     loader: Loader
     data: DataConfig
@@ -109,11 +117,11 @@ def _train(
 ) -> Outcome:
     progress, bad_samples, seen = start, 0, 0
     reducer = MetricReducer(trainer.device)
-    while progress.step < trainer.config.train_steps:
+    while progress.step < trainer.train_steps:
         began = time.monotonic()
         number = progress.step + 1
         watchdog.beat(number, "reading samples")
-        learning_rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer.param_groups else 0.0
+        rates = learning_rates(trainer.rates, trainer.optimizer, trainer.scheduler)
         position = progress.position
         result = run_step(
             trainer.model,
@@ -130,7 +138,7 @@ def _train(
         stops = stop.agree(trainer.device)
         progress = Progress(number, trainer.loader.after(position))
         bad = reports.samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
-        record = _record(progress, totals, bad, learning_rate, time.monotonic() - began, trainer)
+        record = _record(progress, totals, bad, rates, time.monotonic() - began, trainer)
         record["save_wait_seconds"] = saver.take_waited()  # of saves after earlier steps
         reports.metrics.write(record)
         bad_samples += totals.bad_samples
@@ -138,7 +146,7 @@ def _train(
         _check(totals, progress, (bad_samples, seen), trainer.data.max_bad_fraction, saver)
         watchdog.beat(number, "saving a checkpoint")
         saver.poll()
-        done = progress.step == trainer.config.train_steps
+        done = progress.step == trainer.train_steps
         if done or stops or progress.step % trainer.save_every_steps == 0:
             saver.save(progress, wait=done or stops)
         if stops:
@@ -150,7 +158,7 @@ def _record(
     progress: Progress,
     totals: StepTotals,
     bad: dict[str, int],
-    learning_rate: float,
+    rates: tuple[float, Mapping[str, float]],
     seconds: float,
     trainer: Trainer,
 ) -> dict[str, object]:
@@ -158,7 +166,8 @@ def _record(
         "step": progress.step,
         "consumed_samples": progress.position.consumed_samples,
         "loss": totals.loss,
-        "learning_rate": learning_rate,
+        "learning_rate": rates[0],
+        **({"learning_rates": rates[1]} if rates[1] else {}),
         "grad_norm": totals.grad_norm,
         "samples": totals.samples,
         "tokens": totals.tokens,

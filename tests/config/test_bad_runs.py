@@ -53,6 +53,15 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("data.num_workers=-1", "data.num_workers is -1; it must be at least 0"),
         ("data.cache.limit_gb=0", "data.cache.limit_gb is 0.0; it must be above 0"),
         ("training.global_batch_size=33", "no multiple of training.micro_batch_size"),
+        ("training.epochs=2", "training.train_steps is 1000 and training.epochs is 2.0; give one of them"),
+        ("training.train_steps=null", "training.train_steps is null and training.epochs is null; give one of them"),
+        ("training={train_steps: null, epochs: 0}", "training.epochs is 0.0; it must be a number above 0"),
+        ("optimizer.component_lr={vision: 2}", "optimizer.component_lr names vision; the components are vision_model,"),
+        (
+            "optimizer.component_lr={language_model: 0}",
+            "component_lr.language_model is 0.0; it must be a number above 0",
+        ),
+        ("optimizer.component_lr={language_model: .inf}", "component_lr.language_model is inf; it must be a number"),
         ("training.precision=fp8", "training.precision is 'fp8'"),
         ("data.sequence_length=9000", "data.sequence_length 9000 is over model.max_sequence_length"),
         ("data.template=alpaca", "data.template is 'alpaca'"),
@@ -83,6 +92,16 @@ def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
     single = "parallelism.tensor_model_parallel_size=1"
     with pytest.raises(UserError, match=says):
         resolve_run(load_run(DEMO, [single, override]), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "component"),
+    [(["recipe.trainable=[vision_projection]"], "language_model"), (["model.variant=d"], "cross_attention")],
+)
+def test_a_rate_of_what_does_not_train_is_refused(overrides: list[str], component: str) -> None:
+    own = f"optimizer.component_lr={{{component}: 2}}"
+    with pytest.raises(UserError, match=f"component_lr names {component}, which does not train in this run"):
+        resolve_run(load_run(DEMO, ["parallelism.tensor_model_parallel_size=1", *overrides, own]), world_size=1)
 
 
 def test_something_must_train() -> None:

@@ -42,7 +42,9 @@ BASE_TOKENS = 2000
 """So many that `><` is one token, which `chatml_hf` lets span wrapper and tag."""
 END_ID, PLACE_ID = BASE_TOKENS + 2, BASE_TOKENS + 3
 """<|im_end|>, and the first id after the tokenizer's."""
-TEMPLATES_HERE = [name for name in TEMPLATES if name != "chatml_yi"]  # which needs Yi's begin token
+OTHER_TOKENS = ("chatml_yi", "llama3", "mistral")
+"""Templates that need special tokens of other tokenizers (tests/text/test_instruct_templates.py)."""
+TEMPLATES_HERE = [name for name in TEMPLATES if name not in OTHER_TOKENS]
 
 
 def make_processor(folder: Path, variant: str, template: str = "chatml", tag_format: str = "1d") -> NVLMProcessor:

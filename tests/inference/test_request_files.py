@@ -168,3 +168,12 @@ def test_a_file_that_holds_no_answers_is_one_sentence(folder: Path, line: bytes,
         AnswerFile(path)
     assert f"line 2 of {path} is no answer: " in str(caught.value) and says in str(caught.value)
     assert path.read_bytes().endswith(line + b"\n")
+
+
+def test_a_pipe_is_neither_questions_nor_answers(tmp_path: Path) -> None:
+    """It would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe is no file; correct --inputs"):
+        read_requests(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe is a pipe and no file"):
+        AnswerFile(tmp_path / "pipe")

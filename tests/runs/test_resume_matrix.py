@@ -78,11 +78,13 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
     "optimizer.warmup_steps": ("5", differs("learning_rate")),
     "optimizer.decay_steps": ("20", differs("learning_rate")),
     "optimizer.schedule": ("linear", differs("learning_rate")),
+    "optimizer.component_lr": ("{vision_projection: 3}", differs("loss")),
     "optimizer.adam_beta1": ("0.2", differs("loss")),
     "optimizer.adam_beta2": ("0.2", differs("loss")),
     "optimizer.adam_eps": ("0.1", differs("loss")),
     "optimizer.weight_decay": ("100", differs("loss")),
     "training.global_batch_size": ("8", differs("samples")),
+    "training.epochs": ("1.5", lambda start, base: len(start.rows) == 9 - STEPS != len(base.rows)),
     "parallelism.tensor_model_parallel_size": ("2", differs("tiles_per_rank")),
     "recipe.trainable": ("[vision_projection]", differs("grad_norm")),
     "checkpoint.save_every_steps": (
@@ -106,6 +108,7 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
 BESIDE = {
     "data.too_long": ["data.sequence_length=91"],
     "data.sequence_length": ["data.max_bad_fraction=1"],
+    "training.epochs": ["training.train_steps=null"],
 }
 """What else a key needs, so that its effect does not end the run."""
 

@@ -24,7 +24,7 @@ from PIL import features
 from tqdm import tqdm
 
 import megatron_nvlm
-from megatron_nvlm.data.building.changes import BlockFiles, first_written_after, hash_places
+from megatron_nvlm.data.building.changes import BlockFiles, first_written_after, hash_places, name_changed
 from megatron_nvlm.data.building.inputs import Input
 from megatron_nvlm.data.building.parts import Parts, write_whole
 from megatron_nvlm.data.building.report import REPORT_FILES
@@ -141,7 +141,7 @@ class Builder:
     def _read_finished(self, finished: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         self._refuse_other_plan(manifest["plan"])
-        self._refuse_changed_inputs(finished)
+        self._refuse_changed_inputs(finished, manifest)
         return manifest
 
     def _clear(self) -> None:
@@ -167,7 +167,7 @@ class Builder:
             if any(self._is_mended(reject) for reject in part["rejects"]):
                 self.parts.forget(block)
 
-    def _refuse_changed_inputs(self, finished: Path) -> None:
+    def _refuse_changed_inputs(self, finished: Path, manifest: dict[str, Any]) -> None:
         """Refuse to call a set built whose inputs have changed since: what was good, and what was rejected."""
         path = self.folder / REJECTS_FILE
         rejects = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -179,11 +179,14 @@ class Builder:
             )
         built = finished.stat().st_mtime_ns
         changed = next(filter(None, (first_written_after(source, built) for source in self.inputs)), None)
+        advice = "give --rebuild to build it again, or another --out"
         if changed is not None:
-            raise UserError(
-                f"{changed} was written after {self.folder} was built of it; give --rebuild to build it again, or another "
-                "--out"
-            )
+            raise UserError(f"{changed} was written after {self.folder} was built of it; {advice}")
+        self.per_shard = manifest["plan"]["samples_per_shard"]
+        blocks = (map(self._place, self._numbers_of(block)) for block in range(self.num_blocks))
+        replaced = name_changed(blocks, manifest.get("files_of_blocks", ()))
+        if replaced is not None:
+            raise UserError(f"{replaced} was replaced after {self.folder} was built of it; {advice}")
 
     def _take(self, lock: Any) -> None:
         for _ in range(50):  # the processes of a build that was just killed end within a second
@@ -380,6 +383,7 @@ class Builder:
             "rejects_by_reason": dict(Counter(_kind(reject.reason) for reject in rejects).most_common(20)),
             "unread": dict(unread.most_common(_MOST_UNREAD)),
             "shards": index["shards"],
+            "files_of_blocks": self.parts.digests(),
             "index_sha256": hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest(),
         }
         write_whole(self.folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -46,6 +46,11 @@ class BlockFiles:
         stamps = {path: tuple(stamp) if stamp else None for path, stamp in stored["stamps"].items()}
         return cls(stored["places"], stamps)
 
+    @property
+    def digest(self) -> str:
+        """A hash of all stamps, in the order in which the files were noted."""
+        return hashlib.sha256(json.dumps(list(self.stamps.values())).encode()).hexdigest()[:16]
+
     def changed(self) -> str | None:
         """The first file that is no longer as it was; None if all are."""
         with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
@@ -66,6 +71,18 @@ def _stamp(path: Path) -> Stamp:
     except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns
+
+
+def name_changed(blocks: Iterable[Iterable[tuple[Input, int]]], digests: Iterable[str]) -> str | None:
+    """The samples of the first block whose files are others than when its digest was taken; None if none are."""
+    for block, digest in zip(blocks, digests, strict=False):  # sets of before have no digests
+        samples, files = list(block), BlockFiles()
+        for source, number in samples:
+            files.add(source, number)
+        if files.digest != digest:
+            (first, at), (last, end) = samples[0], samples[-1]
+            return f"a file of a sample from {first.where(at)} to {last.where(end)}"
+    return None
 
 
 def first_written_after(source: Input, since: int) -> Path | None:

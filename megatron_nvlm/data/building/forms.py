@@ -17,6 +17,9 @@ Images are named by `image` (a path or a list of paths), `images` or `file_name`
 parts of an OpenAI message, by Qwen-VL's `<img>path</img>`, or stand in the same WebDataset sample. Each stands where a turn
 of the user says `<image>`; those that a turn names stand in it, and if no turn says where, all stand at the beginning of the
 first question. A field `system` is the system turn. Fields that are null are absent.
+
+A sample whose fields tell turns twice (`messages` beside `conversations`, `question` beside either, `caption` beside `text`)
+is refused, unless they tell the same: none of them may win in silence.
 """
 
 from collections import Counter
@@ -142,6 +145,9 @@ _QUESTION_ANSWERS = ("multiple_choice_answer", "answer", "answers")
 
 
 def _caption(content: Content, prompt: str) -> list[StoredTurn]:
+    said = {value.strip() for value in map(content.get, ("caption", "text")) if isinstance(value, str)}
+    if len(said - {""}) > 1:
+        raise UserError("its 'caption' and 'text' both tell what is learned, and differ; leave one out")
     return [_human(prompt), _gpt(_first_text(content, "caption", "text"))]
 
 
@@ -174,6 +180,7 @@ def to_conversation(content: Content, num_images: int, caption_prompt: str) -> l
             a turn must not be learned.
     """
     content = present(content)
+    _refuse_competitors(content)
     if num_images == 0:
         refuse_unread_picture(content, TEXT_FIELDS)
     form = FORMS[find_form(content, num_images)]
@@ -197,6 +204,7 @@ def to_question(content: Content) -> tuple[list[StoredTurn], list[str | bytes]]:
     if len(asking) != 1:
         wanted = " or ".join(repr(form.fields[0]) for form in FORMS.values() if form.needs_image is None)
         raise UserError(f"it needs one of {wanted}, and has {'none' if not asking else 'several'} of these; correct it")
+    _refuse_competitors(content)
     images = image_sources(content)
     if not images:
         refuse_unread_picture(content, TEXT_FIELDS)
@@ -204,6 +212,25 @@ def to_question(content: Content) -> tuple[list[StoredTurn], list[str | bytes]]:
     _add_system(turns, content)
     _match_places(turns, len(images))
     return turns, images
+
+
+def _refuse_competitors(content: Content) -> None:
+    """Refuse fields that tell turns of their own beside others that do, unless they are the same turns.
+
+    Raises:
+        UserError: naming the fields.
+    """
+    asking = [form for form in FORMS.values() if form.needs_image is None]
+    told = {field: form for form in asking for field in form.fields if content.get(field)}
+    if len(told) < 2:
+        return
+    spelled = []
+    for field, form in told.items():
+        alone = {name: value for name, value in content.items() if name == field or name not in told}
+        spelled.append(spell_turns(form.turns(alone, "")))
+    if any(one != spelled[0] for one in spelled):
+        names = " and ".join(map(repr, told))
+        raise UserError(f"its {names} tell turns each, and these differ; leave all but one out")
 
 
 def _match_places(turns: list[StoredTurn], num_images: int) -> None:
@@ -286,6 +313,7 @@ def image_names(content: Content) -> list[Any]:
         UserError: two of its places name different pictures.
     """
     content = present(content)
+    _refuse_competitors(content)
     told: list[Any] = []
     for form in FORMS.values():
         if form.needs_image is None and form.is_told_by(content):

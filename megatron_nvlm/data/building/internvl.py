@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_nvlm.data.building.text import parse_json
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.regular_files import read_whole
 
 _WITHOUT_EFFECT = ("data_augment", "length", "max_dynamic_patch")
 """Keys that say how InternVL trains on a set; a build of shards counts samples itself."""
@@ -32,9 +33,11 @@ def read_meta(path: Path) -> list[MetaSet]:
         UserError: it is no meta file.
     """
     try:
-        content = parse_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"the meta file {path} cannot be read ({error.strerror}); correct --internvl-meta") from error
+        data = read_whole(path, f"the meta file {path}")
+    except UserError as error:
+        raise UserError(f"{error}; correct --internvl-meta") from error
+    try:
+        content = parse_json(data)
     except UserError as error:
         raise UserError(f"the meta file {path} is none: {error}; correct --internvl-meta") from error
     if not content:

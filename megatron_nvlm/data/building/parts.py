@@ -53,6 +53,11 @@ class Parts:
         """Of all finished blocks."""
         return sum(len(part["rejects"]) for _, part in self.read_all())
 
+    def digests(self) -> list[str]:
+        """`BlockFiles.digest` of each finished block."""
+        stored = (self.path(block, "files") for block, _ in self.read_all())
+        return [BlockFiles.from_json(path.read_text(encoding="utf-8")).digest for path in stored]
+
     def forget(self, block: int) -> None:
         """Have a block built again."""
         self.path(block, "json").unlink()

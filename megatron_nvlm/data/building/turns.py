@@ -57,6 +57,9 @@ def spell_turns(raw: Any) -> SpelledTurns:
 def _spell(turn: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], list[Any]]:
     """A turn as one text, and the pictures that it names."""
     fields = present(turn)
+    for one, other in (("value", "content"), ("from", "role")):
+        if one in fields and other in fields and _meaning(fields[one]) != _meaning(fields[other]):
+            raise UserError(f"turn {number} of its conversation has {one!r} and {other!r}, which differ; leave one out")
     key = "value" if "value" in fields else "content"
     said = fields.get(key)
     told, has_parts = list[Any](), False
@@ -76,6 +79,11 @@ def _spell(turn: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], lis
     if own and not told and isinstance(said, str):
         said = _place_own(said, len(own), number)
     return {**fields, key: said}, told or own
+
+
+def _meaning(said: Any) -> Any:
+    """A speaker by what the templates call it; a text as it stands."""
+    return ROLES.get(said, said) if isinstance(said, str) else said
 
 
 def _listed(named: list[Any]) -> str:

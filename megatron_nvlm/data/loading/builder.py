@@ -12,6 +12,7 @@ from megatron_nvlm.data.loading.worker_pool import WorkerPool
 from megatron_nvlm.data.order.batches import BatchPlan, PackedBatchPlan, PlannedStep, UnpackedBatchPlan
 from megatron_nvlm.data.order.lengths import LengthCounter, TextTokenCounter, check_counts
 from megatron_nvlm.data.order.order import BlendedOrder
+from megatron_nvlm.data.order.packing import PackingConfig
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
 from megatron_nvlm.data.shards.read import ShardSet
 from megatron_nvlm.sequence.micro_batch import MicroBatch
@@ -51,6 +52,35 @@ class BatchSettings:
     """Put tensors where a GPU copies them from without waiting."""
 
 
+def make_counter(pipeline: SamplePipeline) -> LengthCounter:
+    """Lengths of samples as this pipeline makes them."""
+    return LengthCounter(
+        pipeline.tokenizer,
+        pipeline.tiling,
+        pipeline.variant,
+        pipeline.tokens_per_tile,
+        pipeline.sequence_length,
+        pipeline.template,
+        pipeline.too_long,
+    )
+
+
+def make_plan(data: OpenedData, packing: PackingConfig, micro_batch_size: int, global_batch_size: int) -> BatchPlan:
+    """Which samples make which step.
+
+    Raises:
+        UserError: with packing, an index that does not count tokens as this run does.
+    """
+    if not packing.enabled:
+        return UnpackedBatchPlan(micro_batch_size, global_batch_size)
+    pipeline = data.pipeline
+    wanted = TextTokenCounter(pipeline.tokenizer, pipeline.template, pipeline.system).description
+    for shards in data.sets:
+        check_counts(shards.index, shards.location, wanted)
+    indexes = [shards.index for shards in data.sets]
+    return PackedBatchPlan(packing, data.order, indexes, make_counter(pipeline), global_batch_size)
+
+
 class MicroBatchBuilder:
     """Samples by their places in the order, and the micro-batches of one rank.
 
@@ -66,18 +96,8 @@ class MicroBatchBuilder:
         if batch.global_batch_size % rank_batch or (self.packs and batch.micro_batch_size != 1):
             raise ValueError(f"impossible batch sizes: {batch}, packing {self.packs}")
         pipeline = data.pipeline
-        self.counter = LengthCounter(
-            pipeline.tokenizer,
-            pipeline.tiling,
-            pipeline.variant,
-            pipeline.tokens_per_tile,
-            pipeline.sequence_length,
-            pipeline.template,
-            pipeline.too_long,
-        )
-        self.plan: BatchPlan = UnpackedBatchPlan(batch.micro_batch_size, batch.global_batch_size)
-        if self.packs:
-            self.plan = self._make_packed_plan()
+        self.counter = make_counter(pipeline)
+        self.plan = make_plan(data, config.packing, batch.micro_batch_size, batch.global_batch_size)
         self.preparers: Preparers = InPlace(data.sets, pipeline)
         """Who reads and decodes."""
         if config.num_workers:
@@ -86,16 +106,6 @@ class MicroBatchBuilder:
             self.preparers = WorkerPool(data.sets, pipeline, config.num_workers, room, batch.with_pixels, config.cache)
         self.bad: list[BadRecord] = []
         """Bad samples of the step that was drawn last, on this rank."""
-
-    def _make_packed_plan(self) -> PackedBatchPlan:
-        pipeline, sets = self.data.pipeline, self.data.sets
-        wanted = TextTokenCounter(pipeline.tokenizer, pipeline.template, pipeline.system).description
-        for shards in sets:
-            check_counts(shards.index, shards.location, wanted)
-        indexes = [shards.index for shards in sets]
-        return PackedBatchPlan(
-            self.config.packing, self.data.order, indexes, self.counter, self.batch.global_batch_size
-        )
 
     @property
     def num_micro_batches(self) -> int:

@@ -46,6 +46,9 @@ class BatchPlan(Protocol):
     def step(self, position: DataPosition) -> PlannedStep:
         """The step that begins there."""
 
+    def num_steps(self, places: int) -> int:
+        """The fewest steps from the beginning that hold all of the order's first places."""
+
 
 @dataclass(frozen=True)
 class UnpackedBatchPlan:
@@ -64,6 +67,10 @@ class UnpackedBatchPlan:
         start, size = position.consumed_samples, self.micro_batch_size
         micro_batches = tuple(tuple(range(at, at + size)) for at in range(start, start + self.global_batch_size, size))
         return PlannedStep(micro_batches, DataPosition(start + self.global_batch_size))
+
+    def num_steps(self, places: int) -> int:
+        """The fewest steps from the beginning that hold all of the order's first places."""
+        return -(-places // self.global_batch_size)
 
 
 class PackedBatchPlan:
@@ -102,6 +109,18 @@ class PackedBatchPlan:
             if taken == len(window):
                 start, taken = start + self.config.window_samples, 0
         return PlannedStep(tuple(packs), DataPosition(start, taken))
+
+    def num_steps(self, places: int) -> int:
+        """The fewest steps from the beginning that hold all of the order's first places; it packs every window of them."""
+        packs = 0
+        for start in range(0, places, self.config.window_samples):
+            window = self.window(start)
+            last = start + self.config.window_samples >= places
+            # Of the last window, packs after the last one with a place that counts are not needed.
+            packs += max(
+                number for number, pack in enumerate(window, 1) if not last or min(pack, default=places) < places
+            )
+        return -(-packs // self.micro_batches_per_step)
 
     def window(self, start: int) -> list[tuple[int, ...]]:
         """Packs of the window that begins at this place of the order."""

@@ -93,6 +93,17 @@ class Blend:
         block = self._get(number)
         return int(block.sets[place]), int(block.before[place])
 
+    def place_of(self, chosen: int, taken: int) -> int:
+        """The place of a set's sample before which `taken` others of it stand: the inverse of a call."""
+        place, step = taken * self.period // self.counts[chosen], 1
+        while True:
+            found, before = self(place)
+            if found == chosen:
+                if before == taken:
+                    return place
+                step = 1 if before < taken else -1
+            place += step
+
     def counts_at(self, time: int) -> list[int]:
         """Samples of each set before place `time`, at the bounds of blocks: each share rounded up or down.
 

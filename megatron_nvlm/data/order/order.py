@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron_nvlm.data.order.blend import Blend
 from megatron_nvlm.data.order.shuffle import SetOrder
@@ -50,3 +51,16 @@ class BlendedOrder:
         dataset, taken = self.blend(i)
         epoch, number = self.sets[dataset](taken)
         return SampleId(dataset, number, epoch)
+
+    def places_of_epoch(self) -> int:
+        """Places of an epoch: the first in which the set that lasts longest at its share is read once.
+
+        That is the set of the largest size / weight; of several, all are read once.
+        """
+        lasting = {
+            number: Fraction(one.size * self.blend.period, count)
+            for number, (one, count) in enumerate(zip(self.sets, self.blend.counts, strict=True))
+            if count
+        }
+        longest = [number for number, places in lasting.items() if places == max(lasting.values())]
+        return 1 + max(self.blend.place_of(number, self.sets[number].size - 1) for number in longest)

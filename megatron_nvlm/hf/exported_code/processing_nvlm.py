@@ -194,7 +194,7 @@ class NVLMProcessor(ProcessorMixin):
         if tokenize:
             inputs = self(images, conversation, add_generation_prompt, **kwargs)
             return inputs if return_dict else inputs["input_ids"]
-        if not self.template["roles"]["user"]["start"]:
+        if not self.layout.template.marks_turns:
             raise ValueError(
                 "this template does not mark turns, so its text cannot be read back; ask for tokenize=True"
             )
@@ -209,7 +209,8 @@ class NVLMProcessor(ProcessorMixin):
 
     def decode_answers(self, inputs: BatchFeature, outputs: torch.Tensor) -> list[str]:
         """Texts that `generate` wrote after the prompts."""
-        return self.tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.removeprefix(self.layout.template.roles["assistant"].lead) for text in texts]
 
     def _read(self, prompt: Any, open_answer: bool) -> tuple[list[Turn], bool, list[Any]]:
         """(turns, whether an answer is open, images that stand in the turns)."""

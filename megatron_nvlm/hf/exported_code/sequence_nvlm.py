@@ -8,7 +8,7 @@ from megatron_nvlm.sequence.assemble import AssembledSample, assemble
 from megatron_nvlm.sequence.image_layout import lay_out_image
 from megatron_nvlm.sequence.tag_ids import encode_tags
 from megatron_nvlm.sequence.variants import Variant
-from megatron_nvlm.text.conversation import Turn, encode_conversation
+from megatron_nvlm.text.conversation import Turn, arrange_turns, encode_conversation
 from megatron_nvlm.text.templates import Template
 from megatron_nvlm.text.tokenizer import Tokenizer
 
@@ -45,11 +45,11 @@ class Layout:
         """The conversation as text, `<image>` where an image goes: to be looked at, or for `read`."""
         form = self.template
         parts = [form.begin]
-        for turn in turns:
+        for turn in arrange_turns(turns, form):
             speech = form.roles[turn.role]
-            parts += [speech.start, speech.header, turn.text, speech.end, speech.behind]
+            parts += [speech.opening, turn.text, speech.end, speech.behind]
         if open_answer:
-            parts += [form.roles["assistant"].start, form.roles["assistant"].header]
+            parts.append(form.roles["assistant"].opening)
         return "".join(parts)
 
     def read(self, text: str) -> tuple[list[Turn], bool] | None:
@@ -59,7 +59,7 @@ class Layout:
             ValueError: the text begins as a spelled conversation and does not go on as one.
         """
         roles = self.template.roles
-        marks = {role: speech.start + speech.header for role, speech in roles.items() if speech.start}
+        marks = {role: speech.opening for role, speech in roles.items() if self.template.marks_turns}
         text = text.removeprefix(self.template.begin)
         if not any(text.startswith(mark) for mark in marks.values()):
             return None

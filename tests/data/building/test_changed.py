@@ -156,3 +156,32 @@ def test_blocks_of_which_nothing_is_known_are_built_again(folder: Path) -> None:
     (folder / "set" / "parts" / "000001.files").unlink()
     write(folder / "folder" / "3.png", coloured("blue"), 1)
     assert colours(build(folder, "lines")) == ["red", "green", "red", "blue"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_older_file_in_the_place_of_another_is_noticed(
+    folder: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a finished set: the file was written before the set."""
+    build(folder, source)
+    build(folder, source)
+    if source == "tars":
+        tar = folder / "tars" / "2.tar"
+        write(tar, tar.read_bytes().replace(coloured("red"), coloured("blue")), -(10**9))
+    else:
+        write(folder / "folder" / "3.png", coloured("blue"), -(10**9))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        build(folder, source)
+    assert "was replaced after" in (said := capsys.readouterr().err) and "give --rebuild" in said
+    build(folder, source, "--rebuild")
+
+
+def test_a_finished_set_of_an_earlier_version_is_taken(folder: Path) -> None:
+    out = build(folder, "lines")
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["files_of_blocks"]
+    before = (out / "manifest.json").stat().st_mtime_ns
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    os.utime(out / "manifest.json", ns=(before, before))
+    build(folder, "lines")

@@ -1,6 +1,7 @@
 """Meta files of InternVL, and tars whose json is a list of turns, as Megatron-LM's multimodal example has them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,16 @@ def test_a_json_that_is_a_list_of_turns(tmp_path: Path) -> None:
     samples, rejects = build_tar(tmp_path, *members)
     assert [turns_of(one) for one in samples] == [[("human", "<image>\nWhat?"), ("gpt", "Red.")]]
     assert colours_of(samples[0]) == ["red"] and len(rejects) == 1 and "turn 0 of its conversation" in rejects[0]
+
+
+@pytest.mark.parametrize(("kind", "says"), [("pipe", "is no file"), ("none", "cannot be read")])
+def test_a_meta_file_that_cannot_be_read(
+    tmp_path: Path, kind: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe would be waited for."""
+    path = tmp_path / "meta.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "set"), "--internvl-meta", str(path)])
+    assert f"the meta file {path} {says}" in (said := capsys.readouterr().err) and "correct --internvl-meta" in said
