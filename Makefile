@@ -54,6 +54,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x launch/*.sh
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff format .

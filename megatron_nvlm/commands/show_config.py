@@ -8,6 +8,7 @@ from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences 
 from megatron_nvlm.config.load import load_run
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.runs.entry import user_errors_end_the_process
+from megatron_nvlm.runs.resolve import resolve_run
 
 
 @user_errors_end_the_process
@@ -16,9 +17,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Print one value of a run file.")
     parser.add_argument("key", help="run_dir, training.train_steps, ...")
     parser.add_argument("config")
+    parser.add_argument("--world-size", type=int, help="check the run for this number of processes, too")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
     run = load_run(options.config, options.overrides)
+    if options.world_size is not None:
+        resolve_run(run, options.world_size)
     try:
         print(operator.attrgetter(options.key)(run))
     except AttributeError as error:

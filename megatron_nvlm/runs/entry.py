@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.exit_codes import USER_ERROR
 
 _MENDS = {
     errno.ENOSPC: "make room and start again",
@@ -54,7 +55,7 @@ def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]
             prefix = "" if global_rank() == 0 else f"rank {global_rank()}: "
             print(f"error: {prefix}{sentence}", file=sys.stderr, flush=True)
             _tell_launcher(sentence)
-            return 2
+            return USER_ERROR
         return 0
 
     return wrapped

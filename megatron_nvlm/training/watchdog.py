@@ -18,7 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
 
-EXIT_STATUS = 3
+from megatron_nvlm.exit_codes import WATCHDOG
+
 _QUESTION_SECONDS = 5
 """Seconds that the last question to the store may take: the rank that holds the store may be the one that hangs."""
 
@@ -112,7 +113,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_STATUS)
+        os._exit(WATCHDOG)
 
     def _whom(self) -> str:
         """The rank that was silent longest or, if all still run, the one that is furthest behind."""

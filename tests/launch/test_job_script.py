@@ -29,6 +29,7 @@ def test_markers_count_only_if_the_start_ended_well(case: str, tmp_path: Path) -
         (tmp_path / name).chmod(0o755)
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "env.sh").write_text("")
+    (tmp_path / "launch" / "common.sh").write_text((REPOSITORY / "launch" / "common.sh").read_text())
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "finished").write_text("4\n")
