@@ -4,8 +4,8 @@
 
 Interval attention is compared with a masked `scaled_dot_product_attention` (the plain form) and with variable-length flash
 attention over runs of equal range, for which keys that several runs see are copied. Causal attention of a pack is compared
-with one call a sample and with variable-length flash attention. Useful work is 4 * head size operations a head, token and key
-that the token sees, and 2.5 times as many in the backward pass (none for recomputed scores).
+with one call a sample and with variable-length flash attention. Useful work is 4 * head size operations a head for each key
+that a token sees, and 2.5 times as many in the backward pass (none for recomputed scores).
 """
 
 import argparse
