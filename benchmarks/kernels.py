@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_nvlm.ops import interval_attention as interval_module
 from megatron_nvlm.ops.causal_attention import causal_attention
 from megatron_nvlm.ops.gated_add import gated_add
-from megatron_nvlm.ops.interval_attention import block_rows, interval_attention
+from megatron_nvlm.ops.interval_attention import (
+    block_rows,
+    interval_attention,
+    plain_interval_attention,
+    runs_of_equal_range,
+)
 from megatron_nvlm.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_nvlm.option_types import positive_int
 
@@ -92,13 +96,11 @@ def varlen_over_runs(intervals: np.ndarray) -> Form:
     """Flash attention of runs of equal range; rows that see nothing are left out and are zero."""
     from torch.nn.attention.varlen import varlen_attn
 
-    seen = np.flatnonzero(intervals[:, 1] > intervals[:, 0])
-    changes = np.flatnonzero((np.diff(intervals[seen], axis=0) != 0).any(axis=1)) + 1
-    runs = np.split(seen, changes)
+    runs = runs_of_equal_range(intervals)
     keys = [np.arange(*intervals[run[0]]) for run in runs]
     bounds = [np.cumsum([0, *map(len, parts)]) for parts in (runs, keys)]
     longest = [max(map(len, parts)) for parts in (runs, keys)]
-    rows, columns = (torch.from_numpy(part).to(DEVICE) for part in (seen, np.concatenate(keys)))
+    rows, columns = (torch.from_numpy(part).to(DEVICE) for part in map(np.concatenate, (runs, keys)))
     cu = [torch.from_numpy(bound).to(DEVICE, torch.int32) for bound in bounds]
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -178,10 +180,10 @@ def compare_attention(case: Case, forms: dict[str, Form], steps: int) -> None:
 
 
 def reference(case: Case, inputs: Sequence[Tensor], above: Tensor) -> list[Tensor]:
-    """The plain form in float64, head group by head group."""
+    """The plain form in float64."""
     intervals = torch.from_numpy(case.intervals).to(DEVICE)
     wide = [one.detach().double().requires_grad_() for one in inputs]
-    return forward_backward(lambda *three: interval_attention(*three, intervals), wide, above.double())
+    return forward_backward(lambda *three: plain_interval_attention(*three, intervals), wide, above.double())
 
 
 def attention_forms(case: Case, causal_lengths: Sequence[int] | None = None) -> dict[str, Form]:
@@ -189,17 +191,11 @@ def attention_forms(case: Case, causal_lengths: Sequence[int] | None = None) -> 
     intervals = torch.from_numpy(case.intervals).to(DEVICE)
     blocks = torch.from_numpy(block_rows(case.intervals, case.num_keys)).to(DEVICE)
 
-    def plain(*three: Tensor) -> Tensor:
-        kept, interval_module.runs_kernel = interval_module.runs_kernel, lambda *tensors: False
-        try:
-            return interval_attention(*three, intervals)
-        finally:
-            interval_module.runs_kernel = kept
-
-    forms: dict[str, Form] = {"interval kernel": partial(_interval, intervals, blocks), "masked": plain}
-    if not ON_GPU:
-        del forms["interval kernel"]
+    forms: dict[str, Form] = {}
+    if ON_GPU:
+        forms["interval kernel"] = partial(_interval, intervals, blocks)
     if causal_lengths is None:
+        forms["masked"] = lambda *three: plain_interval_attention(*three, intervals)
         if ON_GPU:
             forms["varlen over runs"] = varlen_over_runs(case.intervals)
         return forms
@@ -207,7 +203,6 @@ def attention_forms(case: Case, causal_lengths: Sequence[int] | None = None) -> 
     forms["one call a sample"] = lambda *three: causal_attention(*three, bounds)
     if ON_GPU:
         forms["varlen"] = varlen_causal(causal_lengths)
-    del forms["masked"]
     return forms
 
 

@@ -34,6 +34,16 @@ def interval_mask(intervals: Tensor, num_keys: int) -> Tensor:
     return (position >= intervals[:, :1]) & (position < intervals[:, 1:])
 
 
+def runs_of_equal_range(intervals: np.ndarray) -> list[np.ndarray]:
+    """Tokens of equal range, one after the other, as one array of their places: few runs, where there are many tokens.
+
+    Tokens that see nothing are left out.
+    """
+    seen = np.flatnonzero(intervals[:, 1] > intervals[:, 0])
+    changes = np.flatnonzero((np.diff(intervals[seen], axis=0) != 0).any(axis=1)) + 1
+    return np.split(seen, changes) if len(seen) else []
+
+
 def block_rows(intervals: np.ndarray, num_keys: int) -> np.ndarray:
     """For each block of KEY_BLOCK keys, the tokens from the first to the last that see a key of it.
 
@@ -48,15 +58,11 @@ def block_rows(intervals: np.ndarray, num_keys: int) -> np.ndarray:
     blocks = -(-num_keys // KEY_BLOCK)
     first = np.full(blocks, len(intervals), dtype=np.int64)
     last = np.zeros(blocks, dtype=np.int64)
-    seen = np.flatnonzero(intervals[:, 1] > intervals[:, 0])
-    if len(seen):
-        # Tokens of equal range, one after the other, are one run: few, where there are many tokens.
-        changes = np.flatnonzero((np.diff(intervals[seen], axis=0) != 0).any(axis=1)) + 1
-        for run in np.split(seen, changes):
-            start, end = intervals[run[0]]
-            touched = slice(start // KEY_BLOCK, -(-end // KEY_BLOCK))
-            first[touched] = np.minimum(first[touched], run[0])
-            last[touched] = np.maximum(last[touched], run[-1] + 1)
+    for run in runs_of_equal_range(intervals):
+        start, end = intervals[run[0]]
+        touched = slice(start // KEY_BLOCK, -(-end // KEY_BLOCK))
+        first[touched] = np.minimum(first[touched], run[0])
+        last[touched] = np.maximum(last[touched], run[-1] + 1)
     return np.stack([np.where(last > 0, first, 0), last], axis=1).astype(np.int32)
 
 
@@ -94,6 +100,13 @@ def interval_attention(
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         fused: Tensor = IntervalAttention.apply(query, key, value, intervals, rows_of_blocks, scale)
         return fused
+    return plain_interval_attention(query, key, value, intervals, scale, dropout)
+
+
+def plain_interval_attention(
+    query: Tensor, key: Tensor, value: Tensor, intervals: Tensor, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """The readable form of `interval_attention`, over at least one key."""
     outputs = [
         _attend(query[first:last], key[start:end], value[start:end], intervals[first:last] - start, scale, dropout)
         for first, last, start, end in segments(intervals)

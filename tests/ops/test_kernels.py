@@ -14,7 +14,8 @@ if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu runs the kernels on it", allow_module_level=True)
 
 from megatron_nvlm.ops.triton.gated_add import GatedAdd
-from megatron_nvlm.ops.triton.interval_attention import IntervalAttention, parts_of_group
+from megatron_nvlm.ops.triton.interval_attention import IntervalAttention
+from megatron_nvlm.ops.triton.interval_tiles import parts_of_group
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative L2 error."""
