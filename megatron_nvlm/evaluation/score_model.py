@@ -104,8 +104,9 @@ def score_case(scored: Scored, case: Case, gradients: bool) -> dict[str, Tensor]
     try:
         result = run_step(scored.wrapped, iter([batch]), 1, scored.device, None)
     finally:
-        for name in ("encode_patches", "project", "forward"):
+        for name in WATCHED:
             model.__dict__.pop(name, None)
+        model.language_model.__dict__.pop("loss", None)
     outputs = _outputs(scored, case, seen)
     if case.has_labels and model.post_process:
         outputs["loss"] = torch.tensor([result.loss_sum / result.num_targets])
@@ -113,6 +114,10 @@ def score_case(scored: Scored, case: Case, gradients: bool) -> dict[str, Tensor]
     if gradients:
         found |= {f"grad.{name}": tensor for name, tensor in _gradients(scored).items()}
     return found
+
+
+WATCHED = ("encode_patches", "project")
+"""Methods of the model whose results are outputs."""
 
 
 def _watch(model: NVLMModel, seen: dict[str, Tensor]) -> None:
@@ -125,8 +130,16 @@ def _watch(model: NVLMModel, seen: dict[str, Tensor]) -> None:
 
         return kept
 
-    for name in ("encode_patches", "project", "forward"):
+    for name in WATCHED:
         setattr(model, name, keep(name, getattr(model, name)))
+    loss = model.language_model.loss
+
+    def loss_beside_logits(hidden: Tensor, *arguments: Any) -> Tensor:
+        with torch.no_grad():  # the loss projects its targets alone
+            seen["logits"] = model.logits(hidden)
+        return loss(hidden, *arguments)
+
+    setattr(model.language_model, "loss", loss_beside_logits)  # noqa: B010  (a method, which mypy lets nobody assign)
 
 
 def _outputs(scored: Scored, case: Case, seen: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +152,7 @@ def _outputs(scored: Scored, case: Case, seen: dict[str, Tensor]) -> dict[str, T
         tokens_per_tile = scored.resolved.vision.tokens_per_tile
         outputs["mlp1_out"] = seen["project"].view(-1, tokens_per_tile, seen["project"].shape[-1])
     if model.post_process:
-        logits = join(gather_parts(seen["forward"].detach(), get_groups().tp), Split(1, padding=model.vocabulary))
+        logits = join(gather_parts(seen["logits"], get_groups().tp), Split(1, padding=model.vocabulary))
         padded = logits.new_zeros(*case.real.shape, logits.shape[-1])
         padded[case.real.to(padded.device)] = logits
         outputs["logits"] = padded
