@@ -87,7 +87,14 @@ def test_a_range_of_tiles_runs_over_micro_batches(counts: list[int], whole: bool
         tiles = torch.arange(before + first, before + max(first, last))
         nothing = torch.zeros(0)
         micro_batches.append(
-            MicroBatch(*[nothing] * 9, tiles=tiles, keys=(), num_tiles=count, first_tile=first if len(tiles) else 0)
+            MicroBatch(
+                *[nothing] * 8,
+                context_intervals=torch.zeros(0, 2, dtype=torch.int32),
+                tiles=tiles,
+                keys=(),
+                num_tiles=count,
+                first_tile=first if len(tiles) else 0,
+            )
         )
         before += count
     assert _tiles_between(micro_batches, start, end).tolist() == list(range(start, end))
