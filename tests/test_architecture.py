@@ -13,7 +13,8 @@ PACKAGE = ROOT / "megatron_nvlm"
 
 # Each line may import from the lines above it (and a room from itself).
 LAYERS = (
-    {"errors", "exit_codes", "quiet", "runs.run_dir"},
+    {"exit_codes", "quiet", "runs.run_dir"},
+    {"errors", "runs.failures"},
     {"core_compat", "option_types", "regular_files"},
     {"image", "text", "ops"},
     {"sequence"},

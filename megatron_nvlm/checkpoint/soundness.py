@@ -8,14 +8,14 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_nvlm.errors import UserError
+from megatron_nvlm.errors import DivergedError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 
 
 def refuse_unsound(step: int, model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer, way_back: str) -> None:
-    """Raise UserError on every rank if any rank's weights or optimizer state hold a NaN or an infinity; every rank calls it.
+    """Raise DivergedError on every rank if any rank's weights or optimizer state hold a NaN or an infinity; every rank calls it.
 
     Args:
         way_back: sentence on what the run can go on from.
@@ -24,7 +24,7 @@ def refuse_unsound(step: int, model: NVLMModel | ModelChunks, optimizer: Megatro
     dist.all_gather_object(found, _first_unsound(model, optimizer))
     for rank, name in enumerate(found):
         if name:
-            raise UserError(
+            raise DivergedError(
                 f"after step {step} {name} of rank {rank} holds values that are not finite, so nothing was saved; {way_back}"
             )
 

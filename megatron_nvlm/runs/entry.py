@@ -2,16 +2,13 @@
 
 import errno
 import functools
-import json
 import os
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.exit_codes import USER_ERROR
+from megatron_nvlm.runs.failures import tell_launcher
 
 _MENDS = {
     errno.ENOSPC: "make room and start again",
@@ -39,26 +36,35 @@ def say(text: str) -> None:
 
 
 def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]:
-    """A `main` that returns 0, or 2 with one sentence on stderr for a mistake or a file system that the user can fix.
+    """A `main` that returns an exit code: 0, or that of what the user can fix (a mistake, a file system), said in one sentence.
 
-    Every rank reads the same files and meets the same mistake; all but rank 0 say their rank.
+    Every rank reads the same files and meets the same mistake; all but rank 0 say their rank. Any other error is raised,
+    and the launcher's report has its last line.
     """
 
     @functools.wraps(main)
     def wrapped(arguments: list[str] | None = None) -> int:
         try:
             main(arguments)
-        except (UserError, OSError) as error:
-            sentence = str(error) if isinstance(error, UserError) else _file_system_sentence(error)
+        except Exception as error:
+            sentence = _sentence(error)
             if not sentence:
+                tell_launcher(f"{type(error).__name__}: {error}")
                 raise
             prefix = "" if global_rank() == 0 else f"rank {global_rank()}: "
             print(f"error: {prefix}{sentence}", file=sys.stderr, flush=True)
-            _tell_launcher(sentence)
-            return USER_ERROR
+            tell_launcher(f"error: {sentence}")
+            return error.exit_code if isinstance(error, UserError) else USER_ERROR
         return 0
 
     return wrapped
+
+
+def _sentence(error: Exception) -> str:
+    """What the user can do about it; nothing for an error that is not the user's."""
+    if isinstance(error, UserError):
+        return str(error)
+    return _file_system_sentence(error) if isinstance(error, OSError) else ""
 
 
 def _file_system_sentence(error: OSError) -> str:
@@ -68,11 +74,3 @@ def _file_system_sentence(error: OSError) -> str:
         return ""
     where = f"{error.filename}: " if error.filename is not None else ""
     return f"{where}{error.strerror}; {_MENDS[error.errno]}"
-
-
-def _tell_launcher(sentence: str) -> None:
-    """Give torchrun the sentence for its own report, which is what the user reads last."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        message = {"message": f"error: {sentence}", "extraInfo": {"timestamp": str(int(time.time()))}}
-        with suppress(OSError):  # the sentence is printed already
-            Path(file).write_text(json.dumps({"message": message}))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_nvlm.exit_codes import ENDED_WELL, NO_PROGRESS, TOO_MANY_FAILURES, USER_ERROR
+from megatron_nvlm.exit_codes import ENDED_WELL, NO_PROGRESS, TOO_MANY_FAILURES
 
 FAILURES_TO_EXCLUDE = 2
 """A node that failed this often is excluded (our choice: one failure may be chance)."""
@@ -19,8 +19,8 @@ class Ending(StrEnum):
     FINISHED = "finished"
     STOPPED = "stopped"
     """Saved when asked: time limit, preemption or stop file."""
-    USER_ERROR = "user_error"
-    """Deterministic: the same start would fail again."""
+    DETERMINISTIC = "deterministic"
+    """A mistake or a diverged loss: the same start would fail again."""
     FAILED = "failed"
     """A crash, a lost node or the watchdog."""
 
@@ -35,6 +35,8 @@ class Start:
     last_step: int
     """Step of the newest complete checkpoint when it ended."""
     failed_nodes: tuple[str, ...] = ()
+    exit_code: int = ENDED_WELL
+    """Of the training program's first failure, negative for a signal; ENDED_WELL where none is known."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def decide(starts: Sequence[Start], max_failures: int) -> Decision:
     last = starts[-1]
     if last.ending is Ending.FINISHED:
         return Decision(False, ENDED_WELL, excluded, f"the run is finished after step {last.last_step}")
-    if last.ending is Ending.USER_ERROR:
-        return Decision(False, USER_ERROR, excluded, "the same start would fail again; see the error above")
+    if last.ending is Ending.DETERMINISTIC:
+        return Decision(False, last.exit_code, excluded, "the same start would fail again; see the error above")
     failures = sum(start.ending is Ending.FAILED for start in starts)
     if failures > max_failures:
         reason = f"{failures} starts failed and {max_failures} may; fix the cause, then submit the job again"
@@ -75,7 +77,9 @@ def decide(starts: Sequence[Start], max_failures: int) -> Decision:
     if len(recent) == STARTS_WITHOUT_PROGRESS and all(start.last_step <= start.first_step for start in recent):
         reason = f"{len(recent)} starts in a row saved nothing after step {last.last_step}; fix the cause first"
         return Decision(False, NO_PROGRESS, excluded, reason)
-    return Decision(True, ENDED_WELL, excluded, f"{last.ending}; it resumes from step {last.last_step}")
+    return Decision(
+        True, ENDED_WELL, excluded, f"the start {last.ending}; the next one resumes from step {last.last_step}"
+    )
 
 
 def _exclusions(starts: Sequence[Start]) -> tuple[tuple[str, ...], Sequence[Start]]:

@@ -64,6 +64,26 @@ class RunDir:
         return self.path / "finished"
 
     @property
+    def starts(self) -> Path:
+        """One JSON object for the beginning and one for the end of each start of a job (runs/start_history.py)."""
+        return self.path / "starts.jsonl"
+
+    @property
+    def failures(self) -> Path:
+        """Folder of what the launchers of the last start's nodes saw (runs/failures.py)."""
+        return self.path / "failures"
+
+    @property
+    def failure(self) -> Path:
+        """The first failure of the last start that failed, as JSON."""
+        return self.path / "failure.json"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of what each rank but 0 printed, with `logging.rank_files`."""
+        return self.path / "logs"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that works in the directory."""
         return self.path / "lock"

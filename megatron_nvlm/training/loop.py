@@ -16,7 +16,7 @@ from megatron_nvlm.checkpoint.async_save import CheckpointSaver
 from megatron_nvlm.checkpoint.save_load import Progress
 from megatron_nvlm.data.config import DataConfig
 from megatron_nvlm.data.loading.loader import Loader
-from megatron_nvlm.errors import UserError
+from megatron_nvlm.errors import DivergedError, UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.training.bad_share import is_over
 from megatron_nvlm.training.faults import StopRequest
@@ -205,7 +205,7 @@ def _check(
     if unsound or over:
         saver.finish()
     if unsound:
-        raise UserError(f"the {unsound}; {saver.way_back}")
+        raise DivergedError(f"the {unsound}; {saver.way_back}")
     if over:
         raise UserError(
             f"{bad_of_seen[0]} of {bad_of_seen[1]} samples were bad, over data.max_bad_fraction of {limit}; "

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
 
 from megatron_nvlm.exit_codes import WATCHDOG
+from megatron_nvlm.runs.failures import tell_launcher
 
 _QUESTION_SECONDS = 5
 """Seconds that the last question to the store may take: the rank that holds the store may be the one that hangs."""
@@ -107,12 +108,12 @@ class Watchdog:
         question.start()
         question.join(_QUESTION_SECONDS)
         who = answer[0] if answer else "the other ranks could not be asked, since their store does not answer"
-        print(
+        message = (
             f"error: rank {self.rank} ({self._beat.describe()}) has waited for {self.timeout_seconds:g} s, "
-            f"training.timeout_seconds; {who}; every rank ends, and the same command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+            f"training.timeout_seconds; {who}; every rank ends, and the same command goes on from the last checkpoint"
         )
+        print(message, file=sys.stderr, flush=True)
+        tell_launcher(message)
         os._exit(WATCHDOG)
 
     def _whom(self) -> str:

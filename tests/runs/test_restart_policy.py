@@ -4,17 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_nvlm.exit_codes import ENDED_WELL, NO_PROGRESS, TOO_MANY_FAILURES, USER_ERROR
+from megatron_nvlm.exit_codes import DIVERGED, ENDED_WELL, NO_PROGRESS, TOO_MANY_FAILURES, USER_ERROR
 from megatron_nvlm.runs.restart_policy import Ending, Start, decide
 
-FINISHED, STOPPED, MISTAKE, FAILED = Ending.FINISHED, Ending.STOPPED, Ending.USER_ERROR, Ending.FAILED
+FINISHED, STOPPED, MISTAKE, FAILED = Ending.FINISHED, Ending.STOPPED, Ending.DETERMINISTIC, Ending.FAILED
 BAD = ("n1",)
 # starts, whether the job is queued again, its exit code, excluded nodes; 3 failures are allowed
 CASES = {
     "finished": ([Start(FINISHED, 0, 9)], False, ENDED_WELL, ()),
     "finished after a failure": ([Start(FAILED, 0, 0), Start(FINISHED, 0, 9)], False, ENDED_WELL, ()),
-    "a mistake": ([Start(MISTAKE, 0, 0)], False, USER_ERROR, ()),
-    "a mistake after progress": ([Start(STOPPED, 0, 5), Start(MISTAKE, 5, 7)], False, USER_ERROR, ()),
+    "a mistake": ([Start(MISTAKE, 0, 0, exit_code=USER_ERROR)], False, USER_ERROR, ()),
+    "diverged after progress": ([Start(STOPPED, 0, 5), Start(MISTAKE, 5, 7, (), DIVERGED)], False, DIVERGED, ()),
     "time limit": ([Start(STOPPED, 0, 5)], True, ENDED_WELL, ()),
     "time limit, often": ([Start(STOPPED, step, step + 1) for step in range(50)], True, ENDED_WELL, ()),
     "one crash before the first save": ([Start(FAILED, 0, 0)], True, ENDED_WELL, ()),
@@ -28,7 +28,9 @@ CASES = {
 }
 STARTS = st.lists(
     st.builds(
-        lambda ending, first, gain, nodes: Start(ending, first, first + gain, tuple(nodes)),
+        lambda ending, first, gain, nodes: Start(
+            ending, first, first + gain, tuple(nodes), USER_ERROR if ending is MISTAKE else ENDED_WELL
+        ),
         st.sampled_from(Ending),
         st.integers(0, 20),
         st.integers(0, 2),
