@@ -100,9 +100,9 @@ back_into_the_queue() {
     local pending=$job
     if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
         pending=$SLURM_ARRAY_JOB_ID
-        echo "stopped before the end; the next job of the chain goes on"
+        echo "the next job of the chain goes on"
     else
-        echo "stopped before the end; back into the queue"
+        echo "back into the queue"
         trap '' TERM # Slurm ends this script soon after the requeue, and only a pending job takes other nodes
         scontrol requeue "$job" || {
             echo "error: this cluster forbids requeue; submit a chain: sbatch --array=1-9%1 (launch/README.md)" >&2

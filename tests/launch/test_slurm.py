@@ -1,113 +1,196 @@
-"""The real job script on a real Slurm of two nodes on this host: it trains, stops when asked, requeues itself and ends."""
+"""The real job script on a real Slurm of three nodes on this host: it trains, and survives what clusters do."""
 
-import os
-import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_nvlm.demo import data as demo_data
-from tests.support.launch import REPOSITORY, environment
+from tests.launch.conftest import STEPS
+from tests.support.launch import launch
 from tests.support.shards import read_metrics
+from tests.support.slurm import RUN_FILE, Cluster, Job, cluster, kill, mini_slurm
 
 pytestmark = pytest.mark.slurm
 
-MINI_SLURM = Path(__file__).with_name("mini_slurm.sh")
-JOB = "launch/pretrain_nvlm_h.sh"
-RUN_FILE = "configs/demo_h.yaml"
-STEPS = 20
-
-
-def mini_slurm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(MINI_SLURM), *arguments], capture_output=True, text=True, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[dict[str, str]]:
-    """Environment in which sbatch talks to a cluster of two nodes."""
-    if os.geteuid() != 0:
-        pytest.skip("a Slurm on one host needs root")
-    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(
-            f"Slurm is not installed ({', '.join(missing)}); `bash {MINI_SLURM.name} install` does it on Debian"
-        )
-    started = mini_slurm("start", "2")
-    if started.returncode:
-        pytest.skip(f"Slurm cannot run here: {started.stderr.strip()}")
-    conf = mini_slurm("env").stdout.strip().removeprefix("export SLURM_CONF=")
-    yield {**environment(), "SLURM_CONF": conf, "NPROC_PER_NODE": "1"}
-    mini_slurm("stop")
-
-
-def submit(slurm: dict[str, str], log: Path, *arguments: str) -> str:
-    """Job number."""
-    sbatch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={log}", JOB, *arguments]
-    done = subprocess.run(sbatch, env=slurm, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+TP2 = "parallelism.tensor_model_parallel_size=2"
+PP2 = ("parallelism.tensor_model_parallel_size=1", "parallelism.pipeline_model_parallel_size=2")
+FAULTY_NODE = """
+import os, signal
+if os.environ.get("FAULTY_NODE") == os.uname().nodename and "LOCAL_RANK" in os.environ:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A few samples of the demo's data, and the overrides that make a short run of the demo of them."""
-    folder = tmp_path_factory.mktemp("data") / "demo_data"
-    demo_data.build(folder, train_samples=64, text_samples=16, heldout_samples=4)
-    return [
-        f"data.train.0.path={folder}/train_images",
-        f"data.train.1.path={folder}/train_text",
-        f"data.tokenizer={folder}/tokenizer.json",
-        f"training.train_steps={STEPS}",
-        "optimizer.warmup_steps=2",
-    ]
+def slurm() -> Iterator[Cluster]:
+    with cluster(3) as running:
+        yield running
 
 
-def job_field(slurm: dict[str, str], job: str, field: str) -> str:
-    shown = subprocess.run(["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True, timeout=30)
-    fields = dict(part.split("=", 1) for part in shown.stdout.split() if "=" in part)
-    return fields.get(field, "")
+def losses_alone(folder: Path, *overrides: str) -> list[float]:
+    """Of torchrun by itself, never interrupted."""
+    launch("megatron_nvlm.train", 2, "--config", RUN_FILE, f"run_dir={folder}", *overrides)
+    return losses(folder)
 
 
-def wait_until(reached, log: Path, seconds: float = 240) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
-        time.sleep(0.2)
+def losses(run_dir: Path) -> list[float]:
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows]
 
 
-def steps_done(run_dir: Path) -> int:
-    metrics = run_dir / "metrics.jsonl"
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, demo_run: list[str]) -> list[float]:
+    return losses_alone(tmp_path_factory.mktemp("alone") / "run", *demo_run)
 
 
-def ended(slurm: dict[str, str], job: str) -> bool:
-    return job_field(slurm, job, "JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+def completed(slurm: Cluster, job: Job) -> None:
+    assert slurm.end(job) == "COMPLETED", job.text
+    assert "the run is finished" in job.text
 
 
-def test_a_job_of_two_nodes_stops_requeues_itself_and_ends(
-    slurm: dict[str, str], data: list[str], tmp_path: Path
+def test_a_job_of_two_nodes_stops_requeues_itself_and_ends(slurm: Cluster, demo_run: list[str], tmp_path: Path) -> None:
+    job = slurm.submit(tmp_path, *demo_run)
+    slurm.wait(job, lambda: job.steps_done() >= 3)
+    slurm.ask_to_stop(job)
+    slurm.wait(job, lambda: slurm.field(job, "Restarts") == "1")
+    completed(slurm, job)
+    assert "start 0: 2 nodes x 1 processes" in job.text and "start 1: 2 nodes x 1 processes" in job.text
+    assert "back into the queue" in job.text and "resuming from step" in job.text
+    assert [row["step"] for row in read_metrics(job.run_dir)] == list(range(1, STEPS + 1))
+
+
+def test_a_mistake_in_the_run_file_fails_the_job_before_it_starts(slurm: Cluster, tmp_path: Path) -> None:
+    job = slurm.submit(tmp_path, "optimizer.max_lrr=1")
+    assert slurm.end(job) == "FAILED"
+    assert slurm.field(job, "ExitCode") == "2:0"
+    assert "did you mean optimizer.max_lr?" in job.text
+    assert not job.run_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(TP2,), PP2], ids=["TP2", "PP2"])
+def test_layouts_across_two_nodes_have_the_losses_of_torchrun_alone(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
-    run_dir, log = tmp_path / "run", tmp_path / "job.log"
-    job = submit(slurm, log, RUN_FILE, f"run_dir={run_dir}", *data)
-    wait_until(lambda: steps_done(run_dir) >= 3, log)
-    # What Slurm does before the time limit, now.
-    subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=slurm, check=True, timeout=30)
-    wait_until(lambda: job_field(slurm, job, "Restarts") == "1", log)
-    wait_until(lambda: ended(slurm, job), log)
-    text = log.read_text()
-    assert job_field(slurm, job, "JobState") == "COMPLETED", text
-    assert "start 0: 2 nodes x 1 processes" in text and "start 1: 2 nodes x 1 processes" in text
-    assert "back into the queue" in text and "resuming from step" in text and "the run is finished" in text
-    assert [row["step"] for row in read_metrics(run_dir)] == list(range(1, STEPS + 1))
+    alone = losses_alone(tmp_path / "alone", *demo_run, *layout)
+    job = slurm.submit(tmp_path, *demo_run, *layout)
+    completed(slurm, job)
+    assert losses(job.run_dir) == alone
 
 
-def test_a_mistake_in_the_run_file_fails_the_job_before_it_starts(slurm: dict[str, str], tmp_path: Path) -> None:
-    log = tmp_path / "job.log"
-    job = submit(slurm, log, RUN_FILE, f"run_dir={tmp_path / 'run'}", "optimizer.max_lrr=1")
-    wait_until(lambda: ended(slurm, job), log)
-    assert job_field(slurm, job, "JobState") == "FAILED"
-    assert "did you mean optimizer.max_lr?" in log.read_text()
-    assert not (tmp_path / "run").exists()
+@pytest.mark.slow
+def test_three_time_limits_in_a_row_change_no_digit(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    job = slurm.submit(tmp_path, *demo_run)
+    for limit in range(1, 4):
+        before = job.steps_done()
+        slurm.wait(job, lambda: job.steps_done() >= before + 3)  # noqa: B023  (called at once)
+        slurm.ask_to_stop(job)
+        slurm.wait(job, lambda: slurm.field(job, "Restarts") == str(limit))  # noqa: B023
+    completed(slurm, job)
+    assert losses(job.run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_job_goes_on(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    job = slurm.submit(tmp_path, *demo_run)
+    slurm.wait(job, lambda: job.steps_done() >= 6)
+    kill(job.ranks()[0])
+    completed(slurm, job)
+    assert "killed by SIGKILL" in job.text and "resuming from step" in job.text
+    assert losses(job.run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_requeue_by_an_operator_saves_and_goes_on(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    job = slurm.submit(tmp_path, *demo_run)
+    slurm.wait(job, lambda: job.steps_done() >= 6)
+    slurm.call("scontrol", "requeue", job.number)
+    completed(slurm, job)
+    assert losses(job.run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_replaced(slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]) -> None:
+    job = slurm.submit(tmp_path, *demo_run)
+    slurm.wait(job, lambda: job.steps_done() >= 6)
+    batch_host = slurm.field(job, "BatchHost")
+    lost = next(name for name in ("n1", "n2", "n3") if name != batch_host and name in hosts(slurm, job))
+    mini_slurm("kill-node", lost)
+    try:
+        completed(slurm, job)
+    finally:
+        assert mini_slurm("start-node", lost).returncode == 0
+    assert losses(job.run_dir) == undisturbed
+
+
+def hosts(slurm: Cluster, job: Job) -> list[str]:
+    return slurm.call("scontrol", "show", "hostnames", slurm.field(job, "NodeList")).split()
+
+
+@pytest.mark.slow
+def test_a_drained_node_lets_the_job_end_there(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    job = slurm.submit(tmp_path, *demo_run)
+    slurm.wait(job, lambda: job.steps_done() >= 3)
+    drained = hosts(slurm, job)[0]
+    slurm.call("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=test")
+    try:
+        slurm.ask_to_stop(job)  # what an operator does who wants the node
+        slurm.wait(job, lambda: slurm.field(job, "Restarts") == "1")
+        slurm.wait(job, lambda: slurm.state(job) == "RUNNING")
+        assert drained not in hosts(slurm, job)
+        completed(slurm, job)
+    finally:
+        slurm.call("scontrol", "update", f"NodeName={drained}", "State=RESUME")
+    assert losses(job.run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_node_that_always_fails_is_excluded_at_the_second_time(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULTY_NODE)
+    path = f"{tmp_path}:{slurm.environment['PYTHONPATH']}"
+    job = slurm.submit(tmp_path, *demo_run, options=("--nodelist=n1",), PYTHONPATH=path, FAULTY_NODE="n2")
+    slurm.wait(job, lambda: slurm.field(job, "Restarts") == "2")
+    completed(slurm, job)
+    assert slurm.field(job, "Restarts") == "2" and slurm.field(job, "ExcNodeList") == "n2"
+    assert job.text.count("on n2 (killed by SIGKILL)") >= 2
+    assert losses(job.run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_where_requeue_is_forbidden(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    job = slurm.submit(tmp_path, *demo_run, options=("--array=1-4%1", "--no-requeue"))
+    slurm.wait(job, lambda: job.steps_done() >= 3)
+    slurm.ask_to_stop(job)
+    slurm.wait(job, lambda: "the run is finished" in job.text)
+    slurm.wait(job, lambda: not slurm.call("squeue", "--noheader", "--jobs", job.number))
+    assert "the next job of the chain goes on" in job.text
+    assert losses(job.run_dir) == undisturbed
+    starts = (job.run_dir / "starts.jsonl").read_text()
+    assert starts.count('"began"') == 2, "the rest of the chain had nothing to do"
+
+
+@pytest.mark.slow
+def test_runs_that_cannot_go_on_end_with_their_codes(slurm: Cluster, demo_run: list[str], tmp_path: Path) -> None:
+    diverged = slurm.submit(tmp_path / "diverged", *demo_run, "optimizer.max_lr=1.0e+30", "optimizer.clip_grad=0")
+    assert slurm.end(diverged) == "FAILED", diverged.text
+    assert slurm.field(diverged, "ExitCode") == "4:0" and slurm.field(diverged, "Restarts") == "0"
+    assert "the same start would fail again" in diverged.text
+
+    (tmp_path / "sitecustomize.py").write_text(FAULTY_NODE.replace("== os.uname().nodename", "== 'all'"))
+    path = f"{tmp_path}:{slurm.environment['PYTHONPATH']}"
+    stuck = slurm.submit(tmp_path / "stuck", *demo_run, PYTHONPATH=path, FAULTY_NODE="all", MAX_FAILURES="9")
+    assert slurm.end(stuck) == "FAILED", stuck.text
+    assert slurm.field(stuck, "ExitCode") == "10:0", stuck.text
