@@ -15,7 +15,7 @@ from megatron_nvlm.models.nvlm_model import NVLMModel
 
 
 def refuse_unsound(step: int, model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer, way_back: str) -> None:
-    """Raise DivergedError on every rank if any rank's weights or optimizer state hold a NaN or an infinity; every rank calls it.
+    """Raise DivergedError on every rank if weights or optimizer state of any hold a NaN or an infinity; every rank calls it.
 
     Args:
         way_back: sentence on what the run can go on from.
