@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 
 def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]:
-    """A `main` that returns an exit code: 0, or that of what the user can fix (a mistake, a file system), said in a sentence.
+    """A `main` that returns an exit code: 0, or that of what the user can fix (mistake, file system), said in one sentence.
 
     Every rank reads the same files and meets the same mistake; all but rank 0 say their rank. Any other error is raised,
     and the launcher's report has its last line.
