@@ -111,9 +111,13 @@ class Cluster:
             time.sleep(0.2)
         return state
 
-    def ask_to_stop(self, job: Job) -> None:
-        """What Slurm does before the time limit, now."""
-        self.call("scancel", "--batch", "--signal=USR1", job.number)
+    def ask_to_stop(self, job: Job, task: str = "") -> None:
+        """What Slurm does before the time limit, now.
+
+        Args:
+            task: which job of a chain, as `_1`.
+        """
+        self.call("scancel", "--batch", "--signal=USR1", f"{job.number}{task}")
 
 
 @contextmanager
