@@ -83,14 +83,19 @@ def decide(starts: Sequence[Start], max_failures: int) -> Decision:
 
 
 def _exclusions(starts: Sequence[Start]) -> tuple[tuple[str, ...], Sequence[Start]]:
-    """Nodes to exclude, and the starts after the last exclusion: a bad node explains those before it."""
+    """Nodes to exclude, and the starts after the last exclusion: a bad node explains those before it.
+
+    It does so once. Where the next starts save nothing either and name another node, the cause lies elsewhere.
+    """
     failures: Counter[str] = Counter()
     excluded: list[str] = []
-    begin = 0
+    begin, explained = 0, False
     for index, start in enumerate(starts):
+        explained = explained and start.last_step <= start.first_step
         failures.update(set(start.failed_nodes))
         fresh = [n for n in sorted(failures) if failures[n] >= FAILURES_TO_EXCLUDE and n not in excluded]
         if fresh:
             excluded += fresh
-            begin = index + 1
+            if not explained:
+                begin, explained = index + 1, True
     return tuple(excluded), starts[begin:]
