@@ -79,6 +79,11 @@ class RunDir:
         return self.path / "starts.jsonl"
 
     @property
+    def preflight(self) -> Path:
+        """What the doctor found on the nodes of the last start that asked it: start, unfit nodes, findings."""
+        return self.path / "preflight.json"
+
+    @property
     def failures(self) -> Path:
         """Folder of what the launchers of the last start's nodes saw (runs/failures.py)."""
         return self.path / "failures"
