@@ -45,7 +45,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--own-check", default="", help="a command of your cluster's that ends with 0 on a healthy node"
     )
     parser.add_argument("--quick", action="store_true", help="leave out what takes more than seconds")
-    parser.add_argument("--start", default="", help="under torchrun: name of the start that preflight.json is about")
+    parser.add_argument(
+        "--job-start", default="", help="under torchrun: name of the start that preflight.json is about"
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     return parser.parse_args(arguments)
 
@@ -118,14 +120,17 @@ def _on_all_nodes(options: argparse.Namespace) -> int:
     about = [(name, finding) for name, findings in everyone for finding in findings]
     about += [("", finding) for finding in of_run] + list(compare(measured))
     unfit = sorted({name for name, finding in about if finding.of_node and finding.verdict is Verdict.BAD})
-    if dist.get_rank() == 0:
+    rank = dist.get_rank()
+    if rank == 0:
         nodes = list(dict.fromkeys(one.node for one in measured))
         print(
             render(f"{len(nodes)} nodes, {dist.get_world_size()} ranks: {', '.join(nodes)}", list(_page(about, nodes)))
         )
-        if run is not None and options.start:
-            _write(run.run_dir, options.start, unfit, about)
+        if run is not None and options.job_start:
+            _write(run.run_dir, options.job_start, unfit, about)
     dist.destroy_process_group()
+    if rank:
+        return 0  # one rank tells the launcher
     if unfit:
         return UNFIT_NODES
     return 0 if is_green(finding for _, finding in about) else USER_ERROR

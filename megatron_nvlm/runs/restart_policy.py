@@ -37,6 +37,8 @@ class Start:
     failed_nodes: tuple[str, ...] = ()
     exit_code: int = ENDED_WELL
     """Of the training program's first failure, negative for a signal; ENDED_WELL where none is known."""
+    unfit_nodes: tuple[str, ...] = ()
+    """Refused by the doctor before training; excluded at once."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def _exclusions(starts: Sequence[Start]) -> tuple[tuple[str, ...], Sequence[Star
     for index, start in enumerate(starts):
         explained = explained and start.last_step <= start.first_step
         failures.update(set(start.failed_nodes))
+        failures.update({node: FAILURES_TO_EXCLUDE for node in start.unfit_nodes})
         fresh = [n for n in sorted(failures) if failures[n] >= FAILURES_TO_EXCLUDE and n not in excluded]
         if fresh:
             excluded += fresh
