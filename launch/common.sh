@@ -75,7 +75,8 @@ ranks=(--nnodes="$nodes" --nproc-per-node="$processes" --rdzv-backend=c10d --rdz
 command=("${everywhere[@]}" megatron_nvlm.commands.launch_node "$run_dir" "$start"
     "${ranks[@]}" --max-restarts="$MAX_RESTARTS" --rdzv-id="$start" -m megatron_nvlm.train --config "$run_file" "$@")
 doctor=("${everywhere[@]}" megatron_nvlm.commands.launch_node "$run_dir" "$start"
-    "${ranks[@]}" --rdzv-id="preflight-$start" -m megatron_nvlm.commands.doctor --config "$run_file" --job-start "$start" --own-check "$HEALTH_CHECK" "$@")
+    "${ranks[@]}" --rdzv-id="preflight-$start" -m megatron_nvlm.commands.doctor
+    --config "$run_file" --job-start "$start" --own-check "$HEALTH_CHECK" "$@")
 
 if [ $dry_run = yes ]; then
     echo "$nodes nodes x $processes processes = $((nodes * processes)) ranks, run directory $run_dir"

@@ -116,7 +116,7 @@ def _on_all_nodes(options: argparse.Namespace) -> int:
     everyone: list[tuple[str, list[Finding]]] = [("", [])] * dist.get_world_size()
     dist.all_gather_object(everyone, (node, own))
     dist.barrier()  # so that no rank multiplies while another one writes
-    measured = measure(node, local_rank, multiply(), device.torch_device)
+    measured = measure(node, local_rank, multiply(device.torch_device), device.torch_device)
     about = [(name, finding) for name, findings in everyone for finding in findings]
     about += [("", finding) for finding in of_run] + list(compare(measured))
     unfit = sorted({name for name, finding in about if finding.of_node and finding.verdict is Verdict.BAD})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_nvlm.doctor.findings import Finding, bad, good, note
+from megatron_nvlm.parallel.device import wait_for
 
 _FIELDS = (
     "name",
@@ -103,19 +104,16 @@ def run_command(command: str, seconds: float = _DCGM_SECONDS) -> Finding:
     return good("own check", f"`{command}` passed")
 
 
-def multiply() -> float:
-    """TFLOP/s of square matrix products on this rank's device: bf16 on a GPU, fp32 on a CPU."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = _ROWS[kind]
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    matrix = torch.randn(rows, rows, device=device, dtype=torch.bfloat16 if kind == "cuda" else torch.float32)
+def multiply(device: torch.device) -> float:
+    """TFLOP/s of square matrix products on a device: bf16 on a GPU, fp32 on a CPU."""
+    rows, dtype = _ROWS[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    matrix = torch.randn(rows, rows, device=device, dtype=dtype)
 
     def products() -> float:
         began = time.perf_counter()
         for _ in range(_PRODUCTS):
             torch.mm(matrix, matrix)
-        if kind == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter() - began
 
     products()  # the first ones choose a kernel

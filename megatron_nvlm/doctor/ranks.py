@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_nvlm.doctor.findings import Finding, bad, good, note
 from megatron_nvlm.doctor.storage import LARGEST_SKEW_SECONDS
+from megatron_nvlm.parallel.device import wait_for
 
 SLOW = 0.7
 """Part of the median below which a rank or a node is slow (our choice; the stragglers of training have the same)."""
@@ -64,8 +65,7 @@ def _all_reduce(ranks: Sequence[int], device: torch.device) -> float:
         began = time.perf_counter()
         for _ in range(_TIMES):
             dist.all_reduce(message, group=group)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter() - began
 
     send()  # the first one connects

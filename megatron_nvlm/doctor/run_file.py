@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from megatron_nvlm.checkpoint.retention import read_latest
 from megatron_nvlm.data.loading.builder import OpenedData
 from megatron_nvlm.doctor.findings import Finding, bad, good, or_sentence
@@ -14,6 +12,7 @@ from megatron_nvlm.estimate.dry_run import GIB, DryRun, dry_run
 from megatron_nvlm.estimate.sample import SampleShape
 from megatron_nvlm.estimate.step_time import Hardware
 from megatron_nvlm.hf.open_folders import open_folders
+from megatron_nvlm.parallel.device import gpu_memory_bytes
 from megatron_nvlm.runs.components import open_data
 from megatron_nvlm.runs.plan import TAG_TOKENS, make_plan
 from megatron_nvlm.runs.resolve import ResolvedRun
@@ -57,7 +56,8 @@ def check_weights(run: ResolvedRun) -> Finding:
 
 def check_layout(run: ResolvedRun, memory_gib: float | None) -> Iterator[Finding]:
     """What the dry run says of a GPU's memory and of the size of checkpoints."""
-    hardware = Hardware(memory_gib=memory_gib or _memory_gib())
+    found = gpu_memory_bytes()
+    hardware = Hardware(memory_gib=memory_gib or (found / GIB if found else Hardware().memory_gib))
     tags = 0 if run.config.tiling.tag_format == "none" else TAG_TOKENS
     sample = SampleShape(run.config.data.sequence_length, run.config.tiling.max_tiles, tags)
     estimate = dry_run(make_plan(run, sample), hardware, run.config.model.backend)
@@ -79,9 +79,3 @@ def checkpoint_bytes(run: ResolvedRun, estimate: DryRun) -> int:
     every = sum(estimate.whole_parameters.values())
     trained = sum(count for part, count in estimate.whole_parameters.items() if part in run.trainable)
     return every * run.precision.parameter_dtype.itemsize + trained * run.precision.optimizer_bytes
-
-
-def _memory_gib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
-    return Hardware().memory_gib

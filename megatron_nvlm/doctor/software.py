@@ -8,6 +8,7 @@ import torch
 from packaging.requirements import Requirement
 
 from megatron_nvlm.doctor.findings import Finding, bad, good, note
+from megatron_nvlm.parallel.device import cuda_and_nccl_versions
 
 DISTRIBUTION = "megatron-nvlm"
 TESTED = {
@@ -59,8 +60,8 @@ def _version(name: str) -> str | None:
 
 
 def _cuda() -> Finding:
-    if not torch.cuda.is_available():
+    versions = cuda_and_nccl_versions()
+    if versions is None:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
         return note("versions", f"no CUDA device is seen ({built}); computes on the CPU over gloo")
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return good("versions", f"CUDA {torch.version.cuda}, NCCL {nccl}")
+    return good("versions", f"CUDA {versions[0]}, NCCL {versions[1]}")
