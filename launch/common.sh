@@ -143,12 +143,10 @@ esac
 echo "job $job, start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $processes processes ($host_names), $run_dir"
 
 if [ $preflight = yes ]; then
-    "${here[@]}" python -m megatron_nvlm.commands.doctor --config "$run_file" --world-size $((nodes * processes)) "$@"
-    status=$?
-    if [ $status = 0 ]; then
-        "${doctor[@]}"
+    status=0
+    "${here[@]}" python -m megatron_nvlm.commands.doctor --config "$run_file" --world-size $((nodes * processes)) "$@" ||
         status=$?
-    fi
+    if [ $status = 0 ]; then "${doctor[@]}" || status=$?; fi
     if [ $status != 0 ]; then
         ask_job_start preflight --status $status
         if [ "$action" = requeue ]; then back_into_the_queue; fi
