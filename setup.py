@@ -17,6 +17,7 @@ COMMANDS = {
     "nvlm-demo-data": "megatron_nvlm.demo.data:main",
     "nvlm-demo-material": "megatron_nvlm.demo.material:main",
     "nvlm-demo-report": "megatron_nvlm.demo.report:main",
+    "nvlm-doctor": "megatron_nvlm.commands.doctor:main",
     "nvlm-dry-run": "megatron_nvlm.commands.dry_run:main",
     "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",

@@ -9,14 +9,18 @@ refuse() {
     exit 2
 }
 
-dry_run=no run_file=$1
+dry_run=no preflight=no run_file=$1
 shift
-if [ "${1:-}" = --dry-run ]; then
-    dry_run=yes
+while :; do
+    case ${1:-} in
+        --dry-run) dry_run=yes ;;
+        --preflight) preflight=yes ;;
+        *) break ;;
+    esac
     shift
-fi
+done
 case ${1:-} in
-    --*) refuse "unknown option $1; usage: sbatch SCRIPT [--dry-run] [RUN_FILE] [section.key=value ...]" ;;
+    --*) refuse "unknown option $1; usage: sbatch SCRIPT [--dry-run] [--preflight] [RUN_FILE] [section.key=value ...]" ;;
     "" | *=*) ;;
     *)
         run_file=$1
@@ -66,11 +70,13 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
 fi
 port=$((20000 + job % 20000)) # two jobs on one host must not meet
 # --export=ALL and --cpus-per-task: srun inherits neither from every sbatch.
-command=(srun "${on_node[@]}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-96}" --kill-on-bad-exit=1
-    "${inside[@]}" python -m megatron_nvlm.commands.launch_node "$run_dir" "$start"
-    --nnodes="$nodes" --nproc-per-node="$processes" --max-restarts="$MAX_RESTARTS"
-    --rdzv-id="$start" --rdzv-backend=c10d --rdzv-endpoint="${host_names%%,*}:$port"
-    -m megatron_nvlm.train --config "$run_file" "$@")
+everywhere=(srun "${on_node[@]}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-96}" --kill-on-bad-exit=1 "${inside[@]}" python -m)
+ranks=(--nnodes="$nodes" --nproc-per-node="$processes" --rdzv-backend=c10d --rdzv-endpoint="${host_names%%,*}:$port")
+command=("${everywhere[@]}" megatron_nvlm.commands.launch_node "$run_dir" "$start"
+    "${ranks[@]}" --max-restarts="$MAX_RESTARTS" --rdzv-id="$start" -m megatron_nvlm.train --config "$run_file" "$@")
+doctor=("${everywhere[@]}" megatron_nvlm.commands.launch_node "$run_dir" "$start"
+    "${ranks[@]}" --rdzv-id="preflight-$start" -m megatron_nvlm.commands.doctor
+    --config "$run_file" --job-start "$start" --own-check "$HEALTH_CHECK" "$@")
 
 if [ $dry_run = yes ]; then
     echo "$nodes nodes x $processes processes = $((nodes * processes)) ranks, run directory $run_dir"
@@ -80,6 +86,7 @@ if [ $dry_run = yes ]; then
     for name in OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS NCCL_SOCKET_IFNAME TORCH_NCCL_ASYNC_ERROR_HANDLING NCCL_DEBUG; do
         if [ -n "${!name:-}" ]; then echo "$name=${!name}"; fi
     done
+    if [ $preflight = yes ]; then echo "${doctor[*]@Q}"; fi
     echo "${command[*]@Q}"
     exit 0
 fi
@@ -134,6 +141,18 @@ case $action in
     end) exit "$code" ;;
 esac
 echo "job $job, start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $processes processes ($host_names), $run_dir"
+
+if [ $preflight = yes ]; then
+    status=0
+    "${here[@]}" python -m megatron_nvlm.commands.doctor --config "$run_file" --world-size $((nodes * processes)) "$@" ||
+        status=$?
+    if [ $status = 0 ]; then "${doctor[@]}" || status=$?; fi
+    if [ $status != 0 ]; then
+        ask_job_start preflight --status $status
+        if [ "$action" = requeue ]; then back_into_the_queue; fi
+        exit "$code"
+    fi
+fi
 
 if [ ${#asked[@]} -gt 0 ]; then touch "$run_dir/stop"; fi # `before` removes the requests that earlier starts left
 "${command[@]}" &

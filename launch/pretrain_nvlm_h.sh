@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Pretrain NVLM-H on a Slurm cluster, one torchrun a node; --dry-run prints what would run:
+# Pretrain NVLM-H on a Slurm cluster, one torchrun a node; --dry-run prints what would run, --preflight asks
+# the doctor first:
 #
-#   sbatch launch/pretrain_nvlm_h.sh [--dry-run] [RUN_FILE] [section.key=value ...]
+#   sbatch launch/pretrain_nvlm_h.sh [--dry-run] [--preflight] [RUN_FILE] [section.key=value ...]
 #SBATCH --job-name=pretrain_nvlm_h
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=1

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Fine-tune NVLM-D on a Slurm cluster, one torchrun a node; --dry-run prints what would run:
+# Fine-tune NVLM-D on a Slurm cluster, one torchrun a node; --dry-run prints what would run, --preflight asks
+# the doctor first:
 #
-#   sbatch launch/sft_nvlm_d.sh [--dry-run] [RUN_FILE] [section.key=value ...]
+#   sbatch launch/sft_nvlm_d.sh [--dry-run] [--preflight] [RUN_FILE] [section.key=value ...]
 #SBATCH --job-name=sft_nvlm_d
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=1

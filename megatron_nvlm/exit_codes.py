@@ -12,5 +12,7 @@ NO_PROGRESS = 10
 """Of a job: starts in a row saved no new checkpoint."""
 TOO_MANY_FAILURES = 11
 """Of a job: more starts failed than the job may repeat."""
+UNFIT_NODES = 12
+"""Of the doctor on all nodes: some are not fit for the run."""
 DETERMINISTIC = (USER_ERROR, DIVERGED)
 """Codes after which the same start would end alike, so that no job is queued again."""

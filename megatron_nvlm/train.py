@@ -11,7 +11,7 @@ from megatron_nvlm.option_types import LaunchedParser
 from megatron_nvlm.parallel.groups import world_size_from_environment
 from megatron_nvlm.runs.changes import settings_of
 from megatron_nvlm.runs.components import make_identity, open_data
-from megatron_nvlm.runs.entry import say, user_errors_end_the_process
+from megatron_nvlm.runs.entry import print_to_rank_file, say, user_errors_end_the_process
 from megatron_nvlm.runs.length import count_steps
 from megatron_nvlm.runs.processes import joined, mark_end, prepare_run_dir
 from megatron_nvlm.runs.resolve import resolve_run
@@ -23,6 +23,9 @@ from megatron_nvlm.training.loop import Reports, train
 from megatron_nvlm.training.metrics import MetricsWriter
 from megatron_nvlm.training.optimizer import config_in_force
 from megatron_nvlm.training.sample_files import SampleWriter
+from megatron_nvlm.training.skipped_updates import SkippedUpdates, read_steps
+from megatron_nvlm.training.stragglers import StragglerWatch
+from megatron_nvlm.training.watchdog import Watchdog
 
 
 def run_training(config: RunConfig) -> None:
@@ -33,7 +36,7 @@ def run_training(config: RunConfig) -> None:
     data = open_data(run)
     run = count_steps(run, data)
     identity = make_identity(run.config, run.model, data.pipeline.tokenizer, data)
-    with joined(run) as device:
+    with joined(run) as device, Watchdog(config.training.limits, run.run_dir) as watchdog:
         start = find_start(run, identity)
         run = keep_multiples(start, run)
         trainer = make_trainer(run, data, device)
@@ -46,11 +49,14 @@ def run_training(config: RunConfig) -> None:
         saver = CheckpointSaver(
             run.run_dir, config.checkpoint, identity, trainer.bare_model, trainer.optimizer, trainer.scheduler
         )
+        earlier = read_steps(run.run_dir.metrics, progress.step, config.stability.window_steps)
+        updates = SkippedUpdates(config.stability, earlier)
         reports = Reports(
             MetricsWriter(run.run_dir, config.logging, progress.step, run.train_steps),
             SampleWriter(run.run_dir, progress.step, config.data.ledger),
+            StragglerWatch(config.logging.straggler_steps, device.torch_device),
         )
-        outcome = train(trainer, progress, reports, stop, saver)
+        outcome = train(trainer, progress, reports, stop, saver, updates, watchdog)
         reports.close()
         trainer.loader.close()
         mark_end(run.run_dir, outcome.progress.step, outcome.finished)
@@ -67,7 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="run file, or the name of one of configs/")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
-    run_training(load_run(options.config, options.overrides))
+    config = load_run(options.config, options.overrides)
+    if config.logging.rank_files:
+        print_to_rank_file(RunDir.named(config.run_dir))
+    run_training(config)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from megatron_nvlm.option_types import (
     token_count,
 )
 from megatron_nvlm.runs.entry import user_errors_end_the_process
-from megatron_nvlm.runs.resolve import ResolvedRun, look_up, resolve_run
+from megatron_nvlm.runs.plan import TAG_TOKENS, make_plan
+from megatron_nvlm.runs.resolve import look_up, resolve_run
 
 HARDWARE_OPTIONS = {
     "memory_gib": "--gpu-memory-gib",
@@ -43,24 +44,6 @@ HARDWARE_OPTIONS = {
     "node_gigabytes_per_second": "--node-gigabytes-per-second",
     "network_gigabytes_per_second": "--network-gigabytes-per-second",
 }
-TAG_TOKENS = 5
-"""The release's scripts give each tile 5 rows beside its 256."""
-
-
-def make_plan(run: ResolvedRun, sample: SampleShape) -> DryRunInput:
-    """The run, for the dry run."""
-    config = run.config
-    return DryRunInput(
-        model=replace(run.model, config=replace(config.model, backend="local")),
-        parallelism=config.parallelism,
-        world_size=run.world_size,
-        precision=run.precision,
-        trainable=run.trainable,
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.training.global_batch_size,
-        sample=sample,
-        payload_tokens=run.payload_tokens,
-    )
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

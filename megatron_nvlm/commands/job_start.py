@@ -1,6 +1,7 @@
 """What a job asks before and after each start of a run: may it start, and does it go back into the queue?
 
-Before: `... job_start before RUN_DIR --start 4711.0 --job 4711 --nodes n1,n2`; after: the same with `after` and `--status`.
+Before: `... job_start before RUN_DIR --start 4711.0 --job 4711 --nodes n1,n2`; after: the same with `after` and `--status`;
+`preflight` instead, where the doctor found something wrong and training did not start.
 The answer on standard output is one line for the shell, `ACTION EXIT_CODE EXCLUDED_NODES`: the action is run, requeue or
 end, and the nodes are separated by commas, `-` for none. Sentences for the user go to standard error.
 """
@@ -15,7 +16,7 @@ from megatron_nvlm.runs.entry import user_errors_end_the_process
 from megatron_nvlm.runs.failures import RankFailure
 from megatron_nvlm.runs.restart_policy import Decision, Start, decide
 from megatron_nvlm.runs.run_dir import RunDir
-from megatron_nvlm.runs.start_history import begin, end, starts_of
+from megatron_nvlm.runs.start_history import begin, end, end_unfit, starts_of
 
 
 def before_start(run_dir: RunDir, start: str, job: str, nodes: Sequence[str], max_failures: int) -> None:
@@ -44,6 +45,14 @@ def after_start(run_dir: RunDir, start: str, job: str, status: int, asked: bool,
     _answer(decide([*starts, last], max_failures))
 
 
+def after_preflight(run_dir: RunDir, start: str, job: str, status: int, max_failures: int) -> None:
+    """Answer what becomes of a job whose nodes the doctor has refused; those that are unfit are left out at once."""
+    starts, unfinished = starts_of(run_dir, job)
+    if unfinished is None or unfinished.start != start:
+        raise ValueError(f"start {start} never began: `before` comes first")
+    _answer(decide([*starts, end_unfit(run_dir, unfinished, status)], max_failures))
+
+
 def _ended(end_of_start: tuple[Start, RankFailure | None]) -> Start:
     start, first = end_of_start
     if first is not None:
@@ -54,7 +63,10 @@ def _ended(end_of_start: tuple[Start, RankFailure | None]) -> Start:
 def _answer(decision: Decision) -> None:
     print(decision.reason, file=sys.stderr)
     if decision.excluded_nodes:
-        print(f"nodes that failed twice are left out: {', '.join(decision.excluded_nodes)}", file=sys.stderr)
+        print(
+            f"nodes that failed twice or are not fit are left out: {', '.join(decision.excluded_nodes)}",
+            file=sys.stderr,
+        )
     nodes = ",".join(decision.excluded_nodes) or "-"
     print(f"{'requeue' if decision.requeue else 'end'} {decision.exit_code} {nodes}")
 
@@ -63,7 +75,7 @@ def _answer(decision: Decision) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Decide whether a start of a job may run, or the job is queued again.")
-    parser.add_argument("when", choices=("before", "after"))
+    parser.add_argument("when", choices=("before", "preflight", "after"))
     parser.add_argument("run_dir")
     parser.add_argument("--start", required=True, help="name of this start: JOB.RESTARTS")
     parser.add_argument("--job", required=True, help="the submission: all of its restarts, or its whole chain")
@@ -78,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.when == "before":
         nodes = [node for node in options.nodes.split(",") if node]
         before_start(run_dir, options.start, options.job, nodes, options.max_failures)
+    elif options.when == "preflight":
+        after_preflight(run_dir, options.start, options.job, options.status, options.max_failures)
     else:
         after_start(run_dir, options.start, options.job, options.status, options.asked, options.max_failures)
 

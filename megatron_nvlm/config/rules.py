@@ -18,6 +18,7 @@ from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 from megatron_nvlm.training.optimizer import check_components, check_optimizer
+from megatron_nvlm.training.skipped_updates import check_stability
 
 
 def model_can_be_built(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
@@ -120,6 +121,8 @@ def counts_are_positive(run: RunConfig, model: ResolvedModel, world_size: int) -
         ("logging.log_every_steps", run.logging.log_every_steps),
         ("data.sequence_length", run.data.sequence_length),
         ("training.timeout_seconds", run.training.timeout_seconds),
+        ("training.start_timeout_seconds", run.training.start_timeout_seconds),
+        ("training.save_timeout_seconds", run.training.save_timeout_seconds),
         ("data.shuffle_window_shards", run.data.shuffle_window_shards),
         ("data.prefetch_samples", run.data.prefetch_samples),
         ("data.packing.window_samples", run.data.packing.window_samples),
@@ -186,6 +189,13 @@ def schedule_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) 
     check_components(run.optimizer, set(run.recipe.trainable_components()) - absent)
 
 
+def updates_can_be_judged(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """Limits of section `stability` are possible."""
+    check_stability(run.stability)
+    if run.logging.straggler_steps < 0:
+        raise UserError(f"logging.straggler_steps is {run.logging.straggler_steps}; it must be 0 for none, or more")
+
+
 def _splits_the_model(run: RunConfig) -> bool:
     return run.parallelism.tensor_model_parallel_size * run.parallelism.pipeline_model_parallel_size > 1
 
@@ -243,6 +253,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     shares_are_possible,
     weights_come_from_one_place,
     schedule_is_possible,
+    updates_can_be_judged,
 )
 
 

@@ -10,6 +10,7 @@ from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.training.loop import TrainingConfig
 from megatron_nvlm.training.metrics import LoggingConfig
 from megatron_nvlm.training.optimizer import OptimizerConfig
+from megatron_nvlm.training.skipped_updates import StabilityConfig
 from megatron_nvlm.training.trainable import RecipeConfig
 
 
@@ -28,3 +29,4 @@ class RunConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET, PixelStatistics
+from megatron_nvlm.models.clocks import VisionClock
 from megatron_nvlm.models.language_model import LanguageModel, ragged_sequence
 from megatron_nvlm.models.padding import Padding
-from megatron_nvlm.models.vision_clock import VisionClock
 from megatron_nvlm.models.vision_model import VisionModel
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle

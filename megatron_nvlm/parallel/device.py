@@ -25,3 +25,23 @@ def use_device() -> Device:
         return Device(torch.device("cuda", index), "nccl")
     run_core_on_cpu()
     return Device(torch.device("cpu"), "gloo")
+
+
+def cuda_and_nccl_versions() -> tuple[str, str] | None:
+    """Those that torch uses; None where it sees no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return str(torch.version.cuda), ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+
+
+def gpu_memory_bytes() -> int | None:
+    """Of this process's GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all work in its queue; the CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

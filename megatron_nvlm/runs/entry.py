@@ -4,11 +4,13 @@ import errno
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.exit_codes import USER_ERROR
-from megatron_nvlm.runs.failures import tell_launcher
+from megatron_nvlm.runs.failures import node_name, tell_launcher
+from megatron_nvlm.runs.run_dir import RunDir
 
 _MENDS = {
     errno.ENOSPC: "make room and start again",
@@ -33,6 +35,26 @@ def say(text: str) -> None:
     """Print, on rank 0."""
     if global_rank() == 0:
         print(text, flush=True)
+
+
+def print_to_rank_file(run_dir: RunDir) -> None:
+    """Let what this rank prints from now on go to a file of its own; rank 0 goes on printing where it does.
+
+    The launcher still gets a failure's sentence (`tell_launcher`), and its log names the first one.
+    """
+    rank = global_rank()
+    if rank == 0:
+        return
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # By number, so that libraries that print without Python's streams are caught as well.
+    file = os.open(run_dir.logs / f"rank_{rank:05d}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    start = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} on {node_name()}, start {start}", flush=True)
 
 
 def user_errors_end_the_process(main: Callable[..., None]) -> Callable[..., int]:

@@ -117,9 +117,14 @@ def first_failure(reports: Sequence[NodeReport]) -> RankFailure | None:
 def failed_nodes(reports: Sequence[NodeReport], nodes: Sequence[str]) -> tuple[str, ...]:
     """The nodes to blame for a start that failed: where the first failure was, else those that left no word.
 
+    Where most nodes failed by themselves the cause is common, and none is to blame.
+
     Args:
         nodes: of the start. All silent is nobody's fault: the job was ended from outside.
     """
+    by_themselves = {failure.node for report in reports for failure in report.failures if not failure.is_consequence}
+    if len(by_themselves) > max(1, len(nodes) // 2):
+        return ()
     first = first_failure(reports)
     if first is not None and not first.is_consequence:
         return (first.node,)

@@ -37,7 +37,7 @@ def start(run: ResolvedRun) -> Device:
     check_backend_is_installed(run.model.config.backend)
     device = use_device()
     training = run.config.training
-    start_groups(run.config.parallelism, device, training.seed, training.timeout_seconds)
+    start_groups(run.config.parallelism, device, training.seed, max(training.limits.values()))
     return device
 
 

@@ -37,6 +37,8 @@ class Start:
     failed_nodes: tuple[str, ...] = ()
     exit_code: int = ENDED_WELL
     """Of the training program's first failure, negative for a signal; ENDED_WELL where none is known."""
+    unfit_nodes: tuple[str, ...] = ()
+    """Refused by the doctor before training; excluded at once."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,20 @@ def decide(starts: Sequence[Start], max_failures: int) -> Decision:
 
 
 def _exclusions(starts: Sequence[Start]) -> tuple[tuple[str, ...], Sequence[Start]]:
-    """Nodes to exclude, and the starts after the last exclusion: a bad node explains those before it."""
+    """Nodes to exclude, and the starts after the last exclusion: a bad node explains those before it.
+
+    It does so once. Where the next starts save nothing either and name another node, the cause lies elsewhere.
+    """
     failures: Counter[str] = Counter()
     excluded: list[str] = []
-    begin = 0
+    begin, explained = 0, False
     for index, start in enumerate(starts):
+        explained = explained and start.last_step <= start.first_step
         failures.update(set(start.failed_nodes))
+        failures.update({node: FAILURES_TO_EXCLUDE for node in start.unfit_nodes})
         fresh = [n for n in sorted(failures) if failures[n] >= FAILURES_TO_EXCLUDE and n not in excluded]
         if fresh:
             excluded += fresh
-            begin = index + 1
+            if not explained:
+                begin, explained = index + 1, True
     return tuple(excluded), starts[begin:]

@@ -44,6 +44,16 @@ class RunDir:
         return self.path / "quarantine.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """One JSON object for each update that was left out: step, reason, keys of its samples."""
+        return self.path / "skipped.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        """What rank 0 does at the moment, as JSON, renewed every few seconds (training/watchdog.py)."""
+        return self.path / "heartbeat.json"
+
+    @property
     def ledger(self) -> Path:
         """One JSON object a step: step, keys (of the samples used, in the order of the run)."""
         return self.path / "ledger.jsonl"
@@ -67,6 +77,11 @@ class RunDir:
     def starts(self) -> Path:
         """One JSON object for the beginning and one for the end of each start of a job (runs/start_history.py)."""
         return self.path / "starts.jsonl"
+
+    @property
+    def preflight(self) -> Path:
+        """What the doctor found on the nodes of the last start that asked it: start, unfit nodes, findings."""
+        return self.path / "preflight.json"
 
     @property
     def failures(self) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_nvlm.checkpoint.retention import read_latest, step_of
-from megatron_nvlm.exit_codes import DETERMINISTIC, ENDED_WELL
+from megatron_nvlm.exit_codes import DETERMINISTIC, ENDED_WELL, USER_ERROR
 from megatron_nvlm.runs.failures import RankFailure, failed_nodes, first_failure, read_reports
 from megatron_nvlm.runs.restart_policy import Ending, Start
 from megatron_nvlm.runs.run_dir import RunDir
@@ -80,6 +80,25 @@ def end(run_dir: RunDir, beginning: Beginning, status: int | None, asked: bool) 
     return start, first if failed else None
 
 
+def end_unfit(run_dir: RunDir, beginning: Beginning, status: int) -> Start:
+    """Write down that a start ended before training, since the doctor found something wrong.
+
+    Args:
+        status: the doctor's; only UNFIT_NODES is mended by other nodes.
+    """
+    began, step = beginning.first_step, newest_step(run_dir)
+    pages = [line for line in _lines(run_dir.preflight) if line.get("start") == beginning.start]
+    if status == USER_ERROR:
+        start = Start(Ending.DETERMINISTIC, began, step, exit_code=status)
+    elif pages:
+        start = Start(Ending.FAILED, began, step, exit_code=status, unfit_nodes=tuple(pages[-1]["unfit_nodes"]))
+    else:  # a node was lost before the doctor had spoken
+        blamed = failed_nodes(read_reports(run_dir, beginning.start), beginning.nodes)
+        start = Start(Ending.FAILED, began, step, blamed, status)
+    _append(run_dir, {"ended": {"start": beginning.start, "time": time.time(), **asdict(start)}})
+    return start
+
+
 def starts_of(run_dir: RunDir, job: str) -> tuple[list[Start], Beginning | None]:
     """The starts of a submission that ended, and the last one if it did not."""
     began: dict[str, Beginning] = {}
@@ -93,6 +112,7 @@ def starts_of(run_dir: RunDir, job: str) -> tuple[list[Start], Beginning | None]
             if began.pop(content["start"], None) is not None:
                 known = {key: value for key, value in content.items() if key not in ("start", "time")}
                 known["ending"], known["failed_nodes"] = Ending(known["ending"]), tuple(known["failed_nodes"])
+                known["unfit_nodes"] = tuple(known.get("unfit_nodes", ()))
                 ended.append(Start(**known))
     return ended, list(began.values())[-1] if began else None
 

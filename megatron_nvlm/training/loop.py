@@ -24,8 +24,10 @@ from megatron_nvlm.training.metric import MetricReducer
 from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, step_totals
 from megatron_nvlm.training.optimizer import OptimizerConfig, learning_rates
 from megatron_nvlm.training.sample_files import SampleWriter
-from megatron_nvlm.training.step import run_step
-from megatron_nvlm.training.watchdog import Watchdog
+from megatron_nvlm.training.skipped_updates import SkippedUpdates, agree
+from megatron_nvlm.training.step import StepResult, run_step
+from megatron_nvlm.training.stragglers import StragglerWatch, as_metric
+from megatron_nvlm.training.watchdog import SAVE, START, STEP, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,16 @@ class TrainingConfig:
     seed: int = 1234
     """Of new weights."""
     timeout_seconds: float = 600
-    """Longest time without a micro-batch or a checkpoint done; then the watchdog names the rank and ends the run."""
+    """Longest time of a step without a micro-batch done; then the watchdog names the rank and ends the run."""
+    start_timeout_seconds: float = 1800
+    """The same of the start, while the model is built and a checkpoint is read."""
+    save_timeout_seconds: float = 1800
+    """The same of a save."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Longest seconds without a sign of life, by key."""
+        return {key: getattr(self, key) for key in (STEP, START, SAVE)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class Reports:
 
     metrics: MetricsWriter
     samples: SampleWriter
-    """Which samples were bad and, if asked, which were used."""
+    """Which samples were bad or in a skipped update and, if asked, which were used."""
+    stragglers: StragglerWatch
 
     def close(self) -> None:
         """Flush and close."""
@@ -97,24 +109,14 @@ def train(
     reports: Reports,
     stop: StopRequest,
     saver: CheckpointSaver,
+    updates: SkippedUpdates,
+    watchdog: Watchdog,
 ) -> Outcome:
     """Train from `start` to the last step, or to a request to stop.
 
     Args:
         saver: has no save in flight when this returns, nor when it raises UserError.
     """
-    with Watchdog(trainer.config.timeout_seconds) as watchdog:
-        return _train(trainer, start, reports, stop, saver, watchdog)
-
-
-def _train(
-    trainer: Trainer,
-    start: Progress,
-    reports: Reports,
-    stop: StopRequest,
-    saver: CheckpointSaver,
-    watchdog: Watchdog,
-) -> Outcome:
     progress, bad_samples, seen = start, 0, 0
     reducer = MetricReducer(trainer.device)
     while progress.step < trainer.train_steps:
@@ -130,6 +132,7 @@ def _train(
             trainer.device,
             trainer.optimizer,
             on_micro_batch=partial(watchdog.beat, number, "micro-batch"),
+            judge=partial(_judge, updates, trainer.device) if updates.config.judges else None,
         )
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
@@ -140,11 +143,19 @@ def _train(
         bad = reports.samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
         record = _record(progress, totals, bad, rates, time.monotonic() - began, trainer)
         record["save_wait_seconds"] = saver.take_waited()  # of saves after earlier steps
+        slow = reports.stragglers.note(result.own_seconds)
+        record.update(as_metric(slow))
+        if result.skipped:
+            record["skipped"] = result.skipped
+            reports.samples.write_skipped(number, result.skipped, result.keys)
         reports.metrics.write(record)
+        for straggler in slow:
+            reports.metrics.say(straggler.describe(reports.stragglers.window_steps))
         bad_samples += totals.bad_samples
         seen += totals.samples + totals.bad_samples
-        _check(totals, progress, (bad_samples, seen), trainer.data.max_bad_fraction, saver)
-        watchdog.beat(number, "saving a checkpoint")
+        _check_update(totals, result, progress, updates, saver)
+        _check_samples((bad_samples, seen), trainer.data.max_bad_fraction, saver)
+        watchdog.beat(number, "saving a checkpoint", limit=SAVE)
         saver.poll()
         done = progress.step == trainer.train_steps
         if done or stops or progress.step % trainer.save_every_steps == 0:
@@ -188,25 +199,37 @@ def _record(
     return record
 
 
-def _check(
-    totals: StepTotals, progress: Progress, bad_of_seen: tuple[int, int], limit: float, saver: CheckpointSaver
+def _judge(updates: SkippedUpdates, device: torch.device, loss_sum: float, num_targets: float, norm: float) -> str:
+    return updates.judge(*agree(loss_sum, num_targets, norm, device))
+
+
+def _check_update(
+    totals: StepTotals, result: StepResult, progress: Progress, updates: SkippedUpdates, saver: CheckpointSaver
 ) -> None:
-    """Stop a run that has gone wrong; all ranks see the same totals, and end the save in flight first, of weights before.
+    """Stop a run that has diverged; all ranks see the same totals, and end the save in flight first, of weights before."""
+    if result.skipped:
+        if updates.over_limit:
+            saver.finish()
+            raise DivergedError(f"{result.skipped} in step {progress.step}; {updates.over_limit}; {saver.way_back}")
+        return
+    named = (("loss", totals.loss), ("gradient norm", totals.grad_norm))
+    unsound = next(
+        (f"{what} of step {progress.step} is {value}" for what, value in named if not math.isfinite(value)), ""
+    )
+    if unsound:
+        saver.finish()
+        raise DivergedError(f"the {unsound}; {saver.way_back}")
+
+
+def _check_samples(bad_of_seen: tuple[int, int], limit: float, saver: CheckpointSaver) -> None:
+    """Stop a run with too many bad samples; all ranks see the same totals, and end the save in flight first.
 
     Args:
         bad_of_seen: samples since this process began.
         limit: `data.max_bad_fraction`.
     """
-    named = (("loss", totals.loss), ("gradient norm", totals.grad_norm))
-    unsound = next(
-        (f"{what} of step {progress.step} is {value}" for what, value in named if not math.isfinite(value)), ""
-    )
-    over = is_over(*bad_of_seen, limit)
-    if unsound or over:
+    if is_over(*bad_of_seen, limit):
         saver.finish()
-    if unsound:
-        raise DivergedError(f"the {unsound}; {saver.way_back}")
-    if over:
         raise UserError(
             f"{bad_of_seen[0]} of {bad_of_seen[1]} samples were bad, over data.max_bad_fraction of {limit}; "
             "quarantine.jsonl in the run's folder names them"

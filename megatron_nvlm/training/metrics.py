@@ -32,6 +32,10 @@ class LoggingConfig:
     log_every_steps: int = 10
     """Steps between lines on a screen that is no terminal; metrics.jsonl has every step."""
     tensorboard: bool = True
+    rank_files: bool = False
+    """What ranks other than 0 print goes to RUN_DIR/logs, one file a rank."""
+    straggler_steps: int = 20
+    """Steps over which ranks are compared; a slow one is named with its node. 0 compares nothing."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,11 @@ class MetricsWriter:
                 f"{record['seconds']:.2f} s/step",
                 flush=True,
             )
+
+    def say(self, sentence: str) -> None:
+        """A line on rank 0's terminal, beside the bar."""
+        if self.active:
+            tqdm.write(sentence)
 
     def close(self) -> None:
         """Flush and close."""

@@ -1,4 +1,6 @@
-"""What a run writes down of its samples: the bad ones always (quarantine.jsonl), all of them if asked (ledger.jsonl)."""
+"""What a run writes down of its samples: the bad ones (quarantine.jsonl), those of updates that were left out
+(skipped.jsonl) and, if asked, all of them (ledger.jsonl).
+"""
 
 import json
 from collections import Counter
@@ -27,6 +29,10 @@ def open_lines(path: Path, first_step: int) -> TextIO:
     return path.open("a", buffering=1)
 
 
+_SHOWN = 8
+"""Names of samples in a line on the terminal."""
+
+
 class SampleWriter:
     """Writes on rank 0 what all replicas met; every rank calls it.
 
@@ -39,6 +45,7 @@ class SampleWriter:
         self.with_ledger = with_ledger
         self.active = dist.get_rank() == 0
         if self.active:
+            self._skipped = open_lines(run_dir.skipped, first_step)
             self._quarantine = open_lines(run_dir.quarantine, first_step)
             self._ledger = open_lines(run_dir.ledger, first_step) if with_ledger else None
 
@@ -50,25 +57,47 @@ class SampleWriter:
         """
         if not self.with_ledger and bad_samples == 0:
             return {}
-        mine: dict[str, Any] = {"bad": [vars(record) for record in loader.bad], "keys": keys}
-        shares: list[dict[str, Any]] = [{}] * parallel_state.get_data_parallel_world_size()
-        # Ranks of one replica read the same; one group of data-parallel ranks knows everything.
-        dist.all_gather_object(shares, mine, group=parallel_state.get_data_parallel_group())
+        shares = _over_replicas({"bad": [vars(record) for record in loader.bad], "keys": keys})
         bad = [record for share in shares for record in share["bad"]]
         if self.active:
             for record in bad:
-                self._quarantine.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+                self._quarantine.write(_line({"step": step, **record}))
             if self._ledger is not None:
-                turns = zip(
-                    *(share["keys"] for share in shares), strict=True
-                )  # micro-batches go to the replicas in turn
-                line = {"step": step, "keys": [key for turn in turns for micro_batch in turn for key in micro_batch]}
-                self._ledger.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._ledger.write(_line({"step": step, "keys": _in_order(shares)}))
         return dict(Counter(f"{record['kind']}/{record['source']}" for record in bad))
+
+    def write_skipped(self, step: int, reason: str, keys: tuple[tuple[str, ...], ...]) -> None:
+        """Name the samples of a step whose update was left out, in a file and on the terminal.
+
+        Args:
+            keys: of this rank's micro-batches.
+        """
+        every = _in_order(_over_replicas({"keys": keys}))
+        if self.active:
+            self._skipped.write(_line({"step": step, "reason": reason, "keys": every}))
+            shown = ", ".join(every[:_SHOWN]) + (" and others" if len(every) > _SHOWN else "")
+            print(f"step {step}: the update was left out, since {reason}; its samples: {shown}", flush=True)
 
     def close(self) -> None:
         """Flush and close."""
         if self.active:
-            self._quarantine.close()
-            if self._ledger is not None:
-                self._ledger.close()
+            for file in (self._skipped, self._quarantine, self._ledger):
+                if file is not None:
+                    file.close()
+
+
+def _over_replicas(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each replica found. Ranks of one replica read the same; one group of data-parallel ranks knows everything."""
+    shares: list[dict[str, Any]] = [{}] * parallel_state.get_data_parallel_world_size()
+    dist.all_gather_object(shares, mine, group=parallel_state.get_data_parallel_group())
+    return shares
+
+
+def _in_order(shares: list[dict[str, Any]]) -> list[str]:
+    """The samples' keys in the order of the run: micro-batches go to the replicas in turn."""
+    turns = zip(*(share["keys"] for share in shares), strict=True)
+    return [key for turn in turns for micro_batch in turn for key in micro_batch]
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"

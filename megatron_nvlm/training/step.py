@@ -16,11 +16,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
+from megatron_nvlm.models.clocks import DeviceClock
 from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL, marked
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
+
+Judge = Callable[[float, float, float], str]
+"""(sum of this rank's losses, their number, gradient norm) -> why the update is left out, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class StepResult:
     """Of the tiles, by this rank."""
     vision_seconds: float
     """In the encoder and, where tiles of the step are shared, until all features are in place."""
+    own_seconds: float
+    """Until the gradients of this rank's replica were ready, before other replicas are waited for."""
+    skipped: str
+    """Why the update was left out; empty for one that was made."""
 
 
 def wrap_model(
@@ -63,15 +71,24 @@ def wrap_model(
 
 
 def finalize_gradients(
-    models: list[Any], num_targets: Tensor | None = None, vision: SpreadVision | None = None, **kwargs: Any
+    models: list[Any],
+    num_targets: Tensor | None = None,
+    vision: SpreadVision | None = None,
+    clock: DeviceClock | None = None,
+    **kwargs: Any,
 ) -> None:
     """Finalize gradients as Megatron-core does, with what it does not know of.
 
     First, the backward pass of an encoder that worked ahead of the pipeline. Afterwards, all-reduce the gradients of
     parameters that carry a mark of models/gradient_marks.py.
+
+    Args:
+        clock: of the work before other replicas are waited for; it stops here.
     """
     if vision is not None:
         vision.backward()
+    if clock is not None:
+        clock.stop()
     finalize_model_grads(models, num_targets, **kwargs)
     _sum_over(parallel_state.get_tensor_model_parallel_group(), models, SUM_OVER_TENSOR_PARALLEL)
     _sum_over(parallel_state.get_model_parallel_group(), models, SUM_OVER_MODEL_PARALLEL)
@@ -151,16 +168,20 @@ def run_step(
     device: torch.device,
     optimizer: MegatronOptimizer | None,
     on_micro_batch: Callable[[tuple[str, ...]], None] = lambda keys: None,
+    judge: Judge | None = None,
 ) -> StepResult:
     """Forward, backward and, with an optimizer, update; without one the gradients stay in `main_grad`.
 
     Args:
         models: the chunks of this rank's stage, as `wrap_model` returns them.
         on_micro_batch: told the names of the samples as each micro-batch begins.
+        judge: asked before the update; without it every update is made.
     """
+    clock = DeviceClock()
+    clock.start()
     steps = _ForwardSteps(models, micro_batches, device, on_micro_batch)
     for model in models:
-        model.module.config.finalize_model_grads_func = partial(finalize_gradients, vision=steps.vision)
+        model.module.config.finalize_model_grads_func = partial(finalize_gradients, vision=steps.vision, clock=clock)
         model.zero_grad_buffer()
     if optimizer is not None:
         optimizer.zero_grad()
@@ -175,13 +196,18 @@ def run_step(
         micro_batch_size=1,
         forward_only=False,
     )
-    grad_norm = 0.0
-    if optimizer is not None:
-        _, norm, _ = optimizer.step()
-        grad_norm = float(norm) if norm is not None else 0.0
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
+    grad_norm, skipped = 0.0, ""
+    if optimizer is not None and judge is not None:
+        # Norms are made twice, since core's step would go on to the update.
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        skipped = judge(total[0], total[1], grad_norm)
+    if optimizer is not None and not skipped:
+        _, norm, _ = optimizer.step()
+        grad_norm = float(norm) if norm is not None else grad_norm
     encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
     return StepResult(
         *(total[0], total[1], grad_norm, steps.tokens, steps.tiles, tuple(steps.keys), steps.adjustments),
-        *(encoded_tiles, vision_seconds),
+        *(encoded_tiles, vision_seconds, clock.take_seconds(), skipped),
     )

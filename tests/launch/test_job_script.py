@@ -18,6 +18,9 @@ STAND_INS = {
 PYTHON = """
 case $2 in
     *show_config) echo "$RUN_DIR" ;;
+    *commands.doctor) exit "$DOCTOR_ALONE" ;;
+    *launch_node)
+        case $* in *commands.doctor*) echo "$DOCTOR_PAGE" >"$RUN_DIR/preflight.json"; exit "$DOCTOR_STATUS" ;; esac ;;&
     *launch_node) shift 4; START=$1; TORCHRUN ;;
     *) exec "REAL" "$@" ;;
 esac
@@ -41,7 +44,7 @@ FAILED_ON_N1 = {"ending": "failed", "first_step": 0, "last_step": 0, "failed_nod
 
 
 def run_job(
-    folder: Path, torchrun: str, earlier: tuple[dict, ...] = (), **slurm: str
+    folder: Path, torchrun: str, earlier: tuple[dict, ...] = (), options: tuple[str, ...] = (), **slurm: str
 ) -> subprocess.CompletedProcess[str]:
     """The script as Slurm runs it: a job 4711 on node n1, whose run had finished at step 4 before.
 
@@ -78,7 +81,7 @@ def run_job(
     for name in ("common.sh", "cluster.env", "pretrain_nvlm_h.sh"):
         (tree / "launch" / name).write_text((REPOSITORY / "launch" / name).read_text())
     own["SLURM_SUBMIT_DIR"] = str(tree)
-    script = ["bash", str(tree / "launch" / "pretrain_nvlm_h.sh"), "run.yaml"]
+    script = ["bash", str(tree / "launch" / "pretrain_nvlm_h.sh"), *options, "run.yaml"]
     return subprocess.run(script, env=own, capture_output=True, text=True, timeout=120)
 
 
@@ -121,3 +124,23 @@ def test_a_chain_goes_on_by_its_next_job_and_not_after_a_mistake(tmp_path: Path)
     mistake = {**FAILED_ON_N1, "ending": "deterministic", "failed_nodes": [], "exit_code": 2}
     after = run_job(tmp_path / "mistake", "echo started", (mistake,), **array)
     assert after.returncode == 2 and "started" not in after.stdout
+
+
+@pytest.mark.parametrize(
+    ("alone", "status", "page", "code", "said"),
+    [
+        (0, 0, "{}", 0, "the run is finished"),
+        (2, 0, "{}", 2, "the same start would fail again"),
+        (0, 143, '{"start": "4711.0", "unfit_nodes": ["n1"]}', 0, "requeued 4711"),
+        (0, 143, '{"start": "4711.0", "unfit_nodes": ["n1"]}', 0, "update JobId=4711 ExcNodeList=n9,n1"),
+        (0, 1, "{}", 0, "the start failed; the next one resumes from step 0"),
+    ],
+)
+def test_preflight_decides_whether_training_starts(
+    alone: int, status: int, page: str, code: int, said: str, tmp_path: Path
+) -> None:
+    doctor = {"DOCTOR_ALONE": str(alone), "DOCTOR_STATUS": str(status), "DOCTOR_PAGE": page}
+    training = 'echo started; echo 9 > "$RUN_DIR/finished"'
+    done = run_job(tmp_path, training, options=("--preflight",), **doctor)
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+    assert ("started" in done.stdout) == (alone == status == 0)

@@ -173,7 +173,7 @@ def test_a_chain_goes_on_where_requeue_is_forbidden(
 ) -> None:
     job = slurm.submit(tmp_path, *demo_run, options=("--array=1-4%1", "--no-requeue"))
     slurm.wait(job, lambda: job.steps_done() >= 3)
-    slurm.ask_to_stop(job)
+    (job.run_dir / "stop").touch()  # as the signal before the time limit does
     slurm.wait(job, lambda: "the run is finished" in job.text)
     slurm.wait(job, lambda: not slurm.call("squeue", "--noheader", "--jobs", job.number))
     assert "the next job of the chain goes on" in job.text
@@ -194,3 +194,17 @@ def test_runs_that_cannot_go_on_end_with_their_codes(slurm: Cluster, demo_run: l
     stuck = slurm.submit(tmp_path / "stuck", *demo_run, PYTHONPATH=path, FAULTY_NODE="all", MAX_FAILURES="9")
     assert slurm.end(stuck) == "FAILED", stuck.text
     assert slurm.field(stuck, "ExitCode") == "10:0", stuck.text
+
+
+@pytest.mark.slow
+def test_preflight_leaves_out_a_node_that_is_not_fit(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    check = "bash -c '[ $(uname -n) != n2 ]'"
+    job = slurm.submit(
+        tmp_path, *demo_run, options=("--nodelist=n1",), script_options=("--preflight",), HEALTH_CHECK=check
+    )
+    completed(slurm, job)
+    assert slurm.field(job, "Restarts") == "1" and slurm.field(job, "ExcNodeList") == "n2"
+    assert "n2: `bash -c" in job.text and job.text.count("green: nothing to mend") >= 2
+    assert losses(job.run_dir) == undisturbed

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_nvlm.exit_codes import DIVERGED, ENDED_WELL, NO_PROGRESS, TOO_MANY_FAILURES, USER_ERROR
+from megatron_nvlm.runs.failures import NodeReport, RankFailure, failed_nodes
 from megatron_nvlm.runs.restart_policy import Ending, Start, decide
 
 FINISHED, STOPPED, MISTAKE, FAILED = Ending.FINISHED, Ending.STOPPED, Ending.DETERMINISTIC, Ending.FAILED
@@ -74,3 +75,26 @@ def test_a_run_without_progress_never_loops(step: int, max_failures: int, ending
         if not decide(starts, max_failures).requeue:
             break
     assert len(starts) <= 2
+
+
+@given(st.lists(st.lists(st.sampled_from(["n1", "n2", "n3", "n4"]), max_size=1), min_size=20, max_size=20))
+def test_nodes_that_take_the_blame_in_turn_do_not_make_a_loop(blamed: list[list[str]]) -> None:
+    starts: list[Start] = []
+    for nodes in blamed:
+        starts.append(Start(FAILED, 4, 4, tuple(nodes)))
+        if not decide(starts, max_failures=30).requeue:
+            break
+    # Each of four nodes once without a second failure, the one that is excluded, and two starts after it.
+    assert len(starts) <= 7
+
+
+def test_where_most_nodes_failed_by_themselves_none_is_to_blame() -> None:
+    def report(node: str, message: str) -> NodeReport:
+        return NodeReport("7.0", node, (RankFailure(0, node, 1, 1.0, message),))
+
+    nodes = ("n1", "n2", "n3", "n4")
+    alone = [report("n1", "out of memory"), *(report(node, "Connection closed by peer") for node in nodes[1:])]
+    assert failed_nodes(alone, nodes) == ("n1",)
+    assert failed_nodes([report(node, "out of memory") for node in nodes[:3]], nodes) == ()
+    assert failed_nodes(alone[1:], nodes) == ("n1",), "the one that left no word"
+    assert failed_nodes(alone[:1], nodes[:1]) == ("n1",)

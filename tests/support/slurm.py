@@ -65,18 +65,25 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
-    def submit(self, folder: Path, *overrides: str, options: tuple[str, ...] = (), **own: str) -> Job:
+    def submit(
+        self,
+        folder: Path,
+        *overrides: str,
+        options: tuple[str, ...] = (),
+        script_options: tuple[str, ...] = (),
+        **own: str,
+    ) -> Job:
         """The demo on two nodes; its run goes to `folder`.
 
         Args:
-            options: of sbatch.
+            options: of sbatch. script_options: of the script.
             own: environment of the job.
         """
         folder.mkdir(exist_ok=True)
         log, run_dir = folder / "job.log", folder / "run"
-        sbatch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={log}", *options, JOB, RUN_FILE]
+        sbatch = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--output={log}", *options, JOB]
         done = subprocess.run(
-            [*sbatch, f"run_dir={run_dir}", *overrides],
+            [*sbatch, *script_options, RUN_FILE, f"run_dir={run_dir}", *overrides],
             env={**self.environment, **own},
             cwd=REPOSITORY,
             capture_output=True,
@@ -112,8 +119,9 @@ class Cluster:
         return state
 
     def ask_to_stop(self, job: Job) -> None:
-        """What Slurm does before the time limit, now."""
-        self.call("scancel", "--batch", "--signal=USR1", job.number)
+        """What Slurm does before the time limit, now, to the job or to that of its chain which runs."""
+        (number,) = self.call("squeue", "--noheader", "--states=RUNNING", "--jobs", job.number, "--format=%A").split()
+        self.call("scancel", "--batch", "--signal=USR1", number)
 
 
 @contextmanager
