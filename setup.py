@@ -37,6 +37,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6,<2.14",
+        "jinja2>=3.1",  # torch needs it too
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26,<3",
         "omegaconf>=2.3,<3",

@@ -75,10 +75,6 @@ def test_sigterm_to_one_pod_saves_and_stops_all_and_the_next_start_ends_the_run(
     starts, unfinished = starts_of(run_dir, JOB)
     assert [start.ending for start in starts] == [Ending.STOPPED, Ending.FINISHED] and unfinished is None
 
-    # A controller that starts them once more finds the end, on both alike.
-    assert codes(start_pods(tmp_path, *demo_run)) == [0, 0], logs(tmp_path)
-    assert logs(tmp_path).count("the run is finished after step") >= 2
-
 
 def test_a_rank_that_is_killed_asks_for_another_start(demo_run: list[str], tmp_path: Path) -> None:
     pods = start_pods(tmp_path, *demo_run, "training.train_steps=2000")
@@ -108,14 +104,22 @@ def test_a_mistake_ends_every_pod_before_anything_starts(tmp_path: Path) -> None
     assert logs(tmp_path).count("error: ") == 2 and "did you mean optimizer.max_lr?" in logs(tmp_path)
 
 
-def test_what_failed_before_without_progress_ends_with_its_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("statuses", "code", "said"),
+    [((1, 1), NO_PROGRESS, "2 starts in a row saved nothing after step 0"), ((0,), 0, "the run is finished")],
+)
+def test_what_earlier_starts_decided_holds_for_every_pod(
+    statuses: tuple[int, ...], code: int, said: str, tmp_path: Path
+) -> None:
     run_dir = RunDir.named(tmp_path / "run")
-    for _ in range(2):
+    for status in statuses:
         begin(run_dir, JOB, JOB, ())
+        if status == 0:
+            run_dir.finished.write_text("9\n")
         ended = [sys.executable, "-m", "megatron_nvlm.commands.job_start", "after", str(run_dir), f"--start={JOB}"]
-        subprocess.run([*ended, f"--job={JOB}", "--status=1"], env=environment(), cwd=REPOSITORY, check=True)
-    assert codes(start_pods(tmp_path)) == [NO_PROGRESS, NO_PROGRESS]
-    assert logs(tmp_path).count("2 starts in a row saved nothing after step 0") == 2
+        subprocess.run([*ended, f"--job={JOB}", f"--status={status}"], env=environment(), cwd=REPOSITORY, check=True)
+    assert codes(start_pods(tmp_path)) == [code, code], logs(tmp_path)
+    assert logs(tmp_path).count(said) == 2
 
 
 def test_codes_that_a_controller_may_start_again_are_apart_from_final_ones() -> None:
