@@ -205,7 +205,7 @@ def read_sweep(file: Path, run_dir: str) -> tuple[tuple[str, ...], ...]:
 
     A run without a run_dir of its own gets that of the run file and its number.
     """
-    runs = []
+    runs: list[tuple[str, ...]] = []
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         try:
             words = shlex.split(line, comments=True)
@@ -228,9 +228,12 @@ def _command(request: Request) -> list[str]:
 
 
 def _templates() -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(LAUNCH / "templates")
-    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": False}
-    templates = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False, **options)
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(LAUNCH / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     templates.filters["shell"] = shlex.quote
     templates.filters["yaml"] = lambda value: json.dumps(str(value))
     return templates
@@ -258,9 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (options.sweep is None) == (options.target == "slurm-sweep"):
         raise UserError("--target slurm-sweep and --sweep FILE go together")
     overrides = tuple(options.overrides)
-    sweep = ()
-    if options.sweep is not None:
-        sweep = read_sweep(options.sweep, load_run(options.config, overrides).run_dir)
+    sweep = read_sweep(options.sweep, load_run(options.config, overrides).run_dir) if options.sweep else ()
     name = options.name or _default_name(options.config)
     sizes = options.nodes, options.gpus_per_node
     text = render(Request(options.target, options.config, overrides, *sizes, name, sweep), read_cluster()) + "\n"

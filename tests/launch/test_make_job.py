@@ -1,4 +1,4 @@
-"""Jobs of every target from the same inputs as the scripts: valid by the schemas of their APIs, with the scripts' command."""
+"""Jobs of every target, from the inputs of the scripts: valid by the schemas of their APIs, with the scripts' command."""
 
 import json
 import re
@@ -21,7 +21,12 @@ from tests.launch.test_dry_run import dry_run
 from tests.support.launch import REPOSITORY, environment
 
 SCHEMAS = REPOSITORY / "tests" / "data" / "job_schemas"
-KINDS = {"TrainJob": "train_job", "TrainingRuntime": "training_runtime", "PyTorchJob": "pytorch_job", None: "skypilot_task"}
+KINDS = {
+    "TrainJob": "train_job",
+    "TrainingRuntime": "training_runtime",
+    "PyTorchJob": "pytorch_job",
+    None: "skypilot_task",
+}
 PODS = [target for target in TEMPLATES if target not in SLURM]
 RUN_FILES = [f"configs/{r}_nvlm_{v}_{size}.yaml" for r in ("pretrain", "sft") for v in "dxh" for size in ("34b", "72b")]
 RUN_FILE = "configs/pretrain_nvlm_h_72b.yaml"
@@ -189,7 +194,9 @@ def test_pods_have_shared_memory_volumes_and_time_to_save(capsys: pytest.Capture
     else:
         (replicated,) = found["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
         pods = [replicated["template"]["spec"]["template"]["spec"]]
-        assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+        assert replicated["template"]["metadata"]["labels"] == {
+            "trainer.kubeflow.org/trainjob-ancestor-step": "trainer"
+        }
     for pod in pods:
         assert pod["terminationGracePeriodSeconds"] == 300 and pod["securityContext"]["runAsNonRoot"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
@@ -232,7 +239,9 @@ def test_slurm_scripts_have_the_settings_of_the_others_and_pass_shellcheck(
 ) -> None:
     text = make(capsys, target, *(["--sweep", str(sweep)] if target == "slurm-sweep" else []), "--name", "own")
     settings = {line for line in text.splitlines() if line.startswith("#SBATCH")}
-    theirs = {line for line in (REPOSITORY / "launch" / "pretrain_nvlm_h.sh").read_text().splitlines() if "#SBATCH" in line}
+    theirs = {
+        line for line in (REPOSITORY / "launch" / "pretrain_nvlm_h.sh").read_text().splitlines() if "#SBATCH" in line
+    }
     assert settings ^ theirs <= {
         *("#SBATCH --job-name=own", "#SBATCH --job-name=pretrain_nvlm_h"),
         *("#SBATCH --output=%x_%A_%a.log", "#SBATCH --output=%x_%j.log", "#SBATCH --array=0-1"),
@@ -295,9 +304,17 @@ MISTAKES = {
     "a claim without a path": (("skypilot", RUN_FILE), {"VOLUME_CLAIMS": "nvlm"}, "must be CLAIM:/ABSOLUTE/PATH"),
     "an adapter without a number": (("kueue", RUN_FILE), {"RDMA_RESOURCE": "rdma/hca"}, "must be RESOURCE=COUNT"),
     "a grace that is no number": (("kueue", RUN_FILE), {"GRACE_SECONDS": "5m"}, "must be a whole number"),
-    "a run directory of its own": (("pytorchjob", RUN_FILE, "run_dir=/tmp/run"), {}, "run_dir=/tmp/run lies on no volume"),
+    "a run directory of its own": (
+        ("pytorchjob", RUN_FILE, "run_dir=/tmp/run"),
+        {},
+        "run_dir=/tmp/run lies on no volume",
+    ),
     "a path that leaves the volume": (("pytorchjob", RUN_FILE, "run_dir=runs/../own"), {}, "lies on no volume"),
-    "data of its own": (("kueue", RUN_FILE, "data.tokenizer=/home/t.json"), {}, "data.tokenizer=/home/t.json lies on no"),
+    "data of its own": (
+        ("kueue", RUN_FILE, "data.tokenizer=/home/t.json"),
+        {},
+        "data.tokenizer=/home/t.json lies on no",
+    ),
     "a name": (("pytorchjob", RUN_FILE, "--name", "NVLM_H"), {}, "'NVLM_H' cannot name a job"),
     "a long name": (("pytorchjob", RUN_FILE, "--name", "n" * 41), {}, "cannot name a job"),
     "a sweep without runs": (("slurm-sweep", RUN_FILE), {}, "--sweep FILE go together"),

@@ -14,7 +14,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 KUBEFLOW = "PyPI kubeflow-trainer-api 2.3.0, kubeflow/trainer's API trainer.kubeflow.org/v1alpha1 with Kubernetes' pods"
-PYTORCH = "PyPI kubeflow-training 1.9.4, kubeflow/training-operator's API kubeflow.org/v1; pods of kubeflow-trainer-api 2.3.0"
+PYTORCH = (
+    "PyPI kubeflow-training 1.9.4, kubeflow/training-operator's API kubeflow.org/v1; pods of kubeflow-trainer-api 2.3.0"
+)
 SKYPILOT = "PyPI skypilot 0.14.1, get_task_schema and _get_single_resources_schema of sky/utils/schemas.py"
 POD = "IoK8sApiCoreV1PodTemplateSpec"
 KEPT = {
@@ -41,8 +43,13 @@ def plain(node: object) -> object:
         return [plain(item) for item in node]
     if not isinstance(node, dict):
         return node
-    if "oneof_schema_1_validator" in node.get("properties", {}):  # a quantity: the resource definitions say int or string
-        return {"type": ["integer", "string"], "pattern": r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$"}
+    if "oneof_schema_1_validator" in node.get(
+        "properties", {}
+    ):  # a quantity: the resource definitions say int or string
+        return {
+            "type": ["integer", "string"],
+            "pattern": r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$",
+        }
     if "anyOf" in node:
         rest = [option for option in node["anyOf"] if option.get("type") != "null"]
         if len(rest) == 1:
@@ -113,7 +120,7 @@ def skypilot_schema(folder: Path) -> dict:
     task = literal(returned(functions["get_task_schema"]))
     resources = literal(returned(functions["_get_single_resources_schema"]))
     task["properties"] = {name: value for name, value in task["properties"].items() if not name.startswith("_")}
-    kept = "cloud region zone infra cpus memory accelerators instance_type use_spot job_recovery disk_size network_tier image_id"
+    kept = "infra cpus memory accelerators instance_type use_spot job_recovery disk_size network_tier image_id"
     resources["properties"] = {name: resources["properties"][name] for name in kept.split()}
     resources["properties"]["job_recovery"]["anyOf"][1]["additionalProperties"] = False  # as its server has it
     resources["additionalProperties"] = False
@@ -122,12 +129,16 @@ def skypilot_schema(folder: Path) -> dict:
 
 
 def returned(function: ast.FunctionDef) -> ast.expr:
-    return next(node.value for node in reversed(function.body) if isinstance(node, ast.Return) and node.value is not None)
+    return next(
+        node.value for node in reversed(function.body) if isinstance(node, ast.Return) and node.value is not None
+    )
 
 
 def literal(node: ast.expr) -> object:
     if isinstance(node, ast.Dict):
-        pairs = [(ast.literal_eval(key), literal(value)) for key, value in zip(node.keys, node.values, strict=True) if key]
+        pairs = [
+            (ast.literal_eval(key), literal(value)) for key, value in zip(node.keys, node.values, strict=True) if key
+        ]
         return {key: value for key, value in pairs if value is not None and key not in ("$schema", "description")}
     if isinstance(node, ast.List):
         return [literal(item) for item in node.elts]
