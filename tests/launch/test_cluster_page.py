@@ -1,12 +1,14 @@
 """The sentences that docs/clusters.md explains are those that the code says."""
 
 import ast
+import errno
 import os
 import re
 from collections.abc import Iterator
 
 import pytest
 
+from megatron_nvlm.runs.entry import _MENDS
 from tests.support.launch import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "clusters.md").read_text()
@@ -32,7 +34,12 @@ def texts() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def said() -> list[str]:
     # What the system says comes within a sentence of runs/entry.py; a signal's name within one of runs/failures.py.
-    return [*texts(), f"{os.strerror(28)}; make room and start again", f"{GAP}: {os.strerror(13)}; have its permissions changed, or name another one"]  # fmt: skip
+    full, denied = os.strerror(errno.ENOSPC), os.strerror(errno.EACCES)
+    return [
+        *texts(),
+        f"{full}; {_MENDS[errno.ENOSPC]}",
+        f"{GAP}: {denied}; {_MENDS[errno.EACCES]}",
+    ]
 
 
 @pytest.mark.parametrize("sentence", [sentence for sentence in SEEN if not sentence.startswith(OTHERS)])

@@ -15,7 +15,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Cluster]:
-    with cluster(3) as running:
+    with cluster(16) as running:
         yield running
 
 
@@ -32,10 +32,10 @@ def test_slurm_accepts_every_job(slurm: Cluster, target: str, size: str, tmp_pat
     sweep.write_text("optimizer.max_lr=1e-4\noptimizer.max_lr=2e-4\n")
     options = ["--sweep", str(sweep)] if target == "slurm-sweep" else []
     run_file = f"configs/pretrain_nvlm_h_{size}.yaml"
-    assert main(["--target", target, "--config", run_file, "--nodes", "3", "--out", str(job), *options]) == 0
+    assert main(["--target", target, "--config", run_file, "--nodes", "16", "--out", str(job), *options]) == 0
     slurm.call("sbatch", "--test-only", str(job))
     with pytest.raises(AssertionError, match="Requested node configuration is not available|count"):
-        slurm.call("sbatch", "--test-only", "--nodes=4", str(job))
+        slurm.call("sbatch", "--test-only", "--nodes=17", str(job))
 
 
 def test_each_run_of_a_sweep_trains_in_its_own_directory(slurm: Cluster, demo_run: list[str], tmp_path: Path) -> None:
