@@ -85,6 +85,7 @@ class _Asked:
         self.touch()
 
     def touch(self) -> None:
+        """Leave the request, also where the run has no directory yet."""
         self._run_dir.path.mkdir(parents=True, exist_ok=True)
         self._run_dir.stop.touch()
 
@@ -109,7 +110,7 @@ def launch(pod: Pod, run_dir: RunDir) -> int:
     if status != 0:
         _wait_for(lambda: len(read_reports(run_dir, pod.job)) >= pod.nnodes)
     asked = ["--asked"] if request.asked else []
-    return _for_controller(*_ask_job_start("after", pod, run_dir, "--status", str(status), *asked))
+    return _for_controller(*_ask_job_start("after", pod, run_dir, f"--status={status}", *asked))
 
 
 def _ask_job_start(when: str, pod: Pod, run_dir: RunDir, *more: str) -> tuple[str, int]:

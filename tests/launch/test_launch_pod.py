@@ -6,8 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_nvlm.commands.launch_pod import Pod
@@ -27,6 +30,15 @@ def free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("", 0))
         return opened.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind() -> Iterator[None]:
+    """End what a failed test leaves: pods, their launchers and their ranks."""
+    yield
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def start_pods(folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:

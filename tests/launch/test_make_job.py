@@ -233,6 +233,30 @@ def test_words_reach_the_training_program_as_they_were_given(capsys: pytest.Capt
         assert (given.replace("$$(", "$(") if target in KUBERNETES else given) == word
 
 
+def test_skypilot_tells_each_node_its_address_and_the_first_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = documents(make(capsys, "skypilot", "data.system='a b'"))[None]["run"]
+    (tmp_path / "run.sh").write_text("#!/usr/bin/env bash\n" + run.replace("/workspace/megatron_nvlm", str(tmp_path)))
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$POD_IP"; printf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    told = {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n", "SKYPILOT_TASK_ID": "sky-1"}
+    own = {**told, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", tmp_path / "run.sh"], env=own, capture_output=True, text=True)
+    address, *words = done.stdout.splitlines()
+    assert done.returncode == 0 and address == "10.0.0.2", done.stderr
+    assert {"--job=sky-1", "--endpoint=10.0.0.1:29500", "--nnodes=16"} <= set(words)
+    assert words[-2:] == [RUN_FILE, "data.system='a b'"]
+    shellcheck(tmp_path / "run.sh")
+
+
+def shellcheck(script: Path) -> None:
+    program = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    assert program is not None
+    done = subprocess.run([program, "-x", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("target", SLURM)
 def test_slurm_scripts_have_the_settings_of_the_others_and_pass_shellcheck(
     capsys: pytest.CaptureFixture[str], target: str, sweep: Path, tmp_path: Path
@@ -247,10 +271,7 @@ def test_slurm_scripts_have_the_settings_of_the_others_and_pass_shellcheck(
         *("#SBATCH --output=%x_%A_%a.log", "#SBATCH --output=%x_%j.log", "#SBATCH --array=0-1"),
     }
     (tmp_path / "job.sh").write_text(text)
-    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
-    assert shellcheck is not None
-    done = subprocess.run([shellcheck, "-x", tmp_path / "job.sh"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    shellcheck(tmp_path / "job.sh")
 
 
 def what_runs(script: Path, **own: str) -> list[str]:
