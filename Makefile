@@ -55,6 +55,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck -x launch/*.sh
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff format .

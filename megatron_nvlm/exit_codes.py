@@ -14,5 +14,9 @@ TOO_MANY_FAILURES = 11
 """Of a job: more starts failed than the job may repeat."""
 UNFIT_NODES = 12
 """Of the doctor on all nodes: some are not fit for the run."""
+START_AGAIN = 200
+"""Of a pod: the run stopped or failed and may start again. Above 128, which PyTorchJob's policy ExitCode takes as that."""
 DETERMINISTIC = (USER_ERROR, DIVERGED)
 """Codes after which the same start would end alike, so that no job is queued again."""
+FINAL = (*DETERMINISTIC, NO_PROGRESS, TOO_MANY_FAILURES)
+"""Codes of a job after which nothing may start it again."""

@@ -67,8 +67,8 @@ class NodeReport:
 
 
 def node_name() -> str:
-    """This host as Slurm calls it, else as it calls itself."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    """This host as Slurm or Kubernetes calls it, else as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or os.environ.get("NODE_NAME") or os.uname().nodename
 
 
 def tell_launcher(message: str) -> None:
