@@ -44,6 +44,16 @@ class RunDir:
         return self.path / "quarantine.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """One JSON object for each update that was left out: step, reason, keys of its samples."""
+        return self.path / "skipped.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        """What rank 0 does at the moment, as JSON, renewed every few seconds (training/watchdog.py)."""
+        return self.path / "heartbeat.json"
+
+    @property
     def ledger(self) -> Path:
         """One JSON object a step: step, keys (of the samples used, in the order of the run)."""
         return self.path / "ledger.jsonl"
