@@ -21,6 +21,7 @@ COMMANDS = {
     "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
     "nvlm-score": "megatron_nvlm.commands.score:main",
+    "nvlm-watch": "megatron_nvlm.commands.watch:main",
 }
 
 setup(
@@ -42,6 +43,7 @@ setup(
         "omegaconf>=2.3,<3",
         "pillow>=10.4,<14",
         "psutil>=5.9",  # megatron-core's checkpoint writers hang without it and do not declare it
+        "rich>=13",  # tools/watch.py
         "safetensors>=0.4",
         "tensorboard>=2.16",
         "tokenizers>=0.20,<1",

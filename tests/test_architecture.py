@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_nvlm"
 LAYERS = (
     {"exit_codes", "quiet", "runs.run_dir"},
     {"errors", "runs.failures"},
-    {"core_compat", "option_types", "regular_files"},
+    {"core_compat", "metrics_lines", "option_types", "regular_files"},
     {"image", "text", "ops"},
     {"sequence"},
     {"data", "models"},
@@ -26,6 +26,7 @@ LAYERS = (
     {"training"},
     {"config"},
     {"runs"},
+    {"watching"},
     {"inference"},
     {"evaluation"},
     {"train", "generate", "evaluate"},

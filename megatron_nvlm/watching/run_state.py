@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from megatron_nvlm.checkpoint.integrity import IDENTITY_FILE
+from megatron_nvlm.checkpoint.retention import read_latest, step_of
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.metrics_lines import LineFollower
 from megatron_nvlm.runs.failures import RankFailure
@@ -94,6 +96,22 @@ def value_of(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def train_steps_of(run_dir: RunDir, config: Mapping[str, Any]) -> int | None:
+    """Length of the run in steps; None where it is given in epochs and no checkpoint says how many steps they are."""
+    steps = _number(value_of(config, "training.train_steps"))
+    latest = read_latest(run_dir.checkpoints)
+    if steps is None and latest is not None:
+        settings = value_of(_read_object(latest / IDENTITY_FILE), "model.settings") or {}
+        steps = _number(settings.get("training.train_steps"))
+    return None if steps is None else int(steps)
+
+
+def newest_checkpoint(run_dir: RunDir) -> int | None:
+    """Step of the newest complete checkpoint; None without one."""
+    latest = read_latest(run_dir.checkpoints)
+    return step_of(latest) if latest is not None and step_of(latest) >= 0 else None
+
+
 def read_state(run_dir: RunDir, config: Mapping[str, Any], last_step: int, now: float | None = None) -> RunState:
     """The state of a run.
 
@@ -107,6 +125,8 @@ def read_state(run_dir: RunDir, config: Mapping[str, Any], last_step: int, now: 
     heartbeat = _read_object(run_dir.heartbeat)
     if _is_at_work(run_dir, config, heartbeat, now):
         return RunState(Kind.RUNNING, _doing(heartbeat, last_step, now), starts)
+    if begun := _is_starting(run_dir, starts, now):
+        return RunState(Kind.RUNNING, begun, starts)
     for kind, marker in ((Kind.FINISHED, run_dir.finished), (Kind.STOPPED, run_dir.stopped)):
         if marker.exists():
             step = marker.read_text().strip() or str(last_step)
@@ -137,6 +157,15 @@ def _is_at_work(run_dir: RunDir, config: Mapping[str, Any], heartbeat: Mapping[s
         return False
     limit = _number(value_of(config, "training.timeout_seconds")) or SILENT_SECONDS
     return any(now - changed < limit for changed in map(_changed, (run_dir.metrics, run_dir.lock)))
+
+
+def _is_starting(run_dir: RunDir, starts: tuple[StartRow, ...], now: float) -> str:
+    """A sentence about a job that has begun and whose ranks have not come yet; empty without one."""
+    last = starts[-1] if starts else None
+    if last is None or last.ending or last.began is None or _changed(run_dir.lock) > last.began:
+        return ""
+    age = now - last.began
+    return f"start {last.name} began {age:.0f} s ago, its ranks are on their way" if age < SILENT_SECONDS else ""
 
 
 def _is_training(process: int) -> bool:
