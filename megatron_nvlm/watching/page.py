@@ -110,7 +110,7 @@ def _losses(history: History) -> Iterator[Row]:
         note = "" if math.isnan(accuracy) else f"{accuracy:.1%} of tokens right"
         yield name.removesuffix("/loss"), f"{history.last(name):.4f}", present(losses), note
     if len(names) > SHOWN:
-        yield "", "", "", f"and {len(names) - SHOWN} more validation sets"
+        yield "", "", (), f"and {len(names) - SHOWN} more validation sets"
 
 
 def rates_of(history: History, name: str) -> list[float]:
