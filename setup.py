@@ -20,6 +20,7 @@ COMMANDS = {
     "nvlm-dry-run": "megatron_nvlm.commands.dry_run:main",
     "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
+    "nvlm-plot-runs": "megatron_nvlm.commands.plot_runs:main",
     "nvlm-score": "megatron_nvlm.commands.score:main",
     "nvlm-watch": "megatron_nvlm.commands.watch:main",
 }

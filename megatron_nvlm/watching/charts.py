@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_nvlm.watching.history import present
-
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 34, 34
 """Margins around the lines."""
@@ -16,6 +14,8 @@ MOST_POINTS = 1000
 """Points of a line that are drawn; of more, the lowest and the highest of each stretch."""
 COLOURS = ("#1f6fb2", "#d1495b", "#2f855a", "#b7791f", "#6b46c1", "#555555", "#0e7490", "#be185d")
 DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
+LARGEST, SMALLEST = 1e100, 1e-100
+"""A number beyond the former is drawn as no number is, and a range under the latter as one number (our choice)."""
 _GREY, _TEXT = "#dddddd", "#222222"
 _CLEARER = 2
 """Pixels of a picture for each unit of a chart; lines are drawn twice as fine and averaged."""
@@ -50,7 +50,7 @@ class Chart:
     @property
     def is_empty(self) -> bool:
         """Whether there is no point to draw."""
-        return not any(present(line.ys) for line in self.lines)
+        return not any(abs(y) < LARGEST for line in self.lines for y in line.ys)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _pieces(line: Line) -> Iterator[list[Point]]:
     piece: list[Point] = []
     for start in range(0, len(line.ys), stretch):
         pairs = zip(line.xs[start : start + stretch], line.ys[start : start + stretch], strict=True)
-        known = [pair for pair in pairs if math.isfinite(pair[1])]
+        known = [pair for pair in pairs if abs(pair[1]) < LARGEST]
         if known:
             piece += sorted({min(known, key=lambda pair: pair[1]), max(known, key=lambda pair: pair[1])})
         elif piece:
@@ -114,7 +114,7 @@ def _bounds(chart: Chart) -> tuple[float, float, float, float]:
     low, high = min(ys), max(ys)
     if chart.from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-12 * max(abs(high), abs(low)):
+    if high - low <= max(SMALLEST, 1e-12 * max(abs(high), abs(low))):
         margin = abs(high) * 0.1 or 1.0
         low, high = low - margin, high + margin
     left, right = min(xs), max(xs)
