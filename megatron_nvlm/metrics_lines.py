@@ -23,10 +23,14 @@ class LineFollower:
 
     Half a line, of a writer that is not done or was killed, waits until it is whole. A line that is no JSON object is
     left out.
+
+    Args:
+        most_bytes: read in one look, more than any line has; -1 for all there is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most_bytes: int = -1) -> None:
         self.path = path
+        self.most_bytes = most_bytes
         self._end = 0
         """Bytes read: the end of the last complete line."""
         self._last = b""
@@ -45,7 +49,7 @@ class LineFollower:
             if again:
                 file.seek(0)
                 self._end, self._last = 0, b""
-            lines = file.read().splitlines(keepends=True)
+            lines = file.read(self.most_bytes).splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         if lines:

@@ -16,7 +16,7 @@ LAYERS = (
     {"exit_codes", "quiet", "runs.run_dir"},
     {"errors", "runs.failures"},
     {"core_compat", "metrics_lines", "option_types", "regular_files"},
-    {"image", "text", "ops"},
+    {"image", "text", "ops", "trackers"},
     {"sequence"},
     {"data", "models"},
     {"hf.exported_code"},  # folders carry it, with what it imports of the rooms above

@@ -17,6 +17,7 @@ from megatron_nvlm.models.config import ResolvedModel, check_model
 from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
+from megatron_nvlm.trackers.config import check_trackers
 from megatron_nvlm.training.optimizer import check_components, check_optimizer
 
 
@@ -186,6 +187,11 @@ def schedule_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) 
     check_components(run.optimizer, set(run.recipe.trainable_components()) - absent)
 
 
+def trackers_are_named(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """Trackers have names that they can take."""
+    check_trackers(run.logging.wandb, run.logging.mlflow)
+
+
 def _splits_the_model(run: RunConfig) -> bool:
     return run.parallelism.tensor_model_parallel_size * run.parallelism.pipeline_model_parallel_size > 1
 
@@ -243,6 +249,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     shares_are_possible,
     weights_come_from_one_place,
     schedule_is_possible,
+    trackers_are_named,
 )
 
 

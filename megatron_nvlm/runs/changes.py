@@ -87,6 +87,8 @@ EFFECTS: dict[str, Effect] = {
             *_keys("checkpoint.", "save_every_steps keep_last keep_every_steps asynchronous verify"),
             *_keys("checkpoint.", "keep_schedule allow_changes"),
             *_keys("logging.", "log_every_steps tensorboard"),
+            *_keys("logging.wandb.", "project name mode"),
+            *_keys("logging.mlflow.", "uri experiment"),
         ],
         Effect.SCHEDULE: _keys(
             "optimizer.",

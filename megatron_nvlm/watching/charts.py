@@ -188,10 +188,12 @@ def to_picture(charts: Sequence[Chart], names: Sequence[tuple[str, str]], column
     rows = -(-len(charts) // columns)
     head = 22 * len(names) + 16
     picture = Image.new("RGB", (_CLEARER * columns * WIDTH, _CLEARER * (head + rows * HEIGHT)), "white")
-    labels = [
-        _Label(LEFT, 22 * (place + 1), f"— {name}", 14, "start", colour) for place, (name, colour) in enumerate(names)
-    ]
-    _paint(ImageDraw.Draw(picture), labels, _CLEARER)
+    legend: list[_Stroke | _Label] = []
+    for place, (name, colour) in enumerate(names):
+        height = 22 * (place + 1)
+        legend.append(_Stroke([(LEFT, height - 5), (LEFT + 22, height - 5)], colour, 3))
+        legend.append(_Label(LEFT + 30, height, name, 14))
+    _paint(ImageDraw.Draw(picture), legend, _CLEARER)
     for place, chart in enumerate(charts):
         corner = (place % columns * WIDTH * _CLEARER, (head + place // columns * HEIGHT) * _CLEARER)
         picture.paste(_paint_chart(chart), corner)

@@ -149,7 +149,7 @@ def draw_page(runs: Sequence[ComparedRun], charts: Sequence[Chart]) -> str:
 <style>{STYLE}</style></head><body>
 <h1>{len(runs)} {"run" if len(runs) == 1 else "runs"}</h1>
 {_table(runs)}
-<h2>Over {charts[0].x_name if charts else "steps"}</h2>
+<h2>By {charts[0].x_name}</h2>
 <div class="charts">{"".join(map(to_svg, charts))}</div>
 {"".join(_changed_keys(runs))}
 </body></html>
