@@ -53,9 +53,9 @@ def run_training(config: RunConfig) -> None:
             SampleWriter(run.run_dir, progress.step, config.data.ledger),
         )
         outcome = train(trainer, progress, reports, stop, saver)
+        mark_end(run.run_dir, outcome.progress.step, outcome.finished)  # first: trackers may take their time
         reports.close()
         trainer.loader.close()
-        mark_end(run.run_dir, outcome.progress.step, outcome.finished)
         if not outcome.finished:
             say(f"stopped after step {outcome.progress.step}, saved; the same command resumes from there")
         else:
