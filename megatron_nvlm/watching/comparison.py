@@ -181,7 +181,7 @@ def _table(runs: Sequence[ComparedRun]) -> str:
 def _changed_keys(runs: Sequence[ComparedRun]) -> Iterator[str]:
     """The keys in which the run files differ."""
     flat = [dict(_flatten(run.config)) for run in runs]
-    keys = sorted({key for values in flat for key in values} - {"run_dir"})
+    keys = sorted({key for values in flat for key in values if key != "run_dir" and not key.startswith("logging.")})
     different = [key for key in keys if len({values.get(key, "") for values in flat}) > 1]
     if not different:
         return
