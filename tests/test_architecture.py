@@ -15,8 +15,8 @@ PACKAGE = ROOT / "megatron_nvlm"
 LAYERS = (
     {"exit_codes", "quiet", "runs.run_dir"},
     {"errors", "runs.failures"},
-    {"core_compat", "option_types", "regular_files"},
-    {"image", "text", "ops"},
+    {"core_compat", "metrics_lines", "option_types", "regular_files"},
+    {"image", "text", "ops", "trackers"},
     {"sequence"},
     {"data", "models"},
     {"hf.exported_code"},  # folders carry it, with what it imports of the rooms above
@@ -26,6 +26,7 @@ LAYERS = (
     {"training"},
     {"config"},
     {"runs"},
+    {"watching"},
     {"inference"},
     {"evaluation"},
     {"train", "generate", "evaluate"},

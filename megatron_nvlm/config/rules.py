@@ -17,6 +17,7 @@ from megatron_nvlm.models.config import ResolvedModel, check_model
 from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
+from megatron_nvlm.trackers.config import check_trackers
 from megatron_nvlm.training.optimizer import check_components, check_optimizer
 from megatron_nvlm.training.skipped_updates import check_stability
 
@@ -196,6 +197,11 @@ def updates_can_be_judged(run: RunConfig, model: ResolvedModel, world_size: int)
         raise UserError(f"logging.straggler_steps is {run.logging.straggler_steps}; it must be 0 for none, or more")
 
 
+def trackers_are_named(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """Trackers have names that they can take."""
+    check_trackers(run.logging.wandb, run.logging.mlflow)
+
+
 def _splits_the_model(run: RunConfig) -> bool:
     return run.parallelism.tensor_model_parallel_size * run.parallelism.pipeline_model_parallel_size > 1
 
@@ -254,6 +260,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     weights_come_from_one_place,
     schedule_is_possible,
     updates_can_be_judged,
+    trackers_are_named,
 )
 
 

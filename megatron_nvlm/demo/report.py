@@ -9,7 +9,6 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from megatron_nvlm.image.tile_tags import tile_tags
 from megatron_nvlm.image.tiling import Grid, TilingConfig
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.conversation import IMAGE_PLACEHOLDER, read_turns
+from megatron_nvlm.watching.charts import COLOURS, Chart, Line, to_svg
 
 EXAMPLES = 24
-WIDTH, HEIGHT, MARGIN = 640, 260, 46
-COLOURS = ("#1f6fb2", "#d1495b", "#2f855a", "#b7791f", "#6b46c1", "#555555")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
@@ -42,55 +40,20 @@ figure { width: 64px; } img { display: block; width: 64px; height: 64px; }
 """
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A named line over the steps."""
-
-    name: str
-    values: Sequence[float]
-
-
-def draw_curves(title: str, steps: Sequence[int], curves: Sequence[Curve]) -> str:
-    """Lines over steps as an SVG with axes and a legend."""
-    if not steps or not curves:
-        return ""
-    lowest = min(min(curve.values) for curve in curves)
-    highest = max(max(curve.values) for curve in curves)
-    lowest, highest = min(0.0, lowest), highest if highest > lowest else lowest + 1.0
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-        y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - lowest) / (highest - lowest)
-        return x, y
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img"><title>{html.escape(title)}</title>']
-    parts.append(f'<text x="{MARGIN}" y="22" font-weight="bold">{html.escape(title)}</text>')
-    for tick in range(5):
-        value = lowest + (highest - lowest) * tick / 4
-        x, y = place(steps[0], value)
-        parts.append(f'<line x1="{x}" x2="{WIDTH - MARGIN}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end" font-size="11">{value:.2f}</text>')
-    for step in (steps[0], steps[len(steps) // 2], steps[-1]):
-        x, y = place(step, lowest)
-        parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle" font-size="11">step {step}</text>')
-    for number, curve in enumerate(curves):
-        colour = COLOURS[number % len(COLOURS)]
-        points = " ".join("{:.1f},{:.1f}".format(*place(*pair)) for pair in zip(steps, curve.values, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        x = WIDTH - MARGIN - 64 * (len(curves) - number)
-        parts.append(f'<text x="{x}" y="22" fill="{colour}" font-size="12">{html.escape(curve.name)}</text>')
-    return "".join(parts) + "</svg>"
-
-
 def draw_metrics(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Loss and, where there are any, gates."""
     steps = [row["step"] for row in metrics]
     gates = metrics[-1]["gates"]
-    drawn = [draw_curves("training loss (nats a target token)", steps, [Curve("loss", [r["loss"] for r in metrics])])]
+    losses = Line("loss", steps, [row["loss"] for row in metrics], COLOURS[0])
+    charts = [Chart("training loss (nats a target token)", "step", (losses,), from_zero=True)]
     if gates:
-        lines = [Curve(name.replace("_", " "), [row["gates"][name] for row in metrics]) for name in gates]
-        drawn.append(draw_curves("tanh(gate) of the cross-attention layers", steps, lines))
-    return f'<div class="curves">{"".join(drawn)}</div>'
+        lines = [
+            Line(name.replace("_", " "), steps, [row["gates"][name] for row in metrics], COLOURS[place % len(COLOURS)])
+            for place, name in enumerate(gates)
+        ]
+        title = "tanh(gate) of the cross-attention layers"
+        charts.append(Chart(title, "step", tuple(lines), from_zero=True, with_names=True))
+    return f'<div class="curves">{"".join(map(to_svg, charts))}</div>'
 
 
 def draw_table(accuracy: Mapping[str, Mapping[str, float]]) -> str:

@@ -89,6 +89,8 @@ EFFECTS: dict[str, Effect] = {
             *_keys("checkpoint.", "keep_schedule allow_changes"),
             *_keys("logging.", "log_every_steps tensorboard rank_files straggler_steps"),
             *_keys("stability.", "max_skipped window_steps grad_norm_spike loss_spike"),
+            *_keys("logging.wandb.", "project name mode"),
+            *_keys("logging.mlflow.", "uri experiment"),
         ],
         Effect.SCHEDULE: _keys(
             "optimizer.",

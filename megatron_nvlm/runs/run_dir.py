@@ -34,6 +34,16 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        """Under which id a tracker (Weights & Biases, MLflow) knows the run, and the last step it was sent, as JSON."""
+        return self.path / "trackers.json"
+
+    @property
+    def trackers_lock(self) -> Path:
+        """Locked by the process that sends metrics to trackers."""
+        return self.path / "trackers.lock"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of the TensorBoard events."""
         return self.path / "tensorboard"

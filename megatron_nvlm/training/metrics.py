@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.initialise import named_parameters
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.trackers.beside import start_trackers
+from megatron_nvlm.trackers.config import MlflowConfig, WandbConfig
 from megatron_nvlm.training.metric import Metric, Reduce
 from megatron_nvlm.training.sample_files import open_lines
 from megatron_nvlm.training.step import StepResult
@@ -36,6 +38,8 @@ class LoggingConfig:
     """What ranks other than 0 print goes to RUN_DIR/logs, one file a rank."""
     straggler_steps: int = 20
     """Steps over which ranks are compared; a slow one is named with its node. 0 compares nothing."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
+        self._trackers = start_trackers(run_dir, train_steps, config.wandb, config.mlflow)
         self._bar = (
             tqdm(total=train_steps, initial=first_step, unit="step", dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -176,5 +181,7 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._trackers is not None:  # they read the file
+            self._trackers.close()
         if self._bar is not None:
             self._bar.close()

@@ -85,6 +85,10 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("checkpoint.keep_every_steps=0", "checkpoint.keep_every_steps is 0"),
         ("checkpoint.verify=hash", "checkpoint.verify is 'hash'; choose one of size, checksum"),
         ("logging.log_every_steps=0", "logging.log_every_steps is 0"),
+        ("logging.wandb.mode=disabled", "logging.wandb.mode is 'disabled'; choose one of online, offline"),
+        ("logging.wandb.name=a", "logging.wandb.name is set without logging.wandb.project; give the project as well"),
+        ("logging.mlflow.uri=''", "logging.mlflow.uri is empty; give a name, or leave it out"),
+        ("logging.wandb.projekt=a", r"unknown key logging.wandb.projekt; did you mean logging.wandb.project\?"),
         ("training.timeout_seconds=0", "training.timeout_seconds is 0"),
     ],
 )
