@@ -87,6 +87,7 @@ EFFECTS: dict[str, Effect] = {
             *_keys("checkpoint.", "save_every_steps keep_last keep_every_steps asynchronous verify"),
             *_keys("checkpoint.", "keep_schedule allow_changes"),
             *_keys("logging.", "log_every_steps tensorboard"),
+            *_keys("validation.", "sets every_steps samples text_margin"),
         ],
         Effect.SCHEDULE: _keys(
             "optimizer.",
@@ -123,6 +124,10 @@ def settings_of(config: RunConfig, model: ResolvedModel) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     _flatten(dataclasses.asdict(config), "", settings)
+    # Names of sets came later than checkpoints that are still there; none is no change to them.
+    settings["data.train"] = [
+        {key: value for key, value in source.items() if value is not None} for source in settings["data.train"]
+    ]
     settings["optimizer.decay_steps"] = config.optimizer.decay_steps or config.training.train_steps
     settings = {key: value for key, value in settings.items() if not key.startswith(f"{COMPONENT_LR}.")}
     settings[COMPONENT_LR] = config.optimizer.multiples
