@@ -201,9 +201,11 @@ class _Validation:
         if step == 0:
             validator.at_start.keep(measured, validator.config)
         rows, warning = validator.at_start.compare(measured.rows, validator.config.text_margin)
-        record[key] = rows
-        record[f"{key}_seconds"] = measured.seconds
-        self.metrics.show_validation(step, rows, measured.seconds, warning)
+        record |= {key: rows, f"{key}_seconds": measured.seconds}
+        if warning:
+            record[f"{key}_warning"] = warning
+        if step == 0:
+            self.metrics.show_validation(step, rows, measured.seconds)
         return True
 
     def _stops(self) -> bool:

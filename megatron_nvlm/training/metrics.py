@@ -189,9 +189,14 @@ class MetricsWriter:
                 f"{record['seconds']:.2f} s/step",
                 flush=True,
             )
+        if "validation" in record:
+            shown = (record["validation"], record["validation_seconds"], record.get("validation_warning", ""))
+            self.show_validation(record["step"], *shown)
 
-    def show_validation(self, step: int, rows: Mapping[str, Mapping[str, Any]], seconds: float, warning: str) -> None:
-        """A validation on TensorBoard and on the terminal; `write` puts it into metrics.jsonl with its step."""
+    def show_validation(
+        self, step: int, rows: Mapping[str, Mapping[str, Any]], seconds: float, warning: str = ""
+    ) -> None:
+        """A validation on TensorBoard and on the terminal; `write` calls it for those that a step's record holds."""
         if not self.active:
             return
         if self._board is not None:
