@@ -83,13 +83,22 @@ def draw_curves(title: str, steps: Sequence[int], curves: Sequence[Curve]) -> st
 
 
 def draw_metrics(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Loss and, where there are any, gates."""
+    """Loss and, where there are any, gates and validation losses."""
     steps = [row["step"] for row in metrics]
     gates = metrics[-1]["gates"]
     drawn = [draw_curves("training loss (nats a target token)", steps, [Curve("loss", [r["loss"] for r in metrics])])]
     if gates:
         lines = [Curve(name.replace("_", " "), [row["gates"][name] for row in metrics]) for name in gates]
         drawn.append(draw_curves("tanh(gate) of the cross-attention layers", steps, lines))
+    validated = [row for row in metrics if "validation" in row]
+    if validated:
+        curves = [
+            Curve(name, [row["validation"][name]["loss"] for row in validated])
+            for name in validated[0]["validation"]
+            if all(row["validation"].get(name, {}).get("loss") is not None for row in validated)
+        ]
+        steps = [row["step"] for row in validated]
+        drawn.append(draw_curves("validation loss (nats a target token)", steps, curves))
     return f'<div class="curves">{"".join(drawn)}</div>'
 
 

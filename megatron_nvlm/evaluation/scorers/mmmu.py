@@ -20,9 +20,9 @@ def letters_of(choices: Sequence[str]) -> list[str]:
 
 
 def release_choice(answer: str, choices: Sequence[str], default: str | None = None) -> str | None:
-    """The letter that an answer means: `(B)` or `B)`, else `B` between spaces, else the text of a choice; the last of several.
+    """The letter that an answer means: `(B)` or `B)`, else `B` between spaces, else the text of a choice.
 
-    What stands in \\answer{} or \\boxed{} counts alone.
+    Of several the last counts. What stands in \\answer{} or \\boxed{} counts alone.
     """
     boxed = re.search(r"\\answer\{(.*?)\}", answer) or re.search(r"\\boxed\{(.*?)\}", answer)
     text = _padded(boxed[1] if boxed else answer.replace("Answer:", "Answer: "))

@@ -54,13 +54,19 @@ def release_vqa(answer: str, truths: Sequence[str]) -> float:
     return min(1.0, sum(vqa_form(truth) == given for truth in truths) / _ANNOTATORS)
 
 
-def harness_vqa(answer: str, truths: Sequence[str]) -> float:
-    """VQAv2 and TextVQA: the mean of that score over all ways to leave one annotator out; answers in EvalAI's form."""
-    given = evalai_form(answer)
-    matches = [evalai_form(truth) == given for truth in truths]
-    if not matches:
-        return 0.0
-    return sum(min(1.0, (sum(matches) - match) / _ANNOTATORS) for match in matches) / len(matches)
+def harness_vqav2(answer: str, truths: Sequence[str]) -> float:
+    """VQAv2: the mean of that score over all ways to leave one annotator out."""
+    return _leave_one_out([vqa_form(truth) == vqa_form(answer) for truth in truths])
+
+
+def harness_textvqa(answer: str, truths: Sequence[str]) -> float:
+    """TextVQA: the same, with answers in EvalAI's form."""
+    return _leave_one_out([evalai_form(truth) == evalai_form(answer) for truth in truths])
+
+
+def _leave_one_out(matches: Sequence[bool]) -> float:
+    each = [min(1.0, (sum(matches) - match) / _ANNOTATORS) for match in matches]
+    return sum(each) / len(each) if each else 0.0
 
 
 def release_anls(answer: str, truths: Sequence[str]) -> float:
@@ -100,19 +106,43 @@ def edit_distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def ocrbench(answer: str, truths: Sequence[str], is_formula: bool = False) -> float:
-    """OCRBench: whether a truth stands within the answer, in any case; the sum over its 1,000 questions is the score.
+def release_ocrbench(answer: str, truths: Sequence[str], is_formula: bool = False) -> float:
+    """OCRBench: how many truths stand within the answer, in any case; the sum over its 1,000 questions is the score.
 
-    The release counts a question once for every truth that it finds; this counts it once, as the harness does.
+    A question with several truths can so give more than 1.
 
     Args:
-        is_formula: of the formulas of HME100k: spaces do not count, and the answer's case does.
+        is_formula: of the formulas of HME100k: spaces do not count, and case does.
     """
+    return float(sum(_found_in(answer, truths, is_formula)))
+
+
+def harness_ocrbench(answer: str, truths: Sequence[str], is_formula: bool = False) -> float:
+    """OCRBench: whether a truth stands within the answer, with letters of full width (CJK) as plain ones but in formulas."""
+    if not is_formula:
+        answer, truths = _plain_width(answer), [_plain_width(truth) for truth in truths]
+    return float(any(_found_in(answer, truths, is_formula)))
+
+
+def _found_in(answer: str, truths: Sequence[str], is_formula: bool) -> list[bool]:
     if is_formula:
-        given = answer.replace("\n", "").replace(" ", "")
-        return float(any(truth.strip().replace("\n", "").replace(" ", "") in given for truth in truths))
-    given = answer.lower().strip().replace("\n", " ")
-    return float(any(truth.lower().strip().replace("\n", " ") in given for truth in truths))
+        return [_without_spaces(truth) in _without_spaces(answer) for truth in truths]
+    return [_one_line(truth) in _one_line(answer) for truth in truths]
+
+
+def _without_spaces(text: str) -> str:
+    return text.strip().replace("\n", " ").replace(" ", "")
+
+
+def _one_line(text: str) -> str:
+    return text.lower().strip().replace("\n", " ")
+
+
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
+
+
+def _plain_width(text: str) -> str:
+    return text.translate(_FULL_WIDTH)
 
 
 def exact(answer: str, truth: str) -> float:
