@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from megatron.core import parallel_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -37,13 +38,13 @@ from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
 from megatron_nvlm.text.tokenizer import Tokenizer
 from megatron_nvlm.training.loop import Trainer
 from megatron_nvlm.training.metric import MetricReducer
-from megatron_nvlm.training.metrics import LoggingConfig, MetricsWriter, rank_metrics, step_totals
-from megatron_nvlm.training.step import run_step
-from megatron_nvlm.training.validation import Measured, Row, StartLosses, evaluation_mode
+from megatron_nvlm.training.metrics import LoggingConfig, MetricsWriter, _source_metrics, rank_metrics, step_totals
+from megatron_nvlm.training.step import SampleLoss, StepResult, run_step
+from megatron_nvlm.training.validation import Measured, Row, StartLosses, describe, evaluation_mode
 from tests.support.launch import launch
 from tests.support.loaders import counted_samples
 from tests.support.ranks import run_ranks
-from tests.support.shards import good_samples, read_metrics, record, write_run, write_samples
+from tests.support.shards import good_samples, picture, read_metrics, record, write_run, write_samples
 
 TRAIN = "megatron_nvlm.train"
 TOLERANCE = 1e-9
@@ -404,6 +405,39 @@ def measure_until_stopped(path: Path) -> tuple[Any, int]:
 
     assert trainer.validator is not None and trainer.validator.data.plan.rounds > 2
     return trainer.validator.measure(lambda keys: None, stops), len(asked)
+
+
+def measure_with_bad_samples(path: Path) -> dict[str, Row]:
+    return measure(open_trainer(path, ["validation.sets.1.samples=3"]))
+
+
+@pytest.mark.distributed
+def test_bad_samples_are_counted_and_left_out(tmp_path: Path) -> None:
+    """A sample whose image is broken, and a set of which nothing can be used."""
+    path = write_validated_run(tmp_path)
+    samples = good_samples(13)
+    samples[1] = (record("?", "half"), {"0.jpg": picture(168, 112, "JPEG")[:2000]})
+    write_samples(tmp_path / "broken", samples)
+    write_samples(tmp_path / "unusable", [(record("?", "x", images=0) | {"conversation": []}, {})])
+    run = yaml.safe_load(path.read_text())
+    run["validation"]["sets"] += [{"path": str(tmp_path / name)} for name in ("broken", "unusable")]
+    path.write_text(yaml.safe_dump(run))
+    (rows,) = run_ranks(1, measure_with_bad_samples, path)
+    whole, broken = rows["held/images"], rows["broken/images"]
+    assert (broken.samples, broken.bad_samples, whole.bad_samples) == (9, 1, 0)
+    assert broken.targets < whole.targets and broken.loss != whole.loss and rows["broken/text"] == rows["held/text"]
+    assert rows["unusable/text"] == Row(None, None, 0, 0, 1)
+    assert rows["chat/text"].samples == 3
+    assert describe(1, {name: vars(row) for name, row in rows.items()}, 1.0)[-2].endswith(
+        "no targets  (0 samples, 1 bad)"
+    )
+
+
+def test_sets_of_one_name_are_counted_together() -> None:
+    samples = tuple(SampleLoss(dataset, False, 1.0 + dataset, 2, 0) for dataset in (0, 1, 2, 1))
+    result = StepResult(8.0, 8.0, 0.0, 9, 0, (), {}, 0, 0.0, samples)
+    values = {metric.name: metric.value for metric in _source_metrics(result, ["a", "b", "a"])}
+    assert values == {"source_loss/a": 4.0, "source_loss/b": 4.0, "source_targets/a": 4, "source_targets/b": 4}
 
 
 def test_sets_are_listed_evenly_and_by_kind(validated_data: tuple[ListedData, ValidationConfig]) -> None:
