@@ -10,7 +10,7 @@ from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.option_types import LaunchedParser
 from megatron_nvlm.parallel.groups import world_size_from_environment
 from megatron_nvlm.runs.changes import settings_of
-from megatron_nvlm.runs.components import make_identity, open_data
+from megatron_nvlm.runs.components import make_identity, open_data, open_validation
 from megatron_nvlm.runs.entry import print_to_rank_file, say, user_errors_end_the_process
 from megatron_nvlm.runs.length import count_steps
 from megatron_nvlm.runs.processes import joined, mark_end, prepare_run_dir
@@ -37,11 +37,12 @@ def run_training(config: RunConfig) -> None:
     check_installed(config.logging.wandb, config.logging.mlflow)
     data = open_data(run)
     run = count_steps(run, data)
+    validation = open_validation(run, data.pipeline)
     identity = make_identity(run.config, run.model, data.pipeline.tokenizer, data)
     with joined(run) as device, Watchdog(config.training.limits, run.run_dir) as watchdog:
         start = find_start(run, identity)
         run = keep_multiples(start, run)
-        trainer = make_trainer(run, data, device)
+        trainer = make_trainer(run, data, device, validation)
         progress = load_start(start, trainer)
         if start.checkpoint is not None and start.keep_schedule:
             in_force = config_in_force(run.config.optimizer, trainer.optimizer, trainer.scheduler)
@@ -62,7 +63,9 @@ def run_training(config: RunConfig) -> None:
         mark_end(run.run_dir, outcome.progress.step, outcome.finished)  # first: trackers may take their time
         reports.close()
         trainer.loader.close()
-        if not outcome.finished:
+        if not outcome.finished and outcome.progress.step == 0:
+            say("stopped before the first step; the same command begins again")
+        elif not outcome.finished:
             say(f"stopped after step {outcome.progress.step}, saved; the same command resumes from there")
         else:
             say(f"finished after step {outcome.progress.step}; everything is in {run.run_dir}")

@@ -70,7 +70,7 @@ def test_the_commands_of_the_pages_exist_with_their_options() -> None:
 
 
 def test_the_keys_that_pages_override_are_keys_of_a_run() -> None:
-    sections = "model|data|optimizer|training|tiling|recipe|parallelism|checkpoint|logging"
+    sections = "model|data|optimizer|training|tiling|recipe|parallelism|checkpoint|logging|validation"
     pattern = re.compile(rf"(?<![\w.])((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)(?==)")
     run = load_run("demo_h")
     for page in PAGES:

@@ -183,6 +183,34 @@ def weights_come_from_one_place(run: RunConfig, model: ResolvedModel, world_size
         )
 
 
+def validation_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """Sets have names of their own, and numbers lie in their ranges."""
+    validation = run.validation
+    labels = [one.label for one in validation.sets]
+    for number, (one, label) in enumerate(zip(validation.sets, labels, strict=True)):
+        if not label:
+            raise UserError(f"validation.sets.{number} has the path {one.path!r}, which gives no name; give it a name")
+        if label in labels[:number]:
+            raise UserError(
+                f"validation.sets has the name {label!r} twice (entries {labels.index(label)} and {number}); give one "
+                "of them another name"
+            )
+        if one.samples is not None and one.samples < 1:
+            raise UserError(
+                f"validation.sets.{number}.samples ({label}) is {one.samples}; it must be at least 1, or null for "
+                "validation.samples"
+            )
+    if validation.samples is not None and validation.samples < 1:
+        raise UserError(
+            f"validation.samples is {validation.samples}; it must be at least 1, or null for whole sets; for no "
+            "validation leave validation.sets empty"
+        )
+    if validation.every_steps < 1:
+        raise UserError(f"validation.every_steps is {validation.every_steps}; it must be at least 1")
+    if not 0 <= validation.text_margin < math.inf:
+        raise UserError(f"validation.text_margin is {validation.text_margin}; it must be 0 or a positive number")
+
+
 def schedule_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Learning rates and steps make a schedule."""
     check_optimizer(run.optimizer, run.training.train_steps)
@@ -258,6 +286,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     something_trains,
     shares_are_possible,
     weights_come_from_one_place,
+    validation_is_possible,
     schedule_is_possible,
     updates_can_be_judged,
     trackers_are_named,
@@ -287,6 +316,11 @@ def check_data(run: RunConfig, model: ResolvedModel, tokenizer: Tokenizer, sets:
         tokenizer.special_id(name)
     if not sets:
         raise UserError("data.train names no shards; add a path and a weight")
+    check_sets(run, sets)
+
+
+def check_sets(run: RunConfig, sets: Sequence[ShardSet]) -> None:
+    """Tiles that were cut in advance were cut as the run cuts them."""
     for shards in sets:
         tile_size = shards.index.settings.get("tile_size", run.tiling.tile_size)
         if tile_size != run.tiling.tile_size:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron_nvlm.checkpoint.save_load import CheckpointConfig
-from megatron_nvlm.data.config import DataConfig
+from megatron_nvlm.data.config import DataConfig, ValidationConfig
 from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.models.config import ModelConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
@@ -30,3 +30,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -43,7 +43,12 @@ def build_micro_batch(
         pipeline.variant.needs_cross_attention,
         first_tile,
     )
-    micro_batch = replace(micro_batch, adjustments=tuple(one.adjustment for one in samples if one.adjustment))
+    micro_batch = replace(
+        micro_batch,
+        adjustments=tuple(one.adjustment for one in samples if one.adjustment),
+        datasets=tuple(one.dataset for one in samples),
+        sample_tiles=tuple(one.sequence.num_tiles for one in samples),
+    )
     return micro_batch.pin() if pin_memory else micro_batch
 
 

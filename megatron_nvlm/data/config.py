@@ -1,4 +1,4 @@
-"""Section `data` of a run."""
+"""Sections `data` and `validation` of a run."""
 
 from dataclasses import dataclass, field
 
@@ -16,6 +16,50 @@ class DataSource:
     path: str
     """A folder, or an address (s3://, http://)."""
     weight: float = 1.0
+    name: str | None = None
+    """In metrics; null for the folder's name. Sets of one name are counted together."""
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics."""
+        return self.name or folder_name(self.path)
+
+
+def folder_name(path: str) -> str:
+    """The last part of a folder's path or address."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """A set of shards whose loss is measured while a run trains."""
+
+    path: str
+    """A folder, or an address (s3://, http://)."""
+    name: str | None = None
+    """In metrics; null for the folder's name."""
+    samples: int | None = None
+    """Number of its samples that are read, evenly spread over the set; null for `validation.samples`."""
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics."""
+        return self.name or folder_name(self.path)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Section `validation` of a run."""
+
+    sets: list[ValidationSet] = field(default_factory=list)
+    """Sets whose loss and token accuracy are measured; none by default."""
+    every_steps: int = 500
+    """Steps between measurements; there is also one before step 1, and one at the end."""
+    samples: int | None = None
+    """Number of samples that are read of each set; null for the whole set."""
+    text_margin: float = 0.05
+    """Rise of a set's text-only loss since the start of the run, in nats a token, above which a warning is written (our
+    choice: 5 % more perplexity)."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def data_fingerprint(config: DataConfig, sets: Sequence[ShardSet], pipeline: Sam
     total = sum(source.weight for source in config.train)
     fingerprint: dict[str, Any] = {
         "data.train": [
-            [number, _content(shards), source.weight / total]
+            [number, content_of(shards), source.weight / total]
             for number, (source, shards) in enumerate(zip(config.train, sets, strict=True))
             if source.weight
         ],
@@ -45,7 +45,7 @@ def data_fingerprint(config: DataConfig, sets: Sequence[ShardSet], pipeline: Sam
     return fingerprint
 
 
-def _content(shards: ShardSet) -> str:
+def content_of(shards: ShardSet) -> str:
     """Hash of a set: of its shards' own hashes and sizes, in their order."""
     listed = [[shard["sha256"], shard["num_samples"]] for shard in shards.index.shards]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]

@@ -31,6 +31,8 @@ class PreparedSample:
     source: str
     adjustment: str = ""
     """What was given up so that it fits, a name of ADJUSTMENTS; nothing by default."""
+    dataset: int = 0
+    """Which of the sets it is from."""
 
 
 ADJUSTMENTS = ("fewer_tiles", "truncated")

@@ -41,7 +41,7 @@ figure { width: 64px; } img { display: block; width: 64px; height: 64px; }
 
 
 def draw_metrics(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Loss and, where there are any, gates."""
+    """Loss and, where there are any, gates and validation losses."""
     steps = [row["step"] for row in metrics]
     gates = metrics[-1]["gates"]
     losses = Line("loss", steps, [row["loss"] for row in metrics], COLOURS[0])
@@ -53,7 +53,21 @@ def draw_metrics(metrics: Sequence[Mapping[str, Any]]) -> str:
         ]
         title = "tanh(gate) of the cross-attention layers"
         charts.append(Chart(title, "step", tuple(lines), from_zero=True, with_names=True))
+    charts += _validation_chart(metrics)
     return f'<div class="curves">{"".join(map(to_svg, charts))}</div>'
+
+
+def _validation_chart(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    validated = [row for row in metrics if "validation" in row]
+    if not validated:
+        return []
+    steps = [row["step"] for row in validated]
+    lines = [
+        Line(name, steps, [row["validation"][name]["loss"] for row in validated], COLOURS[place % len(COLOURS)])
+        for place, name in enumerate(validated[0]["validation"])
+        if all(row["validation"].get(name, {}).get("loss") is not None for row in validated)
+    ]
+    return [Chart("validation loss (nats a target token)", "step", tuple(lines), from_zero=True, with_names=True)]
 
 
 def draw_table(accuracy: Mapping[str, Mapping[str, float]]) -> str:

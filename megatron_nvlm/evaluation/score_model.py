@@ -20,6 +20,7 @@ from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, check_model, resolve_model
 from megatron_nvlm.models.families.config_file import read_config
 from megatron_nvlm.models.initialise import named_parameters, split_of
+from megatron_nvlm.models.language_model import TargetLosses
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import find_precision
@@ -134,7 +135,7 @@ def _watch(model: NVLMModel, seen: dict[str, Tensor]) -> None:
         setattr(model, name, keep(name, getattr(model, name)))
     loss = model.language_model.loss
 
-    def loss_beside_logits(hidden: Tensor, *arguments: Any) -> Tensor:
+    def loss_beside_logits(hidden: Tensor, *arguments: Any) -> TargetLosses:
         with torch.no_grad():  # the loss projects its targets alone
             seen["logits"] = model.logits(hidden)
         return loss(hidden, *arguments)

@@ -5,7 +5,7 @@ in generation. Shapes: s decoder tokens, r chosen tokens, h hidden.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -16,8 +16,19 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_nvlm.models.padding import Padding
-from megatron_nvlm.ops.linear_cross_entropy import VocabularyPart, linear_cross_entropy
+from megatron_nvlm.ops.linear_cross_entropy import VocabularyPart, linear_cross_entropy, score_rows
 from megatron_nvlm.sequence.micro_batch import MicroBatch
+
+
+class TargetLosses(NamedTuple):
+    """Cross entropies of the tokens with a target, in nats."""
+
+    total: Tensor
+    """Their sum."""
+    each: Tensor
+    """[r], without a gradient."""
+    right: Tensor | None
+    """bool [r] whether the target is the most likely token; known in evaluation only (`eval()`)."""
 
 
 @dataclass
@@ -72,8 +83,8 @@ class LanguageModel(GPTModel):
         output: Tensor = self.output_layer(hidden, weight=self._shared_weight())[0]  # [s, 1, vocabulary / TP]
         return output[:, 0]
 
-    def loss(self, hidden: Tensor, target_rows: Tensor, labels: Tensor, vocabulary: Padding | None) -> Tensor:
-        """Sum of the cross entropies of the tokens with a target, in nats.
+    def loss(self, hidden: Tensor, target_rows: Tensor, labels: Tensor, vocabulary: Padding | None) -> TargetLosses:
+        """Losses of the tokens with a target.
 
         Args:
             hidden: [s, 1, h], a shard under sequence parallelism.
@@ -90,8 +101,11 @@ class LanguageModel(GPTModel):
         columns = len(weight)
         real = columns if vocabulary is None else min(max(vocabulary.real - group.rank() * columns, 0), columns)
         chosen = hidden[:, 0].index_select(0, target_rows)  # [r, h]
-        total, _ = linear_cross_entropy(chosen, weight, labels, VocabularyPart(group, real))
-        return total
+        part = VocabularyPart(group, real)
+        if not self.training:
+            losses, right = score_rows(chosen, weight, labels, part)
+            return TargetLosses(losses.sum(), losses, right)
+        return TargetLosses(*linear_cross_entropy(chosen, weight, labels, part), None)
 
     def _shared_weight(self) -> Tensor | None:
         """The weight of tied embeddings; None where the output layer has its own."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import IMAGENET, PixelStatistics
 from megatron_nvlm.models.clocks import VisionClock
-from megatron_nvlm.models.language_model import LanguageModel, ragged_sequence
+from megatron_nvlm.models.language_model import LanguageModel, TargetLosses, ragged_sequence
 from megatron_nvlm.models.padding import Padding
 from megatron_nvlm.models.vision_model import VisionModel
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
@@ -77,11 +77,13 @@ class NVLMModel(MegatronModule):
         """Take what the previous stage sent (core's schedules call it before `forward`)."""
         self._payload = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, micro_batch: MicroBatch, features: Tensor | None = None, with_loss: bool = False) -> Tensor:
+    def forward(
+        self, micro_batch: MicroBatch, features: Tensor | None = None, with_loss: bool = False
+    ) -> Tensor | TargetLosses:
         """This stage's output: logits [s, vocabulary / TP] on the last stage, the payload for the next one before.
 
         Args:
-            with_loss: the last stage gives the sum of the losses of all targets instead, and projects no other token.
+            with_loss: the last stage gives the losses of all targets instead, and projects no other token.
             features: [t, tokens per tile, 4 v] of all tiles of the micro-batch, where they are encoded already
                 (`encode` or `encode_tiles`); by default the micro-batch's own tiles are encoded.
         """

@@ -100,6 +100,39 @@ def linear_cross_entropy(
     return total, each
 
 
+@torch.no_grad()
+def score_rows(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: VocabularyPart | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row, and whether its label is the most likely id; for evaluation, without a gradient.
+
+    Arguments as of `linear_cross_entropy`. Of equally likely ids the first counts, as greedy decoding takes it.
+
+    Returns:
+        [r] and bool [r], equal on all ranks.
+    """
+    part = part or VocabularyPart(None, len(weight))
+    rows = max(_LEAST_ROWS, CHUNK_ELEMENTS // max(len(weight), 1))
+    losses, right = [hidden.new_zeros(0, dtype=_loss_dtype(hidden))], [labels.new_zeros(0, dtype=torch.bool)]
+    for chunk, targets in zip(hidden.split(rows), labels.split(rows), strict=True) if len(hidden) else []:
+        logits = chunk @ weight.T  # [r, v]
+        right.append(_most_likely(logits, part) == targets)  # first, since a kernel may write over logits
+        losses.append(_rows_loss(logits, targets, part, with_gradient=False)[0])
+    return torch.cat(losses), torch.cat(right)
+
+
+def _most_likely(logits: Tensor, part: VocabularyPart) -> Tensor:
+    """Id [r] of the largest logit of the whole vocabulary; of several, the first."""
+    if part.real:
+        largest, columns = logits[:, : part.real].max(dim=-1).values, logits[:, : part.real].argmax(dim=-1)
+    else:  # a rank whose columns are all padding
+        largest = logits.new_full((len(logits),), -torch.inf)
+        columns = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    whole = part.reduce(largest.clone(), dist.ReduceOp.MAX)
+    ids = torch.where(largest == whole, columns + part.first(logits.shape[1]), torch.iinfo(torch.int64).max)
+    return part.reduce(ids, dist.ReduceOp.MIN)
+
+
 def _loss_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 

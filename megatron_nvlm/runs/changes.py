@@ -91,6 +91,7 @@ EFFECTS: dict[str, Effect] = {
             *_keys("stability.", "max_skipped window_steps grad_norm_spike loss_spike"),
             *_keys("logging.wandb.", "project name mode"),
             *_keys("logging.mlflow.", "uri experiment"),
+            *_keys("validation.", "sets every_steps samples text_margin"),
         ],
         Effect.SCHEDULE: _keys(
             "optimizer.",
@@ -127,6 +128,10 @@ def settings_of(config: RunConfig, model: ResolvedModel) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     _flatten(dataclasses.asdict(config), "", settings)
+    # Names of sets came later than checkpoints that are still there; none is no change to them.
+    settings["data.train"] = [
+        {key: value for key, value in source.items() if value is not None} for source in settings["data.train"]
+    ]
     settings["optimizer.decay_steps"] = config.optimizer.decay_steps or config.training.train_steps
     settings = {key: value for key, value in settings.items() if not key.startswith(f"{COMPONENT_LR}.")}
     settings[COMPONENT_LR] = config.optimizer.multiples

@@ -5,13 +5,17 @@ from typing import TypeVar
 import torch
 
 from megatron_nvlm.checkpoint.save_load import Identity
-from megatron_nvlm.config.rules import check_data, check_files
+from megatron_nvlm.config.rules import check_data, check_files, check_sets
 from megatron_nvlm.config.run import RunConfig
+from megatron_nvlm.data.config import ValidationSet
 from megatron_nvlm.data.fingerprint import data_fingerprint
-from megatron_nvlm.data.loading.builder import OpenedData
+from megatron_nvlm.data.loading.builder import ListedData, OpenedData, check_text_counts, make_counter
+from megatron_nvlm.data.order.listed import ListedBatchPlan, list_micro_batches, list_samples
 from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.prepare import SamplePipeline
 from megatron_nvlm.data.shards.read import ShardSet
+from megatron_nvlm.data.shards.remote import CacheConfig
+from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.open_folders import FolderWeights, expected_names, open_folders, refuse_missing_components
 from megatron_nvlm.models.build import build_chunks, build_model
 from megatron_nvlm.models.chunks import ModelChunks
@@ -48,6 +52,42 @@ def open_data(run: ResolvedRun) -> OpenedData:
         data.shuffle_window_shards,
     )
     return OpenedData(sets, order, make_pipeline(run, tokenizer))
+
+
+def open_validation(run: ResolvedRun, pipeline: SamplePipeline) -> ListedData | None:
+    """Open the shards of `validation.sets` and list their samples; None if there are none. Needs no process groups.
+
+    Raises:
+        UserError: a set is missing, empty, or does not fit the run.
+    """
+    config = run.config
+    if not config.validation.sets:
+        return None
+    sets = [_open_validation_set(one, config.data.cache) for one in config.validation.sets]
+    check_sets(config, sets)
+    if config.data.packing.enabled:
+        check_text_counts(sets, pipeline)
+    indexes = [shards.index for shards in sets]
+    counts = [config.validation.samples if one.samples is None else one.samples for one in config.validation.sets]
+    order = list_samples(indexes, counts)
+    size = config.training.micro_batch_size
+    micro_batches = list_micro_batches(order, indexes, config.data.packing, size, make_counter(pipeline))
+    stages = config.parallelism.pipeline_model_parallel_size
+    interleaved = config.parallelism.virtual_pipeline_model_parallel_size > 1
+    multiple = run.replicas * (stages if interleaved else 1)
+    plan = ListedBatchPlan(micro_batches, config.training.global_batch_size // size, multiple)
+    return ListedData(sets, order, pipeline, plan)
+
+
+def _open_validation_set(one: ValidationSet, cache: CacheConfig) -> ShardSet:
+    where = f"validation.sets, {one.label}"
+    try:
+        shards = ShardSet(one.path, cache=cache)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).replace('correct data.train', 'correct its path')}") from error
+    if not len(shards):
+        raise UserError(f"{where}: {one.path} holds no samples; build it again, or leave it out")
+    return shards
 
 
 def load_tokenizer(run: ResolvedRun) -> Tokenizer:

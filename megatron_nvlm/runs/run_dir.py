@@ -49,6 +49,11 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def validation_at_start(self) -> Path:
+        """Losses of the validation sets before step 1, as JSON (training/validation.py)."""
+        return self.path / "validation_at_start.json"
+
+    @property
     def quarantine(self) -> Path:
         """One JSON object a bad sample: step, key, shard, number (index in its set), kind, reason, source."""
         return self.path / "quarantine.jsonl"

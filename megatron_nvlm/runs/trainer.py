@@ -4,8 +4,9 @@ import logging
 from functools import partial
 
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 
-from megatron_nvlm.data.loading.builder import BatchSettings, OpenedData
+from megatron_nvlm.data.loading.builder import BatchSettings, ListedData, OpenedData
 from megatron_nvlm.data.loading.loader import Loader, MicroBatchLoader
 from megatron_nvlm.data.loading.shared_decoding import SharingLoader, TileShare
 from megatron_nvlm.models.chunks import ModelChunks
@@ -18,11 +19,12 @@ from megatron_nvlm.training.loop import Trainer
 from megatron_nvlm.training.optimizer import build_optimizer
 from megatron_nvlm.training.step import wrap_model
 from megatron_nvlm.training.trainable import describe, freeze
+from megatron_nvlm.training.validation import StartLosses, Validator
 
 logger = logging.getLogger(__name__)
 
 
-def make_trainer(run: ResolvedRun, data: OpenedData, device: Device) -> Trainer:
+def make_trainer(run: ResolvedRun, data: OpenedData, device: Device, validation: ListedData | None = None) -> Trainer:
     """Build, freeze, wrap. Process groups must be there."""
     config = run.config
     distributed = config.parallelism.use_distributed_optimizer
@@ -46,16 +48,36 @@ def make_trainer(run: ResolvedRun, data: OpenedData, device: Device) -> Trainer:
         loader=make_loader(run, data, device, has_first_layer=bare.pre_process),
         data=config.data,
         save_every_steps=config.checkpoint.save_every_steps,
+        validator=make_validator(run, validation, device, wrapped, bare) if validation is not None else None,
     )
 
 
-def make_loader(run: ResolvedRun, data: OpenedData, device: Device, has_first_layer: bool) -> Loader:
+def make_validator(
+    run: ResolvedRun,
+    data: ListedData,
+    device: Device,
+    wrapped: list[DistributedDataParallel],
+    bare: ModelChunks,
+) -> Validator:
+    """What measures the losses of `validation.sets`."""
+    return Validator(
+        config=run.config.validation,
+        data=data,
+        models=wrapped,
+        device=device.torch_device,
+        open_loader=partial(make_loader, run, data, device, has_first_layer=bare.pre_process),
+        at_start=StartLosses(run.run_dir.validation_at_start, data),
+    )
+
+
+def make_loader(run: ResolvedRun, data: OpenedData | ListedData, device: Device, has_first_layer: bool) -> Loader:
     """This rank's loader; only a rank that encodes tiles keeps their pixels."""
     config = run.config
     shares_tiles = config.parallelism.vision_placement == "replicated"
+    size, batch_size = config.training.micro_batch_size, config.training.global_batch_size
     batch = BatchSettings(
-        config.training.micro_batch_size,
-        config.training.global_batch_size,
+        size,
+        data.plan.micro_batches_per_step * size if isinstance(data, ListedData) else batch_size,
         (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()),
         run.token_multiple,
         with_pixels=has_first_layer or shares_tiles,

@@ -49,6 +49,10 @@ class MicroBatch:
     """Number of `tiles[0]` among them."""
     adjustments: tuple[str, ...] = ()
     """What samples gave up so that they fit, one name for each that did."""
+    datasets: tuple[int, ...] = ()
+    """Of each sample, which of the sets it is from; empty where nobody asks."""
+    sample_tiles: tuple[int, ...] = ()
+    """Tiles of each sample; empty where nobody asks."""
     boundaries: tuple[int, ...] = ()
     """`cu_seqlens` on the host, so that nobody waits for the device to know them."""
     target_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))

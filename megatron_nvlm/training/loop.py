@@ -27,6 +27,7 @@ from megatron_nvlm.training.sample_files import SampleWriter
 from megatron_nvlm.training.skipped_updates import SkippedUpdates, agree
 from megatron_nvlm.training.step import StepResult, run_step
 from megatron_nvlm.training.stragglers import StragglerWatch, as_metric
+from megatron_nvlm.training.validation import Validator
 from megatron_nvlm.training.watchdog import SAVE, START, STEP, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Trainer:
     loader: Loader
     data: DataConfig
     save_every_steps: int
+    validator: Validator | None = None
+    """None where `validation.sets` names none."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,10 @@ def train(
     """
     progress, bad_samples, seen = start, 0, 0
     reducer = MetricReducer(trainer.device)
+    sources = [source.label for source in trainer.data.train]
+    measured = _Validation(trainer, reports.metrics, stop, saver, watchdog)
+    if not measured.begin(start.step):
+        return Outcome(start, False)
     while progress.step < trainer.train_steps:
         began = time.monotonic()
         number = progress.step + 1
@@ -136,7 +143,7 @@ def train(
         )
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
-        own_metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model)
+        own_metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model, sources)
         totals = step_totals(reducer.merge(own_metrics), result.grad_norm)
         stops = stop.agree(trainer.device)
         progress = Progress(number, trainer.loader.after(position))
@@ -148,6 +155,9 @@ def train(
         if result.skipped:
             record["skipped"] = result.skipped
             reports.samples.write_skipped(number, result.skipped, result.keys)
+        done = progress.step == trainer.train_steps
+        if not stops:
+            stops = measured.after(progress.step, done, record)
         reports.metrics.write(record)
         for straggler in slow:
             reports.metrics.say(straggler.describe(reports.stragglers.window_steps))
@@ -157,12 +167,61 @@ def train(
         _check_samples((bad_samples, seen), trainer.data.max_bad_fraction, saver)
         watchdog.beat(number, "saving a checkpoint", limit=SAVE)
         saver.poll()
-        done = progress.step == trainer.train_steps
         if done or stops or progress.step % trainer.save_every_steps == 0:
             saver.save(progress, wait=done or stops)
         if stops:
             return Outcome(progress, done)
     return Outcome(progress, True)
+
+
+class _Validation:
+    """The run's validations; without a validator they do nothing."""
+
+    def __init__(
+        self, trainer: Trainer, metrics: MetricsWriter, stop: StopRequest, saver: CheckpointSaver, watchdog: Watchdog
+    ) -> None:
+        self.trainer, self.metrics, self.stop, self.saver, self.watchdog = trainer, metrics, stop, saver, watchdog
+        self._at_start: dict[str, object] = {}
+
+    def begin(self, step: int) -> bool:
+        """Measure before step 1, or read what was measured then; False if the run is to stop."""
+        validator = self.trainer.validator
+        if validator is None:
+            return True
+        if step:
+            validator.at_start.read(validator.config)
+            return True
+        return self._measure(0, self._at_start, "validation_at_start")
+
+    def after(self, step: int, is_last: bool, record: dict[str, object]) -> bool:
+        """Measure after a step, where that is due, for its record; True if the run is to stop."""
+        record.update(self._at_start)
+        self._at_start = {}
+        validator = self.trainer.validator
+        if validator is None or not validator.is_due(step, is_last):
+            return False
+        return not self._measure(step, record, "validation")
+
+    def _measure(self, step: int, record: dict[str, object], key: str) -> bool:
+        validator = self.trainer.validator
+        assert validator is not None
+        self.watchdog.beat(step, "validation")
+        measured = validator.measure(partial(self.watchdog.beat, step, "validation"), self._stops)
+        if measured is None:
+            return False
+        if step == 0:
+            validator.at_start.keep(measured, validator.config)
+        rows, warning = validator.at_start.compare(measured.rows, validator.config.text_margin)
+        record |= {key: rows, f"{key}_seconds": measured.seconds}
+        if warning:
+            record[f"{key}_warning"] = warning
+        if step == 0:
+            self.metrics.show_validation(step, rows, measured.seconds)
+        return True
+
+    def _stops(self) -> bool:
+        self.saver.poll()  # a save in flight is not kept waiting
+        return self.stop.agree(self.trainer.device)
 
 
 def _record(
@@ -192,6 +251,7 @@ def _record(
         **totals.adjustments,
         "bad": bad,
         "gates": totals.gates,
+        "sources": totals.sources,
     }
     if trainer.data.packing.enabled:
         room = trainer.config.global_batch_size * trainer.data.sequence_length

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,10 @@ from megatron_nvlm.trackers.config import MlflowConfig, WandbConfig
 from megatron_nvlm.training.metric import Metric, Reduce
 from megatron_nvlm.training.sample_files import open_lines
 from megatron_nvlm.training.step import StepResult
+from megatron_nvlm.training.validation import describe
 
-GATE = "gate/"
-"""Names of the gates' metrics begin so."""
+GATE, SOURCE_LOSS, SOURCE_TARGETS = "gate/", "source_loss/", "source_targets/"
+"""Names of the metrics of gates and of sources (sets of data.train) begin so."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,18 @@ class StepTotals:
     """Samples that gave something up so that they fit, by name of data.prepare.ADJUSTMENTS."""
     gates: dict[str, float]
     """tanh(gate) of each cross-attention layer."""
+    sources: dict[str, dict[str, float]]
+    """Loss and targets of each set of data.train by its name; of those with a target in this step."""
 
 
-def rank_metrics(result: StepResult, bad_samples: int, model: NVLMModel | ModelChunks) -> list[Metric]:
+def rank_metrics(
+    result: StepResult, bad_samples: int, model: NVLMModel | ModelChunks, sources: Sequence[str] = ()
+) -> list[Metric]:
     """What this rank reports of a step, so that each replica's data and losses are counted once.
 
     Args:
         bad_samples: of this rank in this step.
+        sources: names of the sets of data.train, in their order.
     """
     metrics = [
         Metric("most_encoded_tiles", result.encoded_tiles, Reduce.MAX),
@@ -81,6 +88,7 @@ def rank_metrics(result: StepResult, bad_samples: int, model: NVLMModel | ModelC
         metrics += [
             Metric("loss_sum", result.loss_sum, Reduce.SUM),
             Metric("targets", result.num_targets, Reduce.SUM),
+            *_source_metrics(result, sources),
         ]
     if first_tensor_rank and model.pre_process:
         metrics += [
@@ -100,10 +108,25 @@ def rank_metrics(result: StepResult, bad_samples: int, model: NVLMModel | ModelC
     return metrics
 
 
+def _source_metrics(result: StepResult, sources: Sequence[str]) -> list[Metric]:
+    """Sums of losses and numbers of targets by source; of every source, since each step reports the same names."""
+    losses, targets = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0)
+    for sample in result.samples if sources else ():
+        losses[sources[sample.dataset]] += sample.loss_sum
+        targets[sources[sample.dataset]] += sample.num_targets
+    return [
+        *(Metric(f"{SOURCE_LOSS}{name}", value, Reduce.SUM) for name, value in losses.items()),
+        *(Metric(f"{SOURCE_TARGETS}{name}", value, Reduce.SUM) for name, value in targets.items()),
+    ]
+
+
 def step_totals(merged: dict[str, float], grad_norm: float) -> StepTotals:
     """A step's totals from the metrics of all ranks."""
     layers = sorted(int(name.removeprefix(GATE)) for name in merged if name.startswith(GATE))
     per_rank = merged["tiles_per_rank"]
+    targets = {
+        name.removeprefix(SOURCE_TARGETS): value for name, value in merged.items() if name.startswith(SOURCE_TARGETS)
+    }
     return StepTotals(
         loss=merged["loss_sum"] / max(merged["targets"], 1),
         grad_norm=math.nan if merged["unsound_norms"] and math.isfinite(grad_norm) else grad_norm,
@@ -117,6 +140,11 @@ def step_totals(merged: dict[str, float], grad_norm: float) -> StepTotals:
         bad_samples=round(merged["bad_samples"]),
         adjustments={name: round(merged[name]) for name in ADJUSTMENTS},
         gates={f"layer_{layer}": merged[f"{GATE}{layer}"] for layer in layers},
+        sources={
+            name: {"loss": merged[f"{SOURCE_LOSS}{name}"] / count, "targets": round(count)}
+            for name, count in targets.items()
+            if count
+        },
     )
 
 
@@ -148,7 +176,7 @@ class MetricsWriter:
         self._started = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
-        """One step. `record` has its number under `step` and its loss under `loss`."""
+        """One step. `record` has its number under `step`, its loss under `loss`, and a validation after it, if any."""
         if not self.active:
             return
         self._file.write(json.dumps(record) + "\n")
@@ -158,6 +186,8 @@ class MetricsWriter:
                     self._board.add_scalar(key, value, record["step"])
             for layer, gate in record["gates"].items():
                 self._board.add_scalar(f"gates/{layer}", gate, record["step"])
+            for name, source in record["sources"].items():
+                self._board.add_scalar(f"source_loss/{name}", source["loss"], record["step"])
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix(loss=f"{record['loss']:.4f}")
@@ -168,6 +198,26 @@ class MetricsWriter:
                 f"{record['seconds']:.2f} s/step",
                 flush=True,
             )
+        if "validation" in record:
+            shown = (record["validation"], record["validation_seconds"], record.get("validation_warning", ""))
+            self.show_validation(record["step"], *shown)
+
+    def show_validation(
+        self, step: int, rows: Mapping[str, Mapping[str, Any]], seconds: float, warning: str = ""
+    ) -> None:
+        """A validation on TensorBoard and on the terminal; `write` calls it for those that a step's record holds."""
+        if not self.active:
+            return
+        if self._board is not None:
+            for name, row in rows.items():
+                for key in ("loss", "token_accuracy", "loss_rise"):
+                    if row.get(key) is not None:
+                        self._board.add_scalar(f"validation/{name}/{key}", row[key], step)
+        for line in (*describe(step, rows, seconds), *((f"warning: {warning}",) if warning else ())):
+            if self._bar is not None:
+                self._bar.write(line)
+            else:
+                print(line, flush=True)
 
     def say(self, sentence: str) -> None:
         """A line on rank 0's terminal, beside the bar."""

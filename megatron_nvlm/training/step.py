@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_nvlm.models.chunks import ModelChunks, chunks_of
 from megatron_nvlm.models.clocks import DeviceClock
 from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVER_TENSOR_PARALLEL, marked
+from megatron_nvlm.models.language_model import TargetLosses
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
@@ -49,6 +50,22 @@ class StepResult:
     """Until the gradients of this rank's replica were ready, before other replicas are waited for."""
     skipped: str
     """Why the update was left out; empty for one that was made."""
+    samples: tuple["SampleLoss", ...]
+    """Of this replica, in order; known on the last pipeline stage only."""
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """What a micro-batch's forward pass gave of one sample."""
+
+    dataset: int
+    """Which of the sets it is from."""
+    has_images: bool
+    loss_sum: float
+    """Over its targets, in nats."""
+    num_targets: int
+    num_right: int
+    """Targets that are the most likely token; 0 in training."""
 
 
 def wrap_model(
@@ -113,11 +130,22 @@ def _sum_over(group: dist.ProcessGroup, models: list[Any], mark: str) -> None:
         offset += gradient.numel()
 
 
-def loss_function(micro_batch: MicroBatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_function(micro_batch: MicroBatch, losses: TargetLosses) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the losses of the targets and their number; core divides once, by the number in the global batch."""
     num_targets = micro_batch.loss_mask.sum()
-    report = torch.stack([loss_sum.detach().double(), num_targets.double()])
-    return loss_sum, num_targets.to(torch.int), {"loss": report}
+    report = torch.stack([losses.total.detach().double(), num_targets.double()])
+    return losses.total, num_targets.to(torch.int), {"loss": report, "samples": _sample_sums(micro_batch, losses)}
+
+
+def _sample_sums(micro_batch: MicroBatch, losses: TargetLosses) -> Tensor:
+    """Sum of losses, targets, and targets that are most likely, of each sample: float64 [3, samples]."""
+    sample = torch.bucketize(micro_batch.target_rows, micro_batch.cu_seqlens[1:], right=True)  # [r]
+    numbers = torch.arange(len(micro_batch.keys), device=sample.device)  # [samples]
+    own = sample == numbers[:, None]  # [samples, r]
+    right = torch.zeros_like(own) if losses.right is None else own & losses.right
+    # Chosen, not multiplied: the loss of one sample may be infinite. One order of the sum: two runs give equal bits.
+    sums = torch.where(own, losses.each.double(), 0.0).sum(1)  # [samples]
+    return torch.stack([sums, own.sum(1).double(), right.sum(1).double()])
 
 
 class _ForwardSteps:
@@ -134,6 +162,8 @@ class _ForwardSteps:
         self.first_chunk: NVLMModel = models[0].module
         self.device, self.on_micro_batch = device, on_micro_batch
         self.tokens = self.tiles = 0
+        self.samples: list[tuple[int, bool]] = []
+        """Set of each sample, and whether it has images."""
         self.keys: list[tuple[str, ...]] = []
         self.adjustments: Counter[str] = Counter()
         self.vision: SpreadVision | None = None
@@ -155,10 +185,40 @@ class _ForwardSteps:
             self.tiles += micro_batch.num_tiles
             self.keys.append(micro_batch.keys)
             self.adjustments.update(micro_batch.adjustments)
+            unknown = (0,) * len(micro_batch.keys)
+            tiles = micro_batch.sample_tiles or unknown
+            self.samples += zip(micro_batch.datasets or unknown, (count > 0 for count in tiles), strict=True)
         micro_batch = micro_batch.to(self.device)
         if features is not None:
             features = features.to(self.device)
         return module(micro_batch, features, with_loss=True), partial(loss_function, micro_batch)
+
+    def run(
+        self, models: list[DistributedDataParallel], num_micro_batches: int, forward_only: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """All micro-batches through core's schedule; returns the reports of `loss_function` on the last stage."""
+        single = len(models) == 1
+        reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=self,
+            data_iterator=self.work if single else list(tee(self.work, len(models))),
+            model=models[0] if single else models,
+            num_microbatches=num_micro_batches,
+            # Of effect between interleaved stages only; elsewhere shapes travel with the tensors (variable_seq_lengths).
+            seq_length=self.first_chunk.payload_tokens or 1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return reports
+
+    def sample_losses(self, reports: list[dict[str, Tensor]]) -> tuple[SampleLoss, ...]:
+        """What the reports say of each sample."""
+        if not reports:
+            return ()
+        sums = torch.cat([report["samples"] for report in reports], dim=1).T.tolist()
+        return tuple(
+            SampleLoss(dataset, has_images, loss_sum, int(targets), int(right))
+            for (dataset, has_images), (loss_sum, targets, right) in zip(self.samples, sums, strict=True)
+        )
 
 
 def run_step(
@@ -185,17 +245,7 @@ def run_step(
         model.zero_grad_buffer()
     if optimizer is not None:
         optimizer.zero_grad()
-    single = len(models) == 1
-    reports = get_forward_backward_func()(
-        forward_step_func=steps,
-        data_iterator=steps.work if single else list(tee(steps.work, len(models))),
-        model=models[0] if single else models,
-        num_microbatches=num_micro_batches,
-        # Of effect between interleaved stages only; elsewhere shapes travel with the tensors (variable_seq_lengths).
-        seq_length=steps.first_chunk.payload_tokens or 1,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    reports = steps.run(models, num_micro_batches)
     total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
     grad_norm, skipped = 0.0, ""
     if optimizer is not None and judge is not None:
@@ -209,5 +259,24 @@ def run_step(
     encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
     return StepResult(
         *(total[0], total[1], grad_norm, steps.tokens, steps.tiles, tuple(steps.keys), steps.adjustments),
-        *(encoded_tiles, vision_seconds, clock.take_seconds(), skipped),
+        *(encoded_tiles, vision_seconds, clock.take_seconds(), skipped, steps.sample_losses(reports)),
     )
+
+
+def evaluate_step(
+    models: list[DistributedDataParallel],
+    micro_batches: Iterator[MicroBatch],
+    num_micro_batches: int,
+    device: torch.device,
+    on_micro_batch: Callable[[tuple[str, ...]], None] = lambda keys: None,
+) -> tuple[SampleLoss, ...]:
+    """Forward pass alone, through the same schedule as a step's; the models must be in evaluation mode (`eval()`).
+
+    Returns:
+        Samples of this replica, in order; nothing before the last pipeline stage.
+    """
+    with torch.no_grad():
+        steps = _ForwardSteps(models, micro_batches, device, on_micro_batch)
+        reports = steps.run(models, num_micro_batches, forward_only=True)
+    steps.first_chunk.vision_clock.take()  # what it counted is no part of the next step
+    return steps.sample_losses(reports)

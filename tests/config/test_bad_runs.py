@@ -90,6 +90,16 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("logging.mlflow.uri=''", "logging.mlflow.uri is empty; give a name, or leave it out"),
         ("logging.wandb.projekt=a", r"unknown key logging.wandb.projekt; did you mean logging.wandb.project\?"),
         ("training.timeout_seconds=0", "training.timeout_seconds is 0"),
+        ("validation.every_steps=0", "validation.every_steps is 0; it must be at least 1"),
+        ("validation.samples=0", "validation.samples is 0; it must be at least 1, or null for whole sets"),
+        ("validation.text_margin=-1", "validation.text_margin is -1.0; it must be 0 or a positive number"),
+        ("validation.set=[]", r"unknown key validation.set; did you mean validation.sets\?"),
+        (
+            "validation.sets=[{path: a/b, name: c}, {path: a/c/}]",
+            "the name 'c' twice .entries 0 and 1.; give one of them",
+        ),
+        ("validation.sets=[{path: a/b, samples: 0}]", r"validation.sets.0.samples .b. is 0; it must be at least 1, or"),
+        ("validation.sets=[{path: /}]", "validation.sets.0 has the path '/', which gives no name; give it a name"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nvlm.demo import data as demo_data
+from megatron_nvlm.demo.report import draw_metrics
 from tests.support.launch import environment
 
 STEPS = 6
@@ -53,6 +54,16 @@ def test_the_demo_ends_with_a_report(tmp_path: Path, variant: str) -> None:
     if variant == "h":  # a finished run is not trained again
         run_demo(tmp_path, variant)
         assert (run_dir / "metrics.jsonl").read_text() == metrics
+
+
+def test_validation_losses_are_drawn_where_all_validations_have_them() -> None:
+    rows = [{"step": step, "loss": 1.0, "gates": {}} for step in (1, 2, 3)]
+    assert "validation loss" not in draw_metrics(rows)
+    rows[0]["validation"] = {"a/text": {"loss": 2.0}, "a/images": {"loss": None}}
+    rows[2]["validation"] = {"a/text": {"loss": 1.0}, "b/text": {"loss": 1.0}}
+    page = draw_metrics(rows)
+    assert "validation loss" in page and "a/text" in page
+    assert "a/images" not in page and "b/text" not in page
 
 
 def test_training_and_held_out_images_share_no_source_item() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_nvlm.ops import interval_attention as plain
 from megatron_nvlm.ops import linear_cross_entropy as loss_module
-from megatron_nvlm.ops.linear_cross_entropy import VocabularyPart, linear_cross_entropy
+from megatron_nvlm.ops.linear_cross_entropy import VocabularyPart, linear_cross_entropy, score_rows
 
 pytest.importorskip("triton", reason="triton is not installed")
 if torch.cuda.is_available():
@@ -104,6 +104,19 @@ def test_linear_cross_entropy(rows: int, kernel: bool, dtype: torch.dtype, monke
     exact = [exact_each.sum(), exact_each, *torch.autograd.grad(2 * exact_each.sum(), wide)]
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert [error(*pair) <= bound for pair in zip(found, exact, strict=True)] == [True] * 4
+    scored, right = score_rows(hidden, weight, labels, VocabularyPart(None, 4990))
+    assert torch.equal(scored, each)
+    logits = (hidden @ weight.T)[:, :4990]
+    assert torch.equal(right, logits.argmax(1) == labels)
+    _, of_most_likely = score_rows(hidden, weight, logits.argmax(1), VocabularyPart(None, 4990))
+    assert of_most_likely.all() and len(of_most_likely) == rows
+
+
+def test_of_equally_likely_ids_the_first_is_predicted() -> None:
+    weight = torch.zeros(6, 3)
+    weight[[2, 4, 5]] = 1.0  # the last is padding
+    _, right = score_rows(torch.ones(3, 3), weight, torch.tensor([2, 4, 0]), VocabularyPart(None, 5))
+    assert right.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.3, -2.0])

@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 
+from megatron_nvlm.config.load import load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.data.fingerprint import PACKED_KEYS
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.runs import changes
-from megatron_nvlm.runs.changes import EFFECTS, REFUSALS, Effect, order_changes, refuse_changes, refuse_other_order
+from megatron_nvlm.runs.changes import (
+    EFFECTS,
+    REFUSALS,
+    Effect,
+    order_changes,
+    refuse_changes,
+    refuse_other_order,
+    settings_of,
+)
+from megatron_nvlm.runs.resolve import resolve_run
 
 PATH = Path("runs/a/checkpoints/step_00000001")
 
@@ -52,6 +62,12 @@ def test_what_takes_effect_or_has_none_is_not_refused(key: str) -> None:
     refuse_changes(PATH, {key: ([], [])}, [], goes_on=True)
     listed = changes.describe_effect(key, keep_schedule=True)
     assert bool(listed) == (EFFECTS[key] in (Effect.SCHEDULE, Effect.NEW_WEIGHTS))
+
+
+def test_sets_without_a_name_are_told_as_before_there_were_names() -> None:
+    run = resolve_run(load_run("demo_h"), 2)
+    told = settings_of(run.config, run.model)["data.train"]
+    assert [set(source) for source in told] == [{"path", "weight"}] * 2
 
 
 def test_order_changes() -> None:

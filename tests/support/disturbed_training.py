@@ -8,22 +8,26 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from megatron_nvlm import train
 from megatron_nvlm.checkpoint.async_save import CheckpointSaver
+from megatron_nvlm.models.language_model import TargetLosses
 from megatron_nvlm.training import step
 
 _loss_function, _save = step.loss_function, CheckpointSaver.save
 _calls = 0
 
 
-def _spoiled(micro_batch: Any, loss_sum: Any) -> Any:
+def _spoiled(micro_batch: Any, losses: TargetLosses) -> Any:
     global _calls
     _calls += 1
     spoiled = os.environ.get("SPOILED_STEPS", "").split(",")
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    return _loss_function(micro_batch, loss_sum * math.nan if last and str(_calls) in spoiled else loss_sum)
+    if last and str(_calls) in spoiled:
+        losses = replace(losses, total=losses.total * math.nan)
+    return _loss_function(micro_batch, losses)
 
 
 def _slow(self: CheckpointSaver, *arguments: Any, **named: Any) -> None:

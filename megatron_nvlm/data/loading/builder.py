@@ -11,6 +11,7 @@ from megatron_nvlm.data.loading.in_place import InPlace, Preparers
 from megatron_nvlm.data.loading.worker_pool import WorkerPool
 from megatron_nvlm.data.order.batches import BatchPlan, PackedBatchPlan, PlannedStep, UnpackedBatchPlan
 from megatron_nvlm.data.order.lengths import LengthCounter, TextTokenCounter, check_counts
+from megatron_nvlm.data.order.listed import ListedBatchPlan, ListedOrder
 from megatron_nvlm.data.order.order import BlendedOrder
 from megatron_nvlm.data.order.packing import PackingConfig
 from megatron_nvlm.data.prepare import PreparedSample, SamplePipeline
@@ -32,6 +33,17 @@ class OpenedData:
     order: BlendedOrder
     """Over the same sets."""
     pipeline: SamplePipeline
+
+
+@dataclass(frozen=True)
+class ListedData:
+    """Opened shards whose samples are read once in a fixed order."""
+
+    sets: Sequence[ShardSet]
+    order: ListedOrder
+    pipeline: SamplePipeline
+    plan: ListedBatchPlan
+    """Over all replicas."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +77,27 @@ def make_counter(pipeline: SamplePipeline) -> LengthCounter:
     )
 
 
-def make_plan(data: OpenedData, packing: PackingConfig, micro_batch_size: int, global_batch_size: int) -> BatchPlan:
+def check_text_counts(sets: Sequence[ShardSet], pipeline: SamplePipeline) -> None:
+    """Refuse, for packing, an index that does not count tokens as this run does; UserError names it."""
+    wanted = TextTokenCounter(pipeline.tokenizer, pipeline.template, pipeline.system).description
+    for shards in sets:
+        check_counts(shards.index, shards.location, wanted)
+
+
+def make_plan(
+    data: OpenedData | ListedData, packing: PackingConfig, micro_batch_size: int, global_batch_size: int
+) -> BatchPlan:
     """Which samples make which step.
 
     Raises:
         UserError: with packing, an index that does not count tokens as this run does.
     """
+    if isinstance(data, ListedData):
+        return data.plan
     if not packing.enabled:
         return UnpackedBatchPlan(micro_batch_size, global_batch_size)
     pipeline = data.pipeline
-    wanted = TextTokenCounter(pipeline.tokenizer, pipeline.template, pipeline.system).description
-    for shards in data.sets:
-        check_counts(shards.index, shards.location, wanted)
+    check_text_counts(data.sets, pipeline)
     indexes = [shards.index for shards in data.sets]
     return PackedBatchPlan(packing, data.order, indexes, make_counter(pipeline), global_batch_size)
 
@@ -89,7 +110,7 @@ class MicroBatchBuilder:
         ValueError: batch sizes that do not divide (config/rules.py refuses them in a run).
     """
 
-    def __init__(self, data: OpenedData, batch: BatchSettings, config: DataConfig) -> None:
+    def __init__(self, data: OpenedData | ListedData, batch: BatchSettings, config: DataConfig) -> None:
         self.data, self.batch, self.config = data, batch, config
         self.packs = config.packing.enabled
         rank_batch = batch.micro_batch_size * batch.data_parallel[1]

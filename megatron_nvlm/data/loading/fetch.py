@@ -1,7 +1,7 @@
 """One place of the order to a prepared sample, or to the record of why it is bad. Runs in workers; knows no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_nvlm.data.order.order import SampleId
 from megatron_nvlm.data.prepare import AllocateTiles, BadSample, PreparedSample, SamplePipeline, new_tiles
@@ -65,6 +65,6 @@ def fetch(
                 "index",
                 f"it has {len(prepared.sequence.tokens)} tokens and its index says {expected_tokens}; index it again",
             )
-        return prepared
+        return replace(prepared, dataset=sample.dataset)
     except BadSample as error:
         return BadRecord(key, shards.shard_of(sample.number), sample.number, error.kind, str(error), source)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from megatron_nvlm.data.config import DataConfig
-from megatron_nvlm.data.loading.builder import BatchSettings, MicroBatchBuilder, OpenedData
+from megatron_nvlm.data.loading.builder import BatchSettings, ListedData, MicroBatchBuilder, OpenedData
 from megatron_nvlm.data.loading.fetch import BadRecord
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.prepare import PreparedSample
@@ -42,7 +42,7 @@ class Loader(Protocol):
 class MicroBatchLoader:
     """A loader whose rank reads and decodes all of its samples. With workers, close it when done."""
 
-    def __init__(self, data: OpenedData, batch: BatchSettings, config: DataConfig) -> None:
+    def __init__(self, data: OpenedData | ListedData, batch: BatchSettings, config: DataConfig) -> None:
         self.builder = MicroBatchBuilder(data, batch, config)
         self._ahead: deque[tuple[int, ...]] = deque()
         """Micro-batches that were asked for, as tickets."""

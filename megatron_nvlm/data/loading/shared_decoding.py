@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_nvlm.data.config import DataConfig
-from megatron_nvlm.data.loading.builder import BatchSettings, MicroBatchBuilder, OpenedData
+from megatron_nvlm.data.loading.builder import BatchSettings, ListedData, MicroBatchBuilder, OpenedData
 from megatron_nvlm.data.loading.fetch import BadRecord
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.data.prepare import PreparedSample
@@ -89,7 +89,9 @@ class SharingLoader:
         share: this rank's.
     """
 
-    def __init__(self, share: TileShare, data: OpenedData, batch: BatchSettings, config: DataConfig) -> None:
+    def __init__(
+        self, share: TileShare, data: OpenedData | ListedData, batch: BatchSettings, config: DataConfig
+    ) -> None:
         self.builder = MicroBatchBuilder(data, batch, config)
         self.share = share
         self._steps: deque[_Step] = deque()

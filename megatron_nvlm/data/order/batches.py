@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_nvlm.data.order.lengths import LengthCounter, SampleSizes
-from megatron_nvlm.data.order.order import BlendedOrder
+from megatron_nvlm.data.order.order import BlendedOrder, SampleId
 from megatron_nvlm.data.order.packing import PackingConfig, pack_window
 from megatron_nvlm.data.shards.index import Index
 from megatron_nvlm.errors import UserError
@@ -134,10 +134,15 @@ class PackedBatchPlan:
     def sizes(self, start: int) -> SampleSizes:
         """Sizes of the window's samples, in their order."""
         ids = [self.order(start + place) for place in range(self.config.window_samples)]
-        tokens = np.zeros(len(ids), dtype=np.int64)
-        tiles = np.zeros(len(ids), dtype=np.int64)
-        for dataset, index in enumerate(self.indexes):
-            places = [place for place, sample in enumerate(ids) if sample.dataset == dataset]
-            sizes = self.counter.sizes(index, [ids[place].number for place in places])
-            tokens[places], tiles[places] = sizes.tokens, sizes.tiles
-        return SampleSizes(tokens, tiles)
+        return sizes_of(ids, self.indexes, self.counter)
+
+
+def sizes_of(samples: Sequence[SampleId], indexes: Sequence[Index], counter: LengthCounter) -> SampleSizes:
+    """Sizes of samples of several sets, in their order."""
+    tokens = np.zeros(len(samples), dtype=np.int64)
+    tiles = np.zeros(len(samples), dtype=np.int64)
+    for dataset, index in enumerate(indexes):
+        places = [place for place, sample in enumerate(samples) if sample.dataset == dataset]
+        sizes = counter.sizes(index, [samples[place].number for place in places])
+        tokens[places], tiles[places] = sizes.tokens, sizes.tiles
+    return SampleSizes(tokens, tiles)
