@@ -28,3 +28,7 @@ class RunConfig:
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def trainable_components(self) -> tuple[str, ...]:
+        """The components that train; UserError if the recipe names what there is not."""
+        return self.recipe.trainable_components(self.model.lora.rank > 0)
