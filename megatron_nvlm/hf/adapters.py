@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = (
     # Which layers have adapters is told by the weights.
     *("target_modules", "exclude_modules", "layers_pattern"),
     # Of the values before training, where it does not change the base model; of memory; of a kind that is left out.
-    *("eva_config", "runtime_config", "qalora_group_size"),
+    *("eva_config", "runtime_config", "qalora_group_size", "megatron_core"),
 )
 """Keys of adapter_config.json that change nothing here. Any other key that is not false or empty is refused."""
 _BASE_STAYS = (True, False, None, "gaussian", "eva", "orthogonal")
