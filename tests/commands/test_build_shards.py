@@ -204,7 +204,7 @@ def test_bad_inputs_are_each_named(material: Path, capsys: pytest.CaptureFixture
         (json.dumps({"image": "0.png", "conversations": turns}), "its text has 2 <image> and it has 1 images"),
         (json.dumps({"conversations": turns[:1]}), "it has no answer"),
         ('{"question": "q", "answer": 4}', "its 'answer' is empty or no text"),
-        ('{"conversations": [{"from": "cat", "value": "x"}]}', "turn 0 of its conversation needs 'from'"),
+        ('{"conversations": [{"from": "cat", "value": "x"}]}', "and 'value', and its 'from' is 'cat'"),
         ('{"conversations": "hello"}', "no list of turns"),
         ("\x00\xff", "its JSON is broken"),
     ]
