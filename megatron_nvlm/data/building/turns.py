@@ -142,8 +142,8 @@ def _refuse_index(fields: Mapping[str, Any], before: int) -> None:
     index = fields.get("index", before)
     if index != before:
         raise UserError(
-            f"a part of its conversation is picture {before} and has 'index' {index!r}; list pictures in the order in which they "
-            "stand, and leave the index out"
+            f"a part of its conversation is picture {before} and has 'index' {index!r}; list pictures in the order in which "
+            "they stand, and leave the index out"
         )
 
 

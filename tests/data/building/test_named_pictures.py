@@ -182,3 +182,9 @@ def test_pictures_of_a_tar_and_of_its_json_keep_their_order(tmp_path: Path) -> N
 def test_what_is_no_picture_is_a_short_reject(tmp_path: Path, image: Any, says: str) -> None:
     samples, (reject,) = build_lines(tmp_path, {"image": image, **asked("?")})
     assert samples == [] and says in reject and len(reject) < 400
+
+
+def test_a_reject_names_the_members_that_were_passed_over(tmp_path: Path) -> None:
+    members = [("0.jpg", coloured("red", "JPEG")), ("0.context.txt", "What?"), ("0.answers.txt", "red")]
+    samples, (reject,) = build_tar(tmp_path, *members)
+    assert samples == [] and "it has id; members that are not read: context.txt, answers.txt" in reject
