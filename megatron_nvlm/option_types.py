@@ -63,8 +63,17 @@ def utf8_text(text: str) -> str:
 def named_folder(text: str) -> Path:
     """A folder whose own name goes into keys and reports, and must be UTF-8."""
     path = Path(text)
+    if path.name in ("", ".."):  # the current folder, the one around it, the root
+        path = path.resolve()
     utf8_text(path.name)
     return path
+
+
+def local_path(text: str) -> Path:
+    """A file or folder of this machine; a path would lose a slash of a URL."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL, and only local files are read; fetch it first")
+    return Path(text)
 
 
 def positive_float(text: str) -> float:

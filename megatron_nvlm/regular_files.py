@@ -49,4 +49,5 @@ def check_regular(path: str | Path) -> None:
         return
     kind = next((name for is_kind, name in _KINDS if is_kind(mode)), None)
     if kind is not None:
-        raise UserError(f"{path} is {kind} and no file; write its content into a file and name that")
+        advice = "name a file in it" if kind == "a folder" else "write its content into a file and name that"
+        raise UserError(f"{path} is {kind} and no file; {advice}")

@@ -1,6 +1,7 @@
 """Numbers that mean nothing are refused by the command line, in every command that takes them."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -31,6 +32,15 @@ WRONG = [
     ("commands.build_shards", ["--out", "x", "--jsonl", "y"], "--system", "\udcc4\udce3", "is not UTF-8"),
     ("commands.build_shards", ["--out", "x", "--jsonl", "y"], "--caption-prompt", "\udcc4\udce3", "is not UTF-8"),
     ("commands.build_shards", ["--out", "x", "--jsonl", "y"], "--keep", "\udcc4\udce3", "is not UTF-8"),
+    (
+        "commands.build_shards",
+        ["--out", "x"],
+        "--webdataset",
+        "s3://a/{0..3}.tar",
+        "s3://a/{0..3}.tar is a URL, and only",
+    ),
+    ("commands.build_shards", ["--out", "x"], "--table", "https://a/b.parquet", "https://a/b.parquet is a URL"),
+    ("commands.convert_checkpoint", ["import", "--variant", "d", "--out", "x"], "--hf", "https://a/b", "is a URL"),
     ("commands.chat_page", ["--run-dir", "x"], "--port", "70000", "70000 is over 65535"),
     ("commands.inspect_sample", ["--shards", "x"], "--tile-size", "14", "14 is under 28"),
     ("commands.dry_run", ["--config", "demo_h"], "--world-size", "1000000000000", "is over 10000000"),
@@ -57,6 +67,14 @@ def test_one_sentence_and_no_work(
         status = ended.code
     last = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and option in last and words in last
+
+
+@pytest.mark.parametrize("text", [".", "./", "..", "a/.."])
+def test_a_folder_without_a_name_of_its_own(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of samples begin with the folder's name."""
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outer" / "inner")
+    assert option_types.named_folder(text).name == ("outer" if text == ".." else "inner")
 
 
 @given(st.text(max_size=8) | st.integers().map(str) | st.floats().map(str))

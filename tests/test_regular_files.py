@@ -11,6 +11,7 @@ from tests.support.launch import environment
 
 COMMANDS = {
     "tools.build_shards --out o --jsonl {pipe}": "is a pipe and no file",
+    "tools.build_shards --out o --jsonl {pipe} --tokenizer hf": "is a folder and no file; name a file in it",
     "tools.build_shards --out o --webdataset {pipe.tar}": "is a pipe and no file",
     "tools.build_shards --out o --webdataset {device.tar}": "is a device and no file",
     "tools.build_shards --out o --webdataset tars": "x.tar is a pipe and no file",

@@ -6,7 +6,7 @@ is written under another name and renamed when every rank is done (async_save.py
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_nvlm.core_compat import core_version, is_newer_than_core, minor_re
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.models.initialise import component_of
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.runs.run_dir import RunDir
 
@@ -223,12 +224,25 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:500]
 
 
-def load_model(path: Path, model: NVLMModel | ModelChunks) -> Progress:
-    """Weights alone, into any layout."""
-    state = {"model": model.sharded_state_dict(metadata=_metadata())}
+def load_model(path: Path, model: NVLMModel | ModelChunks, new_components: Collection[str] = ()) -> Progress:
+    """Weights alone, into any layout.
+
+    Args:
+        new_components: what the checkpoint lacks; it stays as it is.
+    """
+    state = {"model": _without(model.sharded_state_dict(metadata=_metadata()), new_components)}
     loaded = _load(state, path)
-    model.load_state_dict(loaded["model"])
+    model.load_state_dict(loaded["model"], strict=not new_components)
     return Progress.from_plain(loaded["progress"])
+
+
+def _without(state: dict[str, Any], components: Collection[str]) -> dict[str, Any]:
+    """A model's state, in chunks or not, without the weights of some components."""
+    return {
+        name: _without(entry, components) if isinstance(entry, dict) else entry
+        for name, entry in state.items()
+        if component_of(name) not in components
+    }
 
 
 def load(

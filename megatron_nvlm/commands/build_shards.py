@@ -9,7 +9,7 @@ Input is any number of
   --folder DIR       images, each with its caption in a .txt of the same name beside it; linked folders are followed
   --webdataset PATH  tars below a folder, a pattern ('a/*.tar'), braces ('shard-{000..127}.tar') or one tar: samples with a
                      .json of these forms or a .txt caption
---jsonl and tars may be compressed with gzip (.jsonl.gz, .json.gz, .tar.gz, .tgz).
+--jsonl and tars may be compressed with gzip (.jsonl.gz, .json.gz, .tar.gz, .tgz) or zstd (.jsonl.zst, .tar.zst).
 
 DIR gets shard-*.tar, the index, manifest.json, report.html, report.txt and rejects.jsonl. The same input and settings give
 the same bytes, whatever the number of processes. Killed at any moment, the same command goes on; inputs that were rejected
@@ -21,7 +21,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.data.building.build import REJECTS_FILE, Builder, BuildSettings
@@ -44,6 +43,7 @@ from megatron_nvlm.image.tiling import TilingConfig
 from megatron_nvlm.option_types import (
     batch_size,
     jpeg_quality,
+    local_path,
     megabytes,
     named_folder,
     natural_int,
@@ -137,14 +137,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=named_folder, required=True, metavar="DIR", help="folder of the new set")
-    add("--jsonl", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
-    add("--images-dir", type=Path, metavar="DIR", help="what paths in --jsonl are relative to (default: its folder)")
-    add("--internvl-meta", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
-    add("--table", type=Path, action="append", default=[], metavar="PATH", help="may be repeated; needs pyarrow")
-    add("--folder", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
-    add("--webdataset", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
+    add("--jsonl", type=local_path, action="append", default=[], metavar="FILE", help="may be repeated")
+    add(
+        "--images-dir",
+        type=local_path,
+        metavar="DIR",
+        help="what paths in --jsonl are relative to (default: its folder)",
+    )
+    add("--internvl-meta", type=local_path, action="append", default=[], metavar="FILE", help="may be repeated")
+    add("--table", type=local_path, action="append", default=[], metavar="PATH", help="may be repeated; needs pyarrow")
+    add("--folder", type=local_path, action="append", default=[], metavar="DIR", help="may be repeated")
+    add("--webdataset", type=local_path, action="append", default=[], metavar="PATH", help="may be repeated")
     _add_storing(add)
-    add("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer.json: counts tokens, which packing needs")
+    add(
+        "--tokenizer",
+        type=local_path,
+        metavar="FILE",
+        help="the run's tokenizer.json: counts tokens, which packing needs",
+    )
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="the run's data.template (default chatml)")
     add(
         "--system",

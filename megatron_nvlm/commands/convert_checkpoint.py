@@ -24,9 +24,9 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.hf.convert import compare
 from megatron_nvlm.hf.open_weights import inspect, open_any, open_pair
 from megatron_nvlm.models.weight_rows import CensusError
-from megatron_nvlm.option_types import natural_int, positive_float
+from megatron_nvlm.option_types import local_path, natural_int, positive_float
 from megatron_nvlm.parallel.groups import stop_groups
-from megatron_nvlm.runs.export_run import export_folder
+from megatron_nvlm.runs.export_run import ADAPTERS_OF_EXPORT, export_folder
 from megatron_nvlm.runs.import_folders import ImportRequest, import_folders, open_tokenizer, write_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,12 +54,18 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="Hugging Face folders -> a checkpoint").add_argument
-    add("--hf", type=Path, metavar="DIR", help="a whole NVLM folder")
-    add("--language-model", type=Path, metavar="DIR", help="a folder of any supported family")
-    add("--vision-model", type=Path, metavar="DIR", help="an InternViT folder")
+    add("--hf", type=local_path, metavar="DIR", help="a whole NVLM folder")
+    add("--language-model", type=local_path, metavar="DIR", help="a folder of any supported family")
+    add("--vision-model", type=local_path, metavar="DIR", help="an InternViT folder")
     add("--variant", choices=("d", "x", "h"), required=True)
     add("--out", type=Path, required=True, metavar="CKPT", help="a folder to make")
-    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json or tokenizer.model, if the folders have none")
+    add(
+        "--tokenizer",
+        type=local_path,
+        metavar="FILE",
+        help="a tokenizer.json or tokenizer.model, if the folders have none",
+    )
+    add("--adapters", type=local_path, metavar="DIR", help="adapters (LoRA) of the language model, as PEFT writes them")
     add("--dtype", choices=("keep", *DTYPES), default="keep", help="of the weights (default keep)")
     add("--seed", type=natural_int, default=1234, help="of new weights, as training.seed (default 1234)")
     add("overrides", nargs="*", help="model.key=value, such as model.cross_attention.interval=8")
@@ -67,15 +73,17 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, metavar="CKPT")
     add("--out", type=Path, required=True, metavar="DIR", help="a folder to make")
     add("--dtype", choices=("keep", *DTYPES), default="keep", help="of the weights (default keep)")
+    help_ = "of a run with model.lora: weights with the adapters in them, without them, or the adapters alone for PEFT"
+    add("--adapters", choices=ADAPTERS_OF_EXPORT, default="merged", help=f"{help_} (default merged)")
     add("--file-gigabytes", type=positive_float, default=5.0, help="most of a safetensors file (default 5)")
     add("overrides", nargs="*", help="section.key=value of the run, such as data.tokenizer=FILE")
     add = commands.add_parser("inspect", help="a table of parts: parameters, bytes, types").add_argument
-    add("paths", nargs="+", type=Path)
+    add("paths", nargs="+", type=local_path)
     add = commands.add_parser("verify", help="compare two of them, number by number").add_argument
-    add("first", type=Path)
-    add("second", type=Path)
+    add("first", type=local_path)
+    add("second", type=local_path)
     add = commands.add_parser("tokenizer", help="a tokenizer.model -> a tokenizer.json").add_argument
-    add("file", type=Path)
+    add("file", type=local_path)
     add("--out", type=Path, required=True, metavar="FILE", help="a file to make")
     return top
 
@@ -93,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
             DTYPES.get(options.dtype),
             options.seed,
             tuple(options.overrides),
+            options.adapters,
         )
         print(import_folders(request, lambda source: Progress(source, "import")))
     elif options.command == "export":
@@ -106,6 +115,7 @@ def run(options: argparse.Namespace) -> int:
                 dtype,
                 most_bytes,
                 lambda source: Progress(source, "export"),
+                options.adapters,
             )
         )
     elif options.command == "inspect":

@@ -23,7 +23,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.tile_budget import SourceImage, grid_choices
 from megatron_nvlm.image.tile_tags import TAG_FORMATS, tile_tags
 from megatron_nvlm.image.tiling import Grid, TilingConfig
-from megatron_nvlm.option_types import natural_int, tile_count, tile_pixels, token_count, utf8_text
+from megatron_nvlm.option_types import local_path, natural_int, tile_count, tile_pixels, token_count, utf8_text
 from megatron_nvlm.sequence.variants import VARIANTS
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM
 from megatron_nvlm.text.templates import TEMPLATES
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--stage", choices=STAGES, action="append", help="may be repeated; default: all")
     add("--variant", choices=tuple(VARIANTS), action="append", help="may be repeated; default: the run's, or all three")
     add("--config", type=Path, metavar="FILE", help="take all settings below from this run file")
-    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json")
+    add("--tokenizer", type=local_path, metavar="FILE", help="a tokenizer.json")
     add("--tile-size", type=tile_pixels, default=448, help="default 448")
     add("--max-tiles", type=tile_count, default=6, help="default 6")
     add("--tag-format", choices=TAG_FORMATS, default="1d", help="default 1d")

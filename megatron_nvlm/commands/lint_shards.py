@@ -8,13 +8,12 @@ is one line: place, kind, what is wrong. Fields and members that a build does no
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from megatron_nvlm.data.building.lint import Check, lint
 from megatron_nvlm.data.building.text import printable
 from megatron_nvlm.data.order.lengths import TextTokenCounter
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.option_types import process_count, utf8_text
+from megatron_nvlm.option_types import local_path, process_count, utf8_text
 from megatron_nvlm.text.conversation import DEFAULT_SYSTEM
 from megatron_nvlm.text.templates import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -29,9 +28,11 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m tools.lint_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("sets", type=Path, nargs="+", metavar="DIR", help="folders of shards, or single tars")
+    add("sets", type=local_path, nargs="+", metavar="DIR", help="folders of shards, or single tars")
     add("--headers-only", action="store_true", help="read images' headers alone: faster, and misses cut-off images")
-    add("--tokenizer", type=Path, metavar="FILE", help="compare the index's token counts with this tokenizer.json")
+    add(
+        "--tokenizer", type=local_path, metavar="FILE", help="compare the index's token counts with this tokenizer.json"
+    )
     add("--template", choices=tuple(TEMPLATES), default="chatml", help="with --tokenizer (default chatml)")
     add(
         "--system",

@@ -25,7 +25,7 @@ from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.score_cases import read_cases
 from megatron_nvlm.evaluation.score_model import open_scored, score_case, write_outputs
-from megatron_nvlm.option_types import positive_int
+from megatron_nvlm.option_types import local_path, positive_int
 from megatron_nvlm.parallel.groups import stop_groups
 from megatron_nvlm.runs.entry import global_rank, say, user_errors_end_the_process
 
@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="CKPT", help="a run's folder or a checkpoint below its checkpoints/")
-    add("--hf", type=Path, metavar="DIR", help="a whole NVLM folder")
-    add("--inputs", type=Path, required=True, metavar="FILE")
+    add("--hf", type=local_path, metavar="DIR", help="a whole NVLM folder")
+    add("--inputs", type=local_path, required=True, metavar="FILE")
     add("--out", type=Path, required=True, metavar="FILE")
     add("--tensor-parallel", type=positive_int, default=1, metavar="N")
     add("--pipeline-parallel", type=positive_int, default=1, metavar="M")

@@ -13,7 +13,7 @@ from megatron_nvlm.image.pixels import check_background
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.image.tiling import candidate_grids
 from megatron_nvlm.models.backends import BACKENDS
-from megatron_nvlm.models.config import ResolvedModel, check_model
+from megatron_nvlm.models.config import ModelConfig, ResolvedModel, check_model
 from megatron_nvlm.models.precision import find_precision
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def samples_fit_the_decoder(run: RunConfig, model: ResolvedModel, world_size: in
 
 def names_are_known(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Recipe, precision and template exist."""
-    run.recipe.trainable_components()
+    run.trainable_components()
     find_precision(run.training.precision)
     if run.checkpoint.verify not in VERIFY_CHOICES:
         raise UserError(f"checkpoint.verify is {run.checkpoint.verify!r}; choose one of {', '.join(VERIFY_CHOICES)}")
@@ -143,7 +143,7 @@ def packs_are_micro_batches(run: RunConfig, model: ResolvedModel, world_size: in
 
 def something_trains(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """The recipe names a component that this variant has."""
-    trainable = run.recipe.trainable_components()
+    trainable = run.trainable_components()
     if set(trainable) == {"cross_attention"} and not model.variant.needs_cross_attention:
         raise UserError(
             f"recipe.trainable is {list(trainable)} and NVLM-{model.variant.name.upper()} has no "
@@ -215,7 +215,11 @@ def schedule_is_possible(run: RunConfig, model: ResolvedModel, world_size: int) 
     """Learning rates and steps make a schedule."""
     check_optimizer(run.optimizer, run.training.train_steps)
     absent = set() if model.variant.needs_cross_attention else {"cross_attention"}
-    check_components(run.optimizer, set(run.recipe.trainable_components()) - absent)
+    check_components(run.optimizer, set(run.trainable_components()) - absent)
+
+
+def _dropouts(model: ModelConfig) -> tuple[float, ...]:
+    return model.hidden_dropout, model.attention_dropout, model.lora.dropout if model.lora.rank else 0.0
 
 
 def updates_can_be_judged(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
@@ -248,9 +252,9 @@ NOT_PROVEN: tuple[tuple[str, Callable[[RunConfig, ResolvedModel], bool], str], .
     ),
     (
         "dropout with tensor or pipeline parallelism",
-        lambda run, model: _splits_the_model(run) and max(run.model.hidden_dropout, run.model.attention_dropout) > 0,
-        "each layout would drop other elements, so it cannot be compared with one process; set model.hidden_dropout and "
-        "model.attention_dropout to 0",
+        lambda run, model: _splits_the_model(run) and max(_dropouts(run.model)) > 0,
+        "each layout would drop other elements, so it cannot be compared with one process; set model.hidden_dropout, "
+        "model.attention_dropout and model.lora.dropout to 0",
     ),
     (
         "a language model with tied embeddings in a pipeline with the distributed optimizer",

@@ -31,3 +31,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def trainable_components(self) -> tuple[str, ...]:
+        """The components that train; UserError if the recipe names what there is not."""
+        return self.recipe.trainable_components(self.model.lora.rank > 0)

@@ -15,6 +15,7 @@ import torch
 from megatron_nvlm.estimate.flops import ModelSizes, Work
 from megatron_nvlm.models.families.languages import family_of
 from megatron_nvlm.models.families.visions import vision_family_of
+from megatron_nvlm.models.initialise import ADAPTERS
 from megatron_nvlm.models.padding import pad_evenly
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.ops.linear_cross_entropy import CHUNK_ELEMENTS
@@ -111,13 +112,13 @@ class ActivationModel:
     def _trains(self, part: str) -> bool:
         return part in self.trainable
 
-    def _norm(self, elements: int, shard: int, trains: bool) -> int:
-        """A norm's input, and its output where a linear layer after it trains."""
-        output = self.dtype.itemsize * trains
+    def _norm(self, elements: int, shard: int, trains: bool, output_is_kept: bool | None = None) -> int:
+        """A norm's input, and its output where a linear layer after it trains (by default, where the norm does)."""
+        output = self.dtype.itemsize * (trains if output_is_kept is None else output_is_kept)
         if self.backend == "te":
             return elements * (self.dtype.itemsize + output) // shard
         wide = 4 + 4 * trains  # the input and the normalised input, in float32
-        return elements * (wide + (output if self.dtype != torch.float32 else 4 * trains)) // shard
+        return elements * (wide + output) // shard
 
     def _layer(self, work: Work) -> int:
         language, size, trains = self.sizes.language, self.dtype.itemsize, self._trains("language_model")
@@ -125,12 +126,32 @@ class ActivationModel:
         attention = 2 * queries + 2 * keys  # queries, keys, values and output
         if self.backend == "local":
             attention += queries + keys  # queries and keys before rotation stand beside the values
-        mlp = (4 + trains) * language.ffn_hidden_size  # both halves, activated, gated; and the second layer's input
+        inner = trains or self._has_adapter("down_proj")
+        mlp = (4 + inner) * language.ffn_hidden_size  # both halves, activated, gated; and the second layer's input
         split = work.num_tokens * size * (attention + mlp) // self._tensor
-        norms = 2 * self._norm(work.num_tokens * language.hidden_size, self._shard, trains)
+        inputs = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+        norms = sum(
+            self._norm(
+                work.num_tokens * language.hidden_size, self._shard, trains, trains or self._has_adapter(*targets)
+            )
+            for targets in inputs
+        )
         if family_of(language).query_key_norm:
             norms += self._norm(work.num_tokens * (queries + keys), self._tensor, trains)
-        return norms + split
+        return norms + split + self._narrow(work)
+
+    def _has_adapter(self, *targets: str) -> bool:
+        lora = self.sizes.lora
+        return bool(lora.rank) and self._trains(ADAPTERS) and not set(targets).isdisjoint(lora.targets)
+
+    def _narrow(self, work: Work) -> int:
+        """What stands between the two matrices of the adapters of a layer; of all tokens before a split layer."""
+        lora = self.sizes.lora
+        if not (lora.rank and self._trains(ADAPTERS)):
+            return 0
+        after = sum(target in lora.targets for target in ("o_proj", "down_proj"))
+        tokens = work.num_tokens * (len(lora.targets) - after) + work.num_tokens * after // self._shard
+        return self.dtype.itemsize * lora.rank * tokens
 
     def _cross_attention(self, work: Work) -> int:
         language, cross, size = self.sizes.language, self.sizes.cross_attention, self.dtype.itemsize

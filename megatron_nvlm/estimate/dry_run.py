@@ -61,6 +61,7 @@ class DryRunInput:
             self.model.config.cross_attention,
             self.model.config.recompute,
             encodes_twice=self.parallelism.vision_placement == "replicated",
+            lora=self.model.config.lora,
         )
 
 

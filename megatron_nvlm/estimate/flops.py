@@ -7,12 +7,14 @@ as much again for the gradient of its input and for that of its weights; frozen 
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.families.visions import vision_family_of
+from megatron_nvlm.models.initialise import ADAPTERS
+from megatron_nvlm.models.lora import LoraConfig
 from megatron_nvlm.ops.interval_attention import segments
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 from megatron_nvlm.sequence.variants import Variant
@@ -131,6 +133,7 @@ class ModelSizes:
     """none, selective or full, as in section `model`."""
     encodes_twice: bool = False
     """Whether an encoder that trains encodes its tiles again in the backward pass (vision_placement replicated)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def cross_attention_layers(self) -> frozenset[int]:
@@ -161,6 +164,7 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
         linear(work.num_tokens, hidden, 2 * language.ffn_hidden_size, language_trains),
         linear(work.num_tokens, language.ffn_hidden_size, hidden, language_trains),
     )
+    layer += _adapters(sizes, work.num_tokens, ADAPTERS in trains)
     self_attention = attention(work.self_pairs, queries)
 
     cross = sizes.cross_attention
@@ -209,6 +213,28 @@ def _with_recompute(linears: Flops, core_attention: Flops, recompute: str) -> Fl
         "full": linears.forward + core_attention.forward,
     }[recompute]
     return linears + core_attention + Flops(recompute=again)
+
+
+def adapter_sizes(language: LanguagePreset, target: str) -> tuple[int, int]:
+    """Inputs and outputs of the linear layer beside which an adapter stands."""
+    hidden, inner = language.hidden_size, language.ffn_hidden_size
+    if target in ("gate_proj", "up_proj"):
+        return hidden, inner
+    if target in ("o_proj", "down_proj"):
+        return (language.query_size if target == "o_proj" else inner), hidden
+    return hidden, language.query_size if target == "q_proj" else language.num_query_groups * language.head_size
+
+
+def _adapters(sizes: ModelSizes, tokens: int, train: bool) -> Flops:
+    """Those of one layer."""
+    lora = sizes.lora
+    ends = [adapter_sizes(sizes.language, target) for target in (lora.targets if lora.rank else ())]
+    return _sum(
+        *(
+            linear(tokens, inputs, lora.rank, train) + linear(tokens, lora.rank, outputs, train)
+            for inputs, outputs in ends
+        )
+    )
 
 
 def _vision(sizes: ModelSizes, tiles: int, trains: bool) -> Flops:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_nvlm.checkpoint import save_load
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.score_cases import Case, to_micro_batch
+from megatron_nvlm.hf.adapters import adapter_rows
 from megatron_nvlm.hf.config_json import cross_attention_of, variant_of
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.weight_tables import nvlm_rows
@@ -178,6 +179,8 @@ def _gradients(scored: Scored) -> dict[str, Tensor]:
     whole = _on_rank_0(ours)
     parts = scored.resolved
     rows = nvlm_rows(parts.variant, parts.language, parts.vision, parts.config.cross_attention)
+    if parts.config.lora.rank:
+        rows += adapter_rows(parts.language, parts.config.lora.targets)
     return convert_to_theirs(rows, whole)
 
 

@@ -27,6 +27,7 @@ from megatron_nvlm.checkpoint.tensor_source import (
 )
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.hf.adapters import AdapterFolder
 from megatron_nvlm.hf.open_folders import check_shapes, open_folders, refuse_missing_components
 from megatron_nvlm.hf.safetensors_files import file_names, plan_files, write_file, write_index
 from megatron_nvlm.hf.weight_tables import nvlm_rows
@@ -54,11 +55,18 @@ def describe_model(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     return OurModel({name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}, objects)
 
 
-def imported_source(model: ResolvedModel, ours: OurModel, seed: int, dtype: torch.dtype | None) -> TensorSource:
+def imported_source(
+    model: ResolvedModel,
+    ours: OurModel,
+    seed: int,
+    dtype: torch.dtype | None,
+    adapters: AdapterFolder | None = None,
+) -> TensorSource:
     """All weights of a model: those of the folders that it names, and new ones for parts that they lack.
 
     Args:
         dtype: of all weights; None keeps each folder's, and gives new weights that of the first.
+        adapters: of the language model; None for new ones, where the model has any.
 
     Raises:
         CensusError: names or shapes do not match, with the full list.
@@ -66,8 +74,13 @@ def imported_source(model: ResolvedModel, ours: OurModel, seed: int, dtype: torc
     weights = open_folders(model)
     if weights is None:
         raise UserError("no folder is named; give --hf, or --language-model and --vision-model")
-    new = refuse_missing_components(list(weights.ours.infos), list(ours.infos), "the import")
+    sources = [weights.ours]
     check_shapes(weights.ours.infos, ours.infos, "the folder")
+    if adapters is not None:
+        sources.append(adapters.as_ours(model.language))
+        check_shapes(sources[-1].infos, ours.infos, str(adapters.folder))
+    found = Joined(sources)
+    new = refuse_missing_components(list(found.infos), list(ours.infos), "the import")
     kept = next(iter(weights.ours.infos.values())).dtype
     spread = Spread(model.config.init_std, model.language.num_layers)
 
@@ -80,7 +93,7 @@ def imported_source(model: ResolvedModel, ours: OurModel, seed: int, dtype: torc
         return (torch.zeros if name.endswith(".bias") else torch.ones)(shape, dtype=dtype or kept)
 
     made = Made({name: TensorInfo(ours.infos[name].shape, dtype or kept) for name in new}, make)
-    return Joined([_Cast(weights.ours, dtype) if dtype else weights.ours, made])
+    return Joined([cast(found, dtype or (kept if adapters else None)), made])
 
 
 class _Cast:
@@ -92,6 +105,11 @@ class _Cast:
 
     def read(self, name: str) -> Tensor:
         return self._source.read(name).to(self._dtype)
+
+
+def cast(source: TensorSource, dtype: torch.dtype | None) -> TensorSource:
+    """A source in another type; None for the same."""
+    return _Cast(source, dtype) if dtype else source
 
 
 def write_import(
@@ -141,7 +159,7 @@ def export_source(
     ours = FirstRows(ours, filled_up)
     theirs = AsTheirs(rows, ours, where)
     check_shapes(ours.infos, described.infos, where)
-    return _Cast(theirs, dtype) if dtype else theirs
+    return cast(theirs, dtype)
 
 
 def is_filled_up(name: str, info: TensorInfo, vocabulary: int) -> bool:

@@ -25,11 +25,11 @@ from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.language_json import language_preset_of
 from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.families.visions import find_vision_family, vision_family_of, vision_preset_of
-from megatron_nvlm.models.initialise import component_of
+from megatron_nvlm.models.initialise import ADAPTERS, component_of
 from megatron_nvlm.models.weight_rows import CensusError, Row, check_their_names
 
 # Parts of our model that a run may begin without: they are new where the folders have none.
-MAY_BE_NEW = ("cross_attention", "vision_projection")
+MAY_BE_NEW = ("cross_attention", "vision_projection", ADAPTERS)
 
 
 class _Some:

@@ -44,12 +44,16 @@ class SafetensorsFolder:
 
     `read` gives views of the mapped files: only pages that are used come into memory.
 
+    Args:
+        single_file: the name of a file that is read alone, where it is there.
+
     Raises:
         UserError: there are no safetensors files, one is broken or missing, or a tensor is in two of them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
         self.folder = folder
+        self._single_file = single_file
         self.infos: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Any] = {}
         for path in self._paths():
@@ -75,11 +79,11 @@ class SafetensorsFolder:
 
     def _paths(self) -> list[Path]:
         """The files that transformers reads: model.safetensors, else those that the index names, and no others."""
-        if (self.folder / SINGLE_FILE).is_file():
-            return [self.folder / SINGLE_FILE]
+        if (self.folder / self._single_file).is_file():
+            return [self.folder / self._single_file]
         if not (self.folder / INDEX_FILE).is_file():
             raise UserError(
-                f"{self.folder} {self._what_else_is_there()}name a folder with {SINGLE_FILE} or {INDEX_FILE}"
+                f"{self.folder} {self._what_else_is_there()}name a folder with {self._single_file} or {INDEX_FILE}"
             )
         paths = [self.folder / name for name in sorted(set(self._index().values()))]
         missing = [path.name for path in paths if not path.is_file()]
@@ -94,7 +98,7 @@ class SafetensorsFolder:
         if others:
             return (
                 f"holds {others[0]} and no {INDEX_FILE} that names it, so transformers reads none of it; fetch the index, "
-                f"rename a single file to {SINGLE_FILE}, or "
+                f"rename a single file to {self._single_file}, or "
             )
         found = "only .bin files, which are not read; " if list(self.folder.glob("*.bin")) else ""
         return f"holds no safetensors files; {found}"
@@ -108,7 +112,7 @@ class SafetensorsFolder:
             raise UserError(f"{path} is no index of safetensors files ({error}); fetch it again") from error
 
     def _check_index(self) -> None:
-        if not (self.folder / SINGLE_FILE).is_file():
+        if not (self.folder / self._single_file).is_file():
             missing = sorted(set(self._index()) - set(self.infos))
             if missing:
                 raise UserError(

@@ -150,6 +150,7 @@ def _decoder_layers(
             backend,
             model.config.cross_attention if layer in with_cross_attention else None,
             family_of(model.language).query_key_norm,
+            model.config.lora,
         )
         for layer in range(first_layer, first_layer + get_num_layers_to_build(language, vp_stage, stage))
     ]

@@ -14,6 +14,7 @@ from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.families.presets import Preset, find_preset
 from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.families.visions import VISION_PRESETS, vision_preset_of
+from megatron_nvlm.models.lora import LoraConfig, check_lora
 from megatron_nvlm.models.parallelism import ParallelismConfig, check_parallelism
 from megatron_nvlm.sequence.variants import VARIANTS, Variant
 
@@ -42,6 +43,7 @@ class ModelConfig:
     backend: str = "local"
     """local (PyTorch, CPU or GPU) or te (Transformer Engine, GPU)."""
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_std: float = 0.02
@@ -102,6 +104,7 @@ def _find_sizes(presets: dict[str, Preset], name: str, key: str, read: Callable[
 def check_model(model: ResolvedModel, parallelism: ParallelismConfig) -> None:
     """Refuse a model or a split that cannot be built, before anything is."""
     config, parts = model.config, model
+    check_lora(config.lora)
     cross = config.cross_attention
     if parts.variant.needs_cross_attention and not cross.layers(parts.language.num_layers):
         raise UserError(

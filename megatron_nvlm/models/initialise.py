@@ -15,6 +15,8 @@ from megatron_nvlm.models.sharding import Split, cut, find_split, full_shape
 
 _LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)(\..*)$")
 
+ADAPTERS = "lora"
+"""The component that low-rank adapters of the decoder are."""
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "language_model.output_layer.weight"
 
@@ -90,10 +92,12 @@ def keeps_first_value(name: str) -> bool:
 
 def new_weight(name: str, shape: list[int], spread: Spread, seed: int) -> torch.Tensor:
     """The first value of a whole parameter that does not keep its module's."""
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".lora_b")):
         return torch.zeros(shape)
     # A generator per parameter: what one stage or layout draws does not shift what another one gets.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    if name.endswith(".lora_a"):  # PEFT's rule; with the other matrix at zero a new adapter changes nothing
+        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
     full = torch.randn(shape, generator=generator)
     writes_residual = "linear_proj" in name or ("linear_fc2" in name and not name.startswith("vision_projection"))
     residual_std = spread.std / math.sqrt(2 * spread.num_layers)
@@ -111,7 +115,9 @@ def count_parameters(model: NVLMModel | ModelChunks) -> dict[str, int]:
 
 
 def component_of(name: str) -> str:
-    """vision_model, vision_projection, cross_attention or language_model: the units that stages freeze and train."""
+    """vision_model, vision_projection, cross_attention, language_model or lora: the units that recipes freeze and train."""
+    if ".adapters." in name:
+        return ADAPTERS
     if ".cross_attention." in name or ".cross_attn_bda." in name or ".pre_cross_attn_layernorm." in name:
         return "cross_attention"
     return name.split(".", 1)[0]

@@ -15,6 +15,7 @@ from megatron_nvlm.models.cross_attention import CrossAttentionConfig, GroupedQu
 from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.head_norm import HeadNormSelfAttention
+from megatron_nvlm.models.lora import LoraConfig, with_adapters
 from megatron_nvlm.models.vision_model import FullWidthNormSelfAttention, LayerScaleAdd
 
 
@@ -23,16 +24,23 @@ def norm_of(backend: Backend, normalization: str) -> type:
     return backend.rms_norm if normalization == "RMSNorm" else backend.layer_norm
 
 
-def get_mlp_spec(backend: Backend) -> ModuleSpec:
+def get_mlp_spec(backend: Backend, lora: LoraConfig | None = None) -> ModuleSpec:
     """Two linear layers with the activation of the configuration between them."""
+    lora = lora or LoraConfig()
     return ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
+        submodules=MLPSubmodules(
+            linear_fc1=with_adapters(backend.column_parallel_linear, "linear_fc1", lora),
+            linear_fc2=with_adapters(backend.row_parallel_linear, "linear_fc2", lora),
+        ),
     )
 
 
 def get_decoder_layer_spec(
-    backend: Backend, cross_attention: CrossAttentionConfig | None = None, query_key_norm: bool = False
+    backend: Backend,
+    cross_attention: CrossAttentionConfig | None = None,
+    query_key_norm: bool = False,
+    lora: LoraConfig | None = None,
 ) -> ModuleSpec:
     """Self-attention -> [gated cross-attention] -> MLP; each adds to the residual stream.
 
@@ -40,7 +48,9 @@ def get_decoder_layer_spec(
 
     Args:
         query_key_norm: whether self-attention has an RMSNorm of each head of queries and keys.
+        lora: adapters of self-attention and MLP; cross-attention has none, since it trains itself.
     """
+    lora = lora or LoraConfig()
     head_norm = backend.rms_norm if query_key_norm else None
     slots: dict[str, Any] = dict(
         input_layernorm=backend.rms_norm,
@@ -48,16 +58,16 @@ def get_decoder_layer_spec(
             module=HeadNormSelfAttention if query_key_norm else SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=backend.column_parallel_linear,
+                linear_qkv=with_adapters(backend.column_parallel_linear, "linear_qkv", lora),
                 core_attention=backend.core_attention,
-                linear_proj=backend.row_parallel_linear,
+                linear_proj=with_adapters(backend.row_parallel_linear, "linear_proj", lora),
                 q_layernorm=head_norm,
                 k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=backend.rms_norm,
-        mlp=get_mlp_spec(backend),
+        mlp=get_mlp_spec(backend, lora),
         mlp_bda=get_bias_dropout_add,
     )
     if cross_attention is not None:

@@ -26,6 +26,8 @@ SPLITS: tuple[tuple[str, Split], ...] = (
     (r"language_model\.decoder\..*\.linear_proj\.weight", Split(1)),
     (r"language_model\.decoder\..*\.linear_fc1\.weight", Split(0, blocks=2)),
     (r"language_model\.decoder\..*\.linear_fc2\.weight", Split(1)),
+    (r"language_model\.decoder\..*\.linear_(qkv|fc1)\.adapters\.\w+\.lora_b", Split(0)),
+    (r"language_model\.decoder\..*\.linear_(proj|fc2)\.adapters\.\w+\.lora_a", Split(1)),
     (r"vision_projection\.mlp\.linear_fc1\.weight", Split(0)),
     (r"vision_projection\.mlp\.linear_fc2\.weight", Split(1)),
     (r"vision_projection\.linear\.weight", Split(0)),

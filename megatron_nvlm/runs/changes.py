@@ -14,8 +14,10 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.config import ResolvedModel
 
 _CROSS_ATTENTION = "model.cross_attention."
+_LORA = "model.lora."
+LORA_RANK = f"{_LORA}rank"
 COMPONENT_LR = "optimizer.component_lr"
-_ADDED_LATER: dict[str, Any] = {"training.epochs": None, COMPONENT_LR: {}}
+_ADDED_LATER: dict[str, Any] = {"training.epochs": None, COMPONENT_LR: {}, LORA_RANK: 0}
 """Keys that checkpoints of earlier versions do not say, and what their runs did."""
 PERMISSION = "checkpoint.allow_changes"
 
@@ -70,7 +72,7 @@ EFFECTS: dict[str, Effect] = {
         Effect.FOLLOWED: [
             "run_dir",
             *_keys("model.", "variant language vision backend attention_dropout hidden_dropout recompute"),
-            *_keys("model.", "max_sequence_length"),
+            *_keys("model.", "max_sequence_length lora.dropout"),
             *_keys("tiling.", "max_tiles"),
             *_keys(
                 "data.",
@@ -106,10 +108,11 @@ EFFECTS: dict[str, Effect] = {
         ],
         Effect.SHAPES: [
             *_keys(_CROSS_ATTENTION, "interval offset num_attention_heads num_query_groups qk_norm"),
+            *_keys(_LORA, "rank targets"),
             "tiling.tile_size",
         ],
         Effect.STATE: ["parallelism.use_distributed_optimizer"],
-        Effect.MEANING: _keys("tiling.", "tag_format thumbnail_tag background"),
+        Effect.MEANING: [*_keys("tiling.", "tag_format thumbnail_tag background"), f"{_LORA}alpha"],
         Effect.TRAINING: ["data.template", "training.precision"],
         Effect.ORDER: [
             *_keys("data.", "train seed shuffle_window_shards"),
@@ -135,7 +138,11 @@ def settings_of(config: RunConfig, model: ResolvedModel) -> dict[str, Any]:
     settings["optimizer.decay_steps"] = config.optimizer.decay_steps or config.training.train_steps
     settings = {key: value for key, value in settings.items() if not key.startswith(f"{COMPONENT_LR}.")}
     settings[COMPONENT_LR] = config.optimizer.multiples
-    settings["recipe.trainable"] = sorted(config.recipe.trainable_components())
+    settings["recipe.trainable"] = sorted(config.trainable_components())
+    if config.model.lora.rank:
+        settings[f"{_LORA}targets"] = sorted(config.model.lora.targets)
+    else:
+        settings = {key: value for key, value in settings.items() if key == LORA_RANK or not key.startswith(_LORA)}
     cross, language = config.model.cross_attention, model.language
     if model.variant.needs_cross_attention:
         settings[f"{_CROSS_ATTENTION}offset"] = cross.interval - 1 if cross.offset is None else cross.offset

@@ -16,6 +16,7 @@ from megatron_nvlm.checkpoint.tensor_source import TensorSource
 from megatron_nvlm.config.load import dump_run, load_run
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.hf.adapters import AdapterFolder
 from megatron_nvlm.hf.config_json import check_whole_folder, cross_attention_of, is_whole_folder, most_tiles_of
 from megatron_nvlm.hf.convert import Done, imported_source, write_import
 from megatron_nvlm.hf.our_model import describe_our_model
@@ -46,6 +47,8 @@ class ImportRequest:
     dtype: torch.dtype | None
     seed: int
     overrides: tuple[str, ...]
+    adapters: Path | None = None
+    """A folder as PEFT writes it."""
 
 
 _TILING_KEYS = ("tag_format", "thumbnail_tag", "background")
@@ -59,14 +62,20 @@ def import_folders(request: ImportRequest, progress: Callable[[TensorSource], Do
         UserError: with what is wrong and how to fix it. CensusError: names or shapes that do not match.
     """
     _check_request(request)
-    run = _describe_run(request)
+    adapters = AdapterFolder(request.adapters) if request.adapters else None
+    run = _describe_run(request, adapters)
     model = resolve_model(run.model)
     ours = describe_our_model(model)
-    source = imported_source(model, ours, request.seed, request.dtype)
+    source = imported_source(model, ours, request.seed, request.dtype, adapters)
     tokenizer = _find_tokenizer(request)
     checkpoint = request.out / "checkpoints" / STEP
     identity = make_identity(run, model, open_tokenizer(tokenizer) if tokenizer else None)
-    mark = {"model": dataclasses.asdict(run.model), "seed": request.seed, "dtype": str(request.dtype)}
+    mark = {
+        "model": dataclasses.asdict(run.model),
+        "seed": request.seed,
+        "dtype": str(request.dtype),
+        "lora": str(request.adapters),
+    }
     write_import(checkpoint, source, ours, identity, mark, progress(source))
     if tokenizer is not None:
         write_tokenizer(tokenizer, request.out / "tokenizer.json")
@@ -89,7 +98,7 @@ def _check_request(request: ImportRequest) -> None:
         read_config(folder)
 
 
-def _describe_run(request: ImportRequest) -> RunConfig:
+def _describe_run(request: ImportRequest, adapters: AdapterFolder | None) -> RunConfig:
     """A run file with the folders' sizes; the model's keys may be overridden."""
     language = request.whole or request.language
     vision = request.whole or request.vision
@@ -116,6 +125,8 @@ def _describe_run(request: ImportRequest) -> RunConfig:
         model["cross_attention"] = dataclasses.asdict(cross_attention_of(config, request.whole))
     else:
         model |= {"language_weights": str(request.language), "vision_weights": str(request.vision)}
+    if adapters is not None:
+        model["lora"] = dataclasses.asdict(adapters.config)
     settings = _processor_settings(language)
     tags: dict[str, Any] = {name: config[name] for name in _TILING_KEYS if name in config}
     run = {
@@ -142,6 +153,11 @@ def _describe_run(request: ImportRequest) -> RunConfig:
             "precision": "bf16" if (request.dtype or _stored_dtype(config)) == torch.bfloat16 else "fp32",
         },
     }
+    return _load_draft(request, run)
+
+
+def _load_draft(request: ImportRequest, run: dict[str, Any]) -> RunConfig:
+    """The run file with the overrides that were asked for."""
     request.out.mkdir(parents=True, exist_ok=True)
     draft = request.out / ".config.yaml"
     draft.write_text(yaml.safe_dump(run))

@@ -70,5 +70,5 @@ def look_up(config: RunConfig, world_size: int) -> ResolvedRun:
         RunDir.named(config.run_dir),
         resolve_model(config.model),
         find_precision(config.training.precision),
-        config.recipe.trainable_components(),
+        config.trainable_components(),
     )

@@ -13,8 +13,10 @@ from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.open_folders import FolderWeights
 from megatron_nvlm.models.config import resolve_model
+from megatron_nvlm.models.initialise import ADAPTERS
 from megatron_nvlm.runs.changes import (
     COMPONENT_LR,
+    LORA_RANK,
     describe_effect,
     differences,
     order_changes,
@@ -43,6 +45,8 @@ class Start:
     """Whether the checkpoint's schedule goes on, whatever the run file says."""
     new_order: bool
     """Whether the order of samples is another one than the checkpoint's, and begins at its first sample."""
+    new_components: tuple[str, ...] = ()
+    """Components that the initial weights lack and that are new: adapters."""
 
 
 def find_start(run: ResolvedRun, identity: Identity) -> Start:
@@ -59,16 +63,20 @@ def find_start(run: ResolvedRun, identity: Identity) -> Start:
             initial = save_load.find_checkpoint(Path(settings.initial_weights), settings.verify)
         folders = open_weights(run.model)
     new_order = False
+    new_components: tuple[str, ...] = ()
     path = checkpoint or initial  # initial weights are looked for only where there is no checkpoint
     if path is not None:
         save_load.check_identity(path, identity)
         save_load.check_core(path)  # a load does so too, but only once the model is built
         changed = changed_settings(path, identity)
+        if checkpoint is None and changed.get(LORA_RANK, (None, None))[0] == 0:
+            new_components = (ADAPTERS,)
+            del changed[LORA_RANK]
         refuse_changes(path, changed, settings.allow_changes, goes_on=checkpoint is not None)
         if checkpoint is not None:
             new_order = _begins_new_order(checkpoint, identity, settings.allow_changes)
             say_changes(changed, settings.keep_schedule)
-    return Start(checkpoint, initial, folders, settings.keep_schedule, new_order)
+    return Start(checkpoint, initial, folders, settings.keep_schedule, new_order, new_components)
 
 
 def keep_multiples(start: Start, run: ResolvedRun) -> ResolvedRun:
@@ -117,8 +125,9 @@ def load_start(start: Start, trainer: Trainer) -> Progress:
         say(f"resuming from step {progress.step} ({start.checkpoint})")
         return Progress(progress.step, DataPosition()) if start.new_order else progress
     if start.initial is not None:
-        save_load.load_model(start.initial, trainer.bare_model)
-        say(f"starting with the weights of {start.initial}")
+        save_load.load_model(start.initial, trainer.bare_model, start.new_components)
+        new = f"; new: {', '.join(start.new_components)}" if start.new_components else ""
+        say(f"starting with the weights of {start.initial}{new}")
     elif start.folders is not None:
         load_folder_weights(trainer.bare_model, start.folders)
         say("starting with the weights of the Hugging Face folders that model names; what they lack is new")

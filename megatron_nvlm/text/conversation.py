@@ -86,7 +86,10 @@ def read_turns(record: Mapping[str, Any]) -> list[Turn]:
         fields = item if isinstance(item, Mapping) else {}
         role, text = _present(fields, "from", "role"), _present(fields, "value", "content")
         if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
-            raise UserError(f"turn {number} of its conversation needs 'from' (one of {', '.join(ROLES)}) and 'value'")
+            said = f", and its 'from' is {role[:40]!r}" if isinstance(role, str) and role not in ROLES else ""
+            raise UserError(
+                f"turn {number} of its conversation needs 'from' (one of {', '.join(ROLES)}) and 'value'{said}"
+            )
         turns.append(Turn(ROLES[role], text, _is_learned(fields, number)))
     return turns
 

@@ -204,7 +204,7 @@ def test_bad_inputs_are_each_named(material: Path, capsys: pytest.CaptureFixture
         (json.dumps({"image": "0.png", "conversations": turns}), "its text has 2 <image> and it has 1 images"),
         (json.dumps({"conversations": turns[:1]}), "it has no answer"),
         ('{"question": "q", "answer": 4}', "its 'answer' is empty or no text"),
-        ('{"conversations": [{"from": "cat", "value": "x"}]}', "turn 0 of its conversation needs 'from'"),
+        ('{"conversations": [{"from": "cat", "value": "x"}]}', "and 'value', and its 'from' is 'cat'"),
         ('{"conversations": "hello"}', "no list of turns"),
         ("\x00\xff", "its JSON is broken"),
     ]
@@ -283,3 +283,16 @@ def test_nothing_to_build_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
             main(["--out", str(tmp_path / "set"), *arguments])
         assert re.search(says, capsys.readouterr().err)
     shutil.rmtree(tmp_path / "set", ignore_errors=True)
+
+
+def test_a_tokenizer_without_the_templates_tokens_is_refused_at_once(
+    material: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by a reject of every sample."""
+    content = json.loads(tokenizer.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<|im_")]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        build(material, "without", "--tokenizer", str(tmp_path / "other.json"))
+    assert "error: the tokenizer has no special token <|im_" in capsys.readouterr().err
+    assert not (material / "without").exists()

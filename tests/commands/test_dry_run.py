@@ -45,6 +45,10 @@ TIED = "python -m tools.dry_run --json --config configs/demo_d.yaml --world-size
     "parallelism.use_distributed_optimizer=false"
 )
 
+ADAPTERS = "python -m tools.dry_run --json --config configs/demo_h.yaml --world-size 4 model.lora.rank=16 " + (
+    "recipe.trainable=null parallelism.pipeline_model_parallel_size=2"
+)
+
 
 @dataclass(frozen=True)
 class Printed:
@@ -70,7 +74,7 @@ def run_all(commands: list[str]) -> dict[str, Printed]:
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, Printed]:
-    others = [X_IN_FOUR_STAGES, D_PRETRAINING, SUGGESTIONS, NO_TEXT, SHORT_MESSAGES, TIED]
+    others = [X_IN_FOUR_STAGES, D_PRETRAINING, SUGGESTIONS, NO_TEXT, SHORT_MESSAGES, TIED, ADAPTERS]
     return run_ranks(1, run_all, COMMANDS + others)[0]  # type: ignore[no-any-return]
 
 
@@ -107,6 +111,14 @@ def test_the_output_layer_counts_where_it_is_the_embedding(printed: dict[str, Pr
     logits = 4 * 151936 * result["work_per_micro_batch"]["num_tokens"]
     first, last = result["stages"]
     assert first["working"] < 2 * 2 * CHUNK_ELEMENTS < last["working"] < logits
+
+
+def test_adapters_are_owned_and_train(printed: dict[str, Printed]) -> None:
+    """Two tensor-parallel ranks of two stages; the language model has no gradients, its adapters have."""
+    told = json.loads(printed[ADAPTERS].out)
+    assert told["ownership_problems"] == [] and told["parameters"]["lora"] == 149_504
+    for stage in told["stages"]:
+        assert 149_504 / 4 < stage["trainable_parameters"] < stage["parameters"] / 2
 
 
 def test_a_frozen_language_model_has_no_gradients(printed: dict[str, Printed]) -> None:

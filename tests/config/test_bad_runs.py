@@ -80,6 +80,8 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1; it must be 0 or a positive number"),
         ("optimizer.clip_grad=.nan", "optimizer.clip_grad is nan; it must be 0 for none, or a positive number"),
         ("model.hidden_dropout=1.5", "model.hidden_dropout is 1.5; it must be at least 0 and below 1"),
+        ("model.lora.rank=-1", "model.lora.rank is -1; it must be at least 1, or 0 for no adapters"),
+        ("recipe.trainable=[lora]", "recipe.trainable names lora and model.lora.rank is 0"),
         ("checkpoint.save_every_steps=0", "checkpoint.save_every_steps is 0"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
         ("checkpoint.keep_every_steps=0", "checkpoint.keep_every_steps is 0"),
@@ -116,6 +118,26 @@ def test_a_rate_of_what_does_not_train_is_refused(overrides: list[str], componen
     own = f"optimizer.component_lr={{{component}: 2}}"
     with pytest.raises(UserError, match=f"component_lr names {component}, which does not train in this run"):
         resolve_run(load_run(DEMO, ["parallelism.tensor_model_parallel_size=1", *overrides, own]), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["recipe.trainable=[language_model]"], "recipe.trainable names language_model, and model.lora.rank gives it"),
+        (["recipe={name: pretrain, trainable: null}"], "recipe.name pretrain does not train them; set recipe.name=sft"),
+        (["model.lora.targets=[qkv]"], "model.lora.targets is"),
+        (["model.lora.dropout=0.1", "parallelism.tensor_model_parallel_size=2"], "dropout with tensor or pipeline"),
+    ],
+)
+def test_adapters_that_cannot_train_are_refused(overrides: list[str], says: str) -> None:
+    keys = ["parallelism.tensor_model_parallel_size=1", "model.lora.rank=4", "recipe.trainable=null", *overrides]
+    with pytest.raises(UserError, match=says):
+        resolve_run(load_run(DEMO, keys), world_size=2)
+
+
+def test_recipe_sft_trains_adapters_instead_of_the_language_model() -> None:
+    keys = ["parallelism.tensor_model_parallel_size=1", "model.lora.rank=4", "recipe={name: sft, trainable: null}"]
+    assert resolve_run(load_run(DEMO, keys), 1).trainable == ("vision_projection", "cross_attention", "lora")
 
 
 def test_something_must_train() -> None:

@@ -11,6 +11,7 @@ from megatron_nvlm.estimate.flops import ModelSizes, count_work
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.models.families.visions import VISION_PRESETS
+from megatron_nvlm.models.lora import TARGETS, LoraConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
@@ -19,6 +20,7 @@ from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config, tiny_model
 
+NO_ADAPTERS = LoraConfig()
 TOLERANCE = 0.12
 """Left out of the estimate are indices, masks, rotary angles and statistics of norms, which count in a tiny model."""
 
@@ -57,12 +59,13 @@ def keep(
     parallelism: ParallelismConfig,
     language: str = "tiny",
     vision: str = "tiny",
+    lora: LoraConfig = NO_ADAPTERS,
 ) -> Kept:
-    config = dataclasses.replace(tiny_config(variant), recompute=recompute, language=language, vision=vision)
+    config = dataclasses.replace(tiny_config(variant), recompute=recompute, language=language, vision=vision, lora=lora)
     model = tiny_model(config, device, parallelism, dtype=torch.bfloat16)
     freeze(model, trainable)
     parts = resolve_model(config)
-    sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, recompute)
+    sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, recompute, lora=lora)
     size, tokens = parts.vision.tile_size, parts.vision.tokens_per_tile
     micro_batch = make_micro_batch(SampleShape(512, 6, 5), parts.variant, tokens, 1)
     micro_batch = dataclasses.replace(micro_batch, tiles=torch.zeros(7, 3, size, size, dtype=torch.uint8))
@@ -85,6 +88,17 @@ def test_estimate(variant: str, trainable: tuple[str, ...], recompute: str, worl
 def test_estimate_with_head_norms(trainable: tuple[str, ...], world_of_one: Device) -> None:
     kept = keep(world_of_one, "h", trainable, "none", ParallelismConfig(), "tiny_qwen3")
     assert kept.estimated == pytest.approx(kept.real, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("targets", [list(TARGETS), ["q_proj"], ["down_proj"]], ids=lambda targets: targets[-1])
+def test_estimate_with_adapters(targets: list[str], world_of_one: Device) -> None:
+    """Of everything that is kept, and of what adapters add to a frozen language model."""
+    trainable = ("vision_projection", "cross_attention", "lora")
+    lora = LoraConfig(8, targets=targets)
+    kept = keep(world_of_one, "h", trainable, "none", ParallelismConfig(), lora=lora)
+    assert kept.estimated == pytest.approx(kept.real, rel=TOLERANCE)
+    without = keep(world_of_one, "h", RECIPES["pretrain"], "none", ParallelismConfig())
+    assert kept.estimated - without.estimated == pytest.approx(kept.real - without.real, rel=0.05)
 
 
 @pytest.mark.parametrize("vision", ["tiny_siglip", "tiny_layer_norm"])

@@ -11,6 +11,7 @@ from megatron_nvlm.estimate.flops import Flops, ModelSizes, attention, count_flo
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.models.families.visions import VISION_PRESETS
+from megatron_nvlm.models.lora import TARGETS, LoraConfig
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.training.step import loss_function
 from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
@@ -73,6 +74,29 @@ def test_counted_operations_of_siglip(variant: str, world_of_one: Device, monkey
         expected.append(whole_model(sizes, count_flops(sizes, work, COMPONENTS)).executed)
     assert expected[1] == pytest.approx(real[1], rel=TOLERANCE)
     assert expected[1] - expected[0] == pytest.approx(real[1] - real[0], rel=0.002)
+
+
+@pytest.mark.parametrize("targets", [list(TARGETS), ["k_proj", "o_proj"]], ids=["all", "some"])
+def test_counted_operations_of_adapters(targets: list[str], world_of_one: Device) -> None:
+    """What adapters add to a model whose language model is frozen."""
+    real, expected = [], []
+    for lora, trainable in (
+        (LoraConfig(), RECIPES["pretrain"]),
+        (LoraConfig(16, targets=targets), (*RECIPES["pretrain"], "lora")),
+    ):
+        config = dataclasses.replace(tiny_config("h"), lora=lora)
+        model = tiny_model(config, world_of_one)
+        freeze(model, trainable)
+        parts = resolve_model(config)
+        sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, "none", lora=lora)
+        micro_batch = micro_batch_of([TWO_IMAGES], "h")
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            loss_function(micro_batch, model(micro_batch, with_loss=True))[0].backward()
+        real.append(counter.get_total_flops())
+        work = count_work(micro_batch, VISION.tokens_per_tile, dense_attention=True)
+        expected.append(whole_model(sizes, count_flops(sizes, work, trainable)).executed)
+    assert expected[1] == pytest.approx(real[1], rel=TOLERANCE)
+    assert expected[1] - expected[0] == pytest.approx(real[1] - real[0], rel=0.02) and real[1] > real[0]
 
 
 def test_real_work_is_less_than_dense() -> None:

@@ -1,6 +1,6 @@
 """The dry run's weight, gradient and optimizer bytes are those that real ranks over gloo allocate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -9,8 +9,9 @@ from megatron.core import parallel_state
 from megatron_nvlm.estimate.ranks import build_ranks
 from megatron_nvlm.estimate.state_bytes import StateBytes, state_bytes
 from megatron_nvlm.models.build import build_chunks
-from megatron_nvlm.models.config import resolve_model
+from megatron_nvlm.models.config import ResolvedModel, resolve_model
 from megatron_nvlm.models.initialise import initialise, mark_splits
+from megatron_nvlm.models.lora import LoraConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS, Precision
 from megatron_nvlm.parallel.device import use_device
@@ -35,6 +36,11 @@ class Case:
     variant: str
     trainable: tuple[str, ...]
     precision: Precision
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def model(self) -> ResolvedModel:
+        return resolve_model(replace(tiny_config(self.variant), lora=self.lora))
 
 
 CASES = {
@@ -70,6 +76,14 @@ CASES = {
         ALL_PARTS,
         PRECISIONS["bf16"],
     ),
+    "TP=2 with SP, adapters": Case(
+        2,
+        ParallelismConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+        "x",
+        ("vision_projection", "cross_attention", "lora"),
+        PRECISIONS["bf16"],
+        LoraConfig(rank=3),
+    ),
     "PP=2 with two chunks": Case(
         2,
         ParallelismConfig(
@@ -95,7 +109,7 @@ def measure(case: Case) -> Measured:
     device = use_device()
     start_groups(case.parallelism, device, seed=1)
     model = build_chunks(
-        resolve_model(tiny_config(case.variant)),
+        case.model,
         case.parallelism,
         get_groups(),
         get_single_rank_groups(),
@@ -146,7 +160,7 @@ def _storage_bytes(tensors: list[torch.Tensor]) -> int:
 def predict(case: Case) -> dict[tuple[int, int, int], StateBytes]:
     """By (stage, tensor-parallel rank, data-parallel rank); runs in a process that is in no group."""
     ranks = build_ranks(
-        resolve_model(tiny_config(case.variant)),
+        case.model,
         case.parallelism,
         case.ranks,
         case.precision.parameter_dtype,

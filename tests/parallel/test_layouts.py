@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_nvlm.models.lora import LoraConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups
 from tests.support.batches import BATCH_KINDS, FIRST_TAG_ID
 from tests.support.equality import (
     FROZEN_VISION,
     PRETRAIN,
+    WITH_ADAPTERS,
     Case,
     Comparison,
     Layout,
@@ -183,6 +185,39 @@ def test_tied_embeddings_and_head_norms(reference_run: Reference, name: str) -> 
 )
 def test_another_encoder(reference_run: Reference, name: str) -> None:
     run_and_check([replace(MODELS[variant], vision="parity_siglip") for variant in "XH"], name, reference_run)
+
+
+ADAPTED = [
+    replace(MODELS["D"], lora=LoraConfig(3, 6.0), trainable=WITH_ADAPTERS),
+    replace(MODELS["H"], lora=LoraConfig(3, 6.0, targets=["q_proj", "v_proj", "up_proj"]), trainable=WITH_ADAPTERS),
+    replace(MODELS["X"], lora=LoraConfig(2, 1.0), trainable=WITH_ADAPTERS, language="parity_qwen3"),
+]
+"""Adapters of all linear layers, of some parts of fused ones, and beside head norms."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TP2",
+        "TP2 with SP, PP2, full recompute",
+        pytest.param("PP2 with two virtual stages", marks=pytest.mark.slow),
+        pytest.param("DP2, distributed optimizer", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters(reference_run: Reference, name: str) -> None:
+    run_and_check(ADAPTED, name, reference_run)
+
+
+def test_adapters_train_alone(reference_run: Reference) -> None:
+    """Every matrix of theirs has a gradient to compare, and nothing else of the language model has one."""
+    folder = reference_run.of(ADAPTED)
+    for case in ADAPTED:
+        gradients = Record(**torch.load(folder / case.file_name)).gradients[0]
+        assert all(gradient.norm() > 0 for gradient in gradients.values())
+        adapters = [name for name in gradients if ".adapters." in name]
+        assert len(adapters) == 4 * 2 * len(case.lora.targets)
+        others = set(gradients) - set(adapters)
+        assert all("cross_att" in name or name.startswith("vision_projection") for name in others)
 
 
 @pytest.mark.slow

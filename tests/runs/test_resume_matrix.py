@@ -171,6 +171,7 @@ REFUSED: dict[str, tuple[str, str]] = {
             "data.shuffle_window_shards": "1",
         }.items()
     },
+    "model.lora.rank": ("4", "model.lora.rank gives it adapters that train instead"),
     "data.train": ("[{path: OTHER}]", "data.train give another order of samples"),
     "data.packing.enabled": ("true", "data.packing.enabled"),
 }
@@ -190,6 +191,9 @@ ELSEWHERE = {
     "run_dir": "each start here has another one",
     "training.train_steps": "each start here has more",
     "data.packing.window_samples": "counts with packing alone: tests/runs/test_changes.py",
+    "model.lora.alpha": "of adapters alone: tests/runs/test_lora.py",
+    "model.lora.dropout": "of adapters alone: tests/runs/test_lora.py",
+    "model.lora.targets": "of adapters alone: tests/runs/test_lora.py",
     "model.weights": "without effect as checkpoint.initial_weights, beside which it is refused",
     "model.language_weights": "as model.weights",
     "model.vision_weights": "as model.weights",

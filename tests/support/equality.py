@@ -26,6 +26,7 @@ from megatron_nvlm.models.families.rope_scaling import YARN, RopeScaling
 from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.initialise import initialise, mark_splits, named_parameters, split_of
+from megatron_nvlm.models.lora import LoraConfig
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.models.precision import PRECISIONS
 from megatron_nvlm.models.sharding import Split, cut, full_shape, gather_parts, join
@@ -62,6 +63,7 @@ VISION_PRESETS["parity"] = VisionPreset(2, 48, 96, 3, "RMSNorm", qk_norm=True, q
 
 STEPS = 3
 FROZEN_VISION = ("vision_projection", "cross_attention", "language_model")
+WITH_ADAPTERS = ("vision_projection", "cross_attention", "lora")
 PRETRAIN = ("vision_projection", "cross_attention")
 
 
@@ -79,6 +81,7 @@ class Case:
     precision: str = "fp64"
     language: str = "parity"
     vision: str = "parity"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def file_name(self) -> str:
@@ -130,6 +133,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
         cross_attention=CrossAttentionConfig(interval=case.interval, offset=case.offset, qk_norm=case.qk_norm),
         init_std=0.06,
         recompute=own.recompute,
+        lora=case.lora,
     )
     groups = get_groups()
     dtype = PRECISIONS[case.precision].parameter_dtype
@@ -142,7 +146,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
             split = split_of(name, chunks)
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = 0.1 * torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
-            if name.endswith((".gate", "scale", "bias")) or "norm" in name:
+            if name.endswith((".gate", "scale", "bias", ".lora_b")) or "norm" in name:
                 parameter.add_(cut(noise, split, rank, ranks) + 0.3 * name.endswith(".gate"))
     return chunks
 

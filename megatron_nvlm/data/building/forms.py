@@ -273,7 +273,7 @@ def find_form(content: Content, num_images: int) -> str:
     for name, form in FORMS.items():
         if form.is_told_by(content) and form.needs_image in (None, num_images > 0):
             return name
-    wanted = ", ".join(field for form in FORMS.values() for field in form.fields)
+    wanted = ", ".join(dict.fromkeys(field for form in FORMS.values() for field in form.fields))
     there = ", ".join(map(str, content))[:200] or "none"
     image = "" if num_images else " and no picture"
     raise UserError(f"it has none of the fields that tell a form ({wanted}); it has {there}{image}")

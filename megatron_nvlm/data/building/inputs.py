@@ -196,7 +196,7 @@ class JsonArray(JsonLines):
 
 
 def open_json(path: Path, images: Path | None, names: Names = OUR_NAMES) -> JsonLines:
-    """JSON lines, or one JSON array; either may be compressed with gzip.
+    """JSON lines, or one JSON array; either may be compressed with gzip or zstd.
 
     Raises:
         UserError: there is no such file.

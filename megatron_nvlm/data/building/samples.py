@@ -25,6 +25,8 @@ TILE_FIELDS = ("tile_size", "max_tiles", "quality")
 """Settings that say nothing about a set without tiles."""
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Files of these formats are stored as they are, of an MPO its first JPEG; others become PNG."""
+_MOST_NAMED = 8
+"""Members that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ def make_sample(sample: InputSample, settings: SampleSettings) -> Stored:
         UserError: what is wrong with it, in one sentence.
     """
     num_images = len(sample.images) or len({name.split(".")[0] for name in sample.cut_tiles})
-    conversation = to_conversation(sample.content, num_images, settings.caption_prompt)
+    try:
+        conversation = to_conversation(sample.content, num_images, settings.caption_prompt)
+    except UserError as error:
+        if not sample.unread_members:
+            raise
+        passed_over = ", ".join(printable(name[:60]) for name in sample.unread_members[:_MOST_NAMED])
+        raise UserError(f"{error}; members that are not read: {passed_over}") from error
     record: dict[str, Any] = {
         "conversation": conversation,
         "source": sample.content.get("source") or settings.source,

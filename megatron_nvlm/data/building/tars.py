@@ -7,9 +7,9 @@ from pathlib import Path
 from megatron_nvlm.data.building.inputs import files_below
 from megatron_nvlm.errors import UserError
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_TAR_SUFFIX = re.compile(r"\.(tar(\.gz)?|tgz)$")
+_TAR_SUFFIX = re.compile(r"\.(tar(\.gz|\.zst)?|tgz|tzst)$")
 _MOST_NAMES = 1_000_000
 """Names that braces may stand for."""
 
@@ -25,7 +25,7 @@ def find_tars(path: Path, faults: list[str]) -> list[Path]:
     """
     name = str(path)
     if _RANGE.search(name) and not path.exists():
-        found = list(_expand(name))
+        found = list(expand_braces(name))
         missing = next((file for file in found if not file.exists()), None)
         if missing is not None:
             raise UserError(f"there is no shard {missing}, which {path} names; correct --webdataset")
@@ -55,7 +55,7 @@ def _is_pattern(name: str) -> bool:
     return any(letter in name for letter in "*?[")
 
 
-def _expand(name: str) -> Iterator[Path]:
+def expand_braces(name: str) -> Iterator[Path]:
     """Each name that ranges in braces stand for, in order, with as many digits as the first bound has."""
     braces = _RANGE.search(name)
     if braces is None:
@@ -65,4 +65,4 @@ def _expand(name: str) -> Iterator[Path]:
     if not 0 <= last - first < _MOST_NAMES:
         raise UserError(f"{braces[0]} in {name} stands for no name, or for over {_MOST_NAMES}; correct --webdataset")
     for number in range(first, last + 1):
-        yield from _expand(f"{name[: braces.start()]}{number:0{len(braces[1])}d}{name[braces.end() :]}")
+        yield from expand_braces(f"{name[: braces.start()]}{number:0{len(braces[1])}d}{name[braces.end() :]}")

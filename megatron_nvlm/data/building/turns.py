@@ -42,11 +42,12 @@ def spell_turns(raw: Any) -> SpelledTurns:
     """
     if not isinstance(raw, list):
         raise UserError("its conversation is no list of turns")
-    plain, pictures = [], list[Any]()
+    plain, pictures, places = [], list[Any](), 0
     for number, turn in enumerate(raw):
-        text_turn, named = _spell(turn, number) if isinstance(turn, Mapping) else (turn, [])
+        text_turn, named = _spell(turn, number, places) if isinstance(turn, Mapping) else (turn, [])
         plain.append(text_turn)
         pictures += named
+        places += _places_in(text_turn)
     turns = [
         {"from": _STORED_ROLES[turn.role], "value": turn.text, **({} if turn.is_learned else {"loss": False})}
         for turn in read_turns({"conversation": plain})
@@ -54,8 +55,17 @@ def spell_turns(raw: Any) -> SpelledTurns:
     return SpelledTurns(turns, pictures)
 
 
-def _spell(turn: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], list[Any]]:
-    """A turn as one text, and the pictures that it names."""
+def _places_in(turn: Any) -> int:
+    said = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
+    return said.count(IMAGE_PLACEHOLDER) if isinstance(said, str) else 0
+
+
+def _spell(turn: Mapping[str, Any], number: int, places: int) -> tuple[Mapping[str, Any], list[Any]]:
+    """A turn as one text, and the pictures that it names.
+
+    Args:
+        places: of pictures in the turns before it.
+    """
     fields = present(turn)
     for one, other in (("value", "content"), ("from", "role")):
         if one in fields and other in fields and _meaning(fields[one]) != _meaning(fields[other]):
@@ -66,7 +76,7 @@ def _spell(turn: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], lis
     if isinstance(said, str):
         said, told = take_image_tags(said.removeprefix(BYTE_ORDER_MARK), IMAGE_PLACEHOLDER)
     elif isinstance(said, list):
-        said, told, has_parts = _join_parts(said)
+        said, told, has_parts = _join_parts(said, places)
     own = listed_pictures(fields)
     role = fields.get("from", fields.get("role"))
     if (told or own or has_parts) and not (isinstance(role, str) and ROLES.get(role) == "user"):
@@ -101,7 +111,7 @@ def _place_own(said: str, count: int, number: int) -> str:
     return said if places else f"{IMAGE_PLACEHOLDER}\n" * count + said
 
 
-def _join_parts(parts: list[Any]) -> tuple[str, list[Any], bool]:
+def _join_parts(parts: list[Any], places: int) -> tuple[str, list[Any], bool]:
     """A content of parts (OpenAI's form) as one text, the pictures that it names, and whether any part is one."""
     texts, named, has_pictures = list[str](), list[Any](), False
     for part in parts:
@@ -109,6 +119,7 @@ def _join_parts(parts: list[Any]) -> tuple[str, list[Any], bool]:
         kind = fields.get("type")
         if kind in _IMAGE_PARTS:
             has_pictures = True
+            _refuse_index(fields, places + texts.count(IMAGE_PLACEHOLDER))
             texts.append(IMAGE_PLACEHOLDER)
             held = [fields] if "bytes" in fields else []
             named += [*held, *(fields[key] for key in _PART_NAMES if fields.get(key))][:1]
@@ -124,6 +135,16 @@ def _join_parts(parts: list[Any]) -> tuple[str, list[Any], bool]:
         else:
             raise UserError(f"a part of type {kind!r} in its conversation is neither text nor image")
     return "".join(texts), named, has_pictures
+
+
+def _refuse_index(fields: Mapping[str, Any], before: int) -> None:
+    """Pictures stand in their order; a part that asks for another one by its number would get the wrong one."""
+    index = fields.get("index", before)
+    if index != before:
+        raise UserError(
+            f"a part of its conversation is picture {before} and has 'index' {index!r}; list pictures in the order in which "
+            "they stand, and leave the index out"
+        )
 
 
 def _named_in(fields: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_nvlm.data.building.energon import read_field_map, tars_for_training
 from megatron_nvlm.data.building.forms import has_form, image_names
 from megatron_nvlm.data.building.inputs import InputSample
 from megatron_nvlm.data.building.members import choose_members
@@ -33,7 +34,12 @@ class WebDatasetShards:
         self.names = names
         self.path, self.faults, self.unread = path, list[str](), dict[str, int]()
         self.elsewhere: dict[str, str] = {}
-        self.tars = self.containers = find_tars(path, self.faults)
+        self.tars = find_tars(path, self.faults)
+        self._field_map = None
+        if path.is_dir():
+            self._field_map = read_field_map(path)
+            self.tars, self.unread = tars_for_training(path, self.tars)
+        self.containers = self.tars
         self._files: list[OpenFile | None] = []
         """To read the tars from; None for one that cannot be opened."""
         spans: list[tuple[int, int]] = []
@@ -47,7 +53,9 @@ class WebDatasetShards:
                 spans += [(start, end - start) for start, end in own]
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
         self.samples = np.array(samples, dtype=np.int64).reshape(-1, 3)
-        sizes = (f"{tar.name} {tar.stat().st_size}\n" for tar in self.tars)
+        sizes = [f"{tar.name} {tar.stat().st_size}\n" for tar in self.tars]
+        if self._field_map is not None:
+            sizes.append(self._field_map.describe())
         self.fingerprint = hashlib.sha256("".join(sizes).encode(errors="surrogateescape")).hexdigest()
 
     def _scan(self, tar: Path) -> "_Scan":
@@ -83,6 +91,9 @@ class WebDatasetShards:
         """The sample; UserError if it is none."""
         key, members = self._read_members(number)
         check_name(key)
+        if self._field_map is not None:
+            fields, shown, used = self._field_map.apply(members)
+            return InputSample({"id": key, **fields}, shown, {}, tuple(name for name in members if name not in used))
         content: Mapping[str, Any] = {"id": key}
         used = {"json"}
         if "json" in members:

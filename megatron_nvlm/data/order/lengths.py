@@ -26,11 +26,19 @@ from megatron_nvlm.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextTokenCounter:
-    """A record -> its decoder tokens that are no image's. Its description goes into the index."""
+    """A record -> its decoder tokens that are no image's. Its description goes into the index.
+
+    Raises:
+        UserError: when made, if the tokenizer lacks a token of the template: no record could be counted.
+    """
 
     tokenizer: Tokenizer
     template: str
     system: str | None
+
+    def __post_init__(self) -> None:
+        for name in find_template(self.template).special_tokens:
+            self.tokenizer.special_id(name)
 
     def __call__(self, record: Mapping[str, Any]) -> int:
         """UserError if the record has no usable conversation."""

@@ -196,7 +196,7 @@ def open_index(folder: str | Path, check_hashes: bool = False) -> Index:
         if version != INDEX_FORMAT:
             raise UserError(
                 f"the index of {folder} has format {version} and this version reads {INDEX_FORMAT}; build the shards "
-                "again with tools/build_shards.py, or index them again with data.write_shards.index_folder"
+                "again with tools/build_shards.py, or index them again with megatron_nvlm.data.shards.write.index_folder"
             )
         if content.pop("checksum", None) is None or not is_signed(text):
             raise UserError(f"{path} was changed since it was written; build the shards again")

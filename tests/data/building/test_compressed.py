@@ -1,9 +1,11 @@
-"""The same samples, whatever holds them: gzip, folders below folders, patterns and braces."""
+"""The same samples, whatever holds them: gzip, zstd, folders below folders, patterns and braces."""
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from megatron_nvlm.commands.build_shards import main
@@ -39,15 +41,23 @@ def tars(tmp_path: Path) -> Path:
     return tmp_path / "tars"
 
 
+def zstd(data: bytes) -> bytes:
+    """In two frames, as `pzstd` and concatenated files have."""
+    half = len(data) // 2
+    return b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in (data[:half], data[half:]))
+
+
 def compress(path: Path, name: str) -> Path:
     packed = path.with_name(name)
-    packed.write_bytes(gzip.compress(path.read_bytes()))
+    pack = zstd if packed.suffix in (".zst", ".tzst") else gzip.compress
+    packed.write_bytes(pack(path.read_bytes()))
     return packed
 
 
-def test_json_lines_give_the_same_bytes_compressed(lines: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_json_lines_give_the_same_bytes_compressed(lines: Path, tmp_path: Path, suffix: str) -> None:
     plain = hashes(build(tmp_path / "a" / "set", "--jsonl", lines))
-    packed = compress(lines, "lines.jsonl.gz")
+    packed = compress(lines, f"lines.jsonl.{suffix}")
     assert len(plain) > 4 and hashes(build(tmp_path / "b" / "set", "--jsonl", packed)) == plain
 
 
@@ -58,7 +68,7 @@ def test_an_array_and_several_files(lines: Path, tmp_path: Path) -> None:
     assert colours(build(tmp_path / "set", "--jsonl", packed, "--jsonl", lines)) == [*COLOURS, *COLOURS]
 
 
-@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz"])
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.zst", ".tzst"])
 def test_tars_give_the_same_bytes_compressed(tars: Path, tmp_path: Path, suffix: str) -> None:
     plain = hashes(build(tmp_path / "a" / "set", "--webdataset", tars))
     for tar in list(tars.rglob("*.tar")):
@@ -114,6 +124,27 @@ def test_a_gzip_file_that_is_cut_off(
     (tars / "003.tgz").write_bytes(b"no gzip")
     out = build(tmp_path / "tars_set", "--webdataset", tars, "--max-reject-rate", "0.5")
     assert len(ShardSet(out)) == 3 and "003.tgz is no whole gzip file" in (out / "rejects.jsonl").read_text()
+
+
+def test_a_zstd_file_that_is_cut_off(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, cut in enumerate((1, 40)):
+        packed = compress(lines, "lines.jsonl.zst")
+        packed.write_bytes(packed.read_bytes()[:-cut])
+        with pytest.raises(SystemExit):
+            build(tmp_path / f"set{number}", "--jsonl", packed)
+        assert "lines.jsonl.zst is no whole zstd file" in capsys.readouterr().err
+
+
+def test_zstd_without_what_reads_it(
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = compress(lines, "lines.jsonl.zst")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SystemExit):
+        build(tmp_path / "set", "--jsonl", packed)
+    assert (
+        "lines.jsonl.zst is compressed with zstd, which needs pyarrow; pip install pyarrow" in capsys.readouterr().err
+    )
 
 
 def test_a_tar_beside_its_compressed_copy_is_refused(

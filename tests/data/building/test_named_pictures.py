@@ -146,6 +146,21 @@ def test_a_picture_within_the_line_is_used(tmp_path: Path, line: dict[str, Any])
     assert rejects == [] and colours_of(sample) == ["green"]
 
 
+def with_index(first: int, second: int) -> dict[str, Any]:
+    """Two turns, each with a part that gives its picture's number."""
+    parts = [[{"type": "image", "index": number}, {"type": "text", "text": "?"}] for number in (first, second)]
+    answer = {"role": "assistant", "content": "x"}
+    messages = [turn for part in parts for turn in ({"role": "user", "content": part}, answer)]
+    return {"images": ["red.png", "blue.png"], "messages": messages}
+
+
+def test_a_part_that_gives_its_pictures_number(tmp_path: Path) -> None:
+    (sample,), rejects = build_lines(tmp_path / "right", with_index(0, 1))
+    assert rejects == [] and colours_of(sample) == ["red", "blue"]
+    samples, (reject,) = build_lines(tmp_path / "wrong", with_index(1, 0))
+    assert samples == [] and "is picture 0 and has 'index' 1" in reject
+
+
 def test_pictures_of_a_tar_and_of_its_json_keep_their_order(tmp_path: Path) -> None:
     told = json.dumps({"images": ["b.png", URL, "a.png"], **asked("?")})
     members = [("0.a.png", coloured("red")), ("0.b.png", coloured("blue")), ("0.json", told)]
@@ -167,3 +182,9 @@ def test_pictures_of_a_tar_and_of_its_json_keep_their_order(tmp_path: Path) -> N
 def test_what_is_no_picture_is_a_short_reject(tmp_path: Path, image: Any, says: str) -> None:
     samples, (reject,) = build_lines(tmp_path, {"image": image, **asked("?")})
     assert samples == [] and says in reject and len(reject) < 400
+
+
+def test_a_reject_names_the_members_that_were_passed_over(tmp_path: Path) -> None:
+    members = [("0.jpg", coloured("red", "JPEG")), ("0.context.txt", "What?"), ("0.answers.txt", "red")]
+    samples, (reject,) = build_tar(tmp_path, *members)
+    assert samples == [] and "it has id; members that are not read: context.txt, answers.txt" in reject
