@@ -94,6 +94,14 @@ def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
         resolve_run(load_run(DEMO, [single, override]), world_size=1)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_transformer_engine_is_refused_where_it_has_no_kernel_of_attention(precision: str) -> None:
+    single = ["parallelism.tensor_model_parallel_size=1", "model.backend=te"]
+    with pytest.raises(UserError, match=f"model.backend is te and training.precision is {precision}, in which"):
+        resolve_run(load_run(DEMO, [*single, f"training.precision={precision}"]), world_size=1)
+    resolve_run(load_run(DEMO, [*single, "training.precision=bf16"]), world_size=1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "component"),
     [(["recipe.trainable=[vision_projection]"], "language_model"), (["model.variant=d"], "cross_attention")],

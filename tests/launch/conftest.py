@@ -1,6 +1,5 @@
 """What the tests of jobs share."""
 
-
 import pytest
 
 from megatron_nvlm.demo import data as demo_data
