@@ -68,11 +68,15 @@ class _NullStream:
 
 
 def run_core_on_cpu() -> None:
-    """Make Megatron-core run on a machine without a GPU; a second call, or a machine with a GPU, changes nothing."""
+    """Make Megatron-core run on the CPU; a second call changes nothing. GPUs of the machine are out of sight afterwards."""
     global _installed_mode
-    if _installed_mode is not None or torch.cuda.is_available():
+    if _installed_mode is not None:
         return
     cuda: Any = torch.cuda
+    accelerator: Any = torch.accelerator
+    # Of a machine with GPUs whose user chose the CPU: core and PyTorch ask for them in many places.
+    cuda.is_available = accelerator.is_available = lambda: False
+    cuda.device_count = accelerator.device_count = lambda: 0
     cuda.current_device = lambda: _CPU  # rotary_pos_embedding.py, p2p_communication.py, param_and_grad_buffer.py
     cuda.synchronize = lambda *args, **kwargs: None  # p2p_communication.py, checkpointing
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # tensor_parallel/random.py

@@ -15,6 +15,7 @@ from megatron_nvlm.image.tiling import candidate_grids
 from megatron_nvlm.models.backends import BACKENDS, TE_DTYPES
 from megatron_nvlm.models.config import ResolvedModel, check_model
 from megatron_nvlm.models.precision import find_precision
+from megatron_nvlm.parallel.device import DEVICES
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 from megatron_nvlm.training.optimizer import check_components, check_optimizer
@@ -82,9 +83,11 @@ def samples_fit_the_decoder(run: RunConfig, model: ResolvedModel, world_size: in
 
 
 def names_are_known(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
-    """Recipe, precision and template exist."""
+    """Recipe, precision, device and template exist."""
     run.recipe.trainable_components()
     find_precision(run.training.precision)
+    if run.training.device not in DEVICES:
+        raise UserError(f"training.device is {run.training.device!r}; choose one of {', '.join(DEVICES)}")
     if run.checkpoint.verify not in VERIFY_CHOICES:
         raise UserError(f"checkpoint.verify is {run.checkpoint.verify!r}; choose one of {', '.join(VERIFY_CHOICES)}")
     if run.data.template not in TEMPLATES:
@@ -92,7 +95,11 @@ def names_are_known(run: RunConfig, model: ResolvedModel, world_size: int) -> No
 
 
 def backend_has_the_precision(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
-    """Transformer Engine's kernels of attention compute in bfloat16 and float16 alone."""
+    """Transformer Engine's kernels compute on GPUs alone, those of attention in bfloat16 and float16 alone."""
+    if run.model.backend == "te" and run.training.device == "cpu":
+        raise UserError(
+            "model.backend is te and training.device is cpu; set model.backend=local, or training.device=cuda"
+        )
     precision = find_precision(run.training.precision)
     if run.model.backend == "te" and precision.parameter_dtype not in TE_DTYPES:
         raise UserError(

@@ -15,7 +15,7 @@ from megatron_nvlm.models.config import ResolvedModel
 
 _CROSS_ATTENTION = "model.cross_attention."
 COMPONENT_LR = "optimizer.component_lr"
-_ADDED_LATER: dict[str, Any] = {"training.epochs": None, COMPONENT_LR: {}}
+_ADDED_LATER: dict[str, Any] = {"training.epochs": None, "training.device": "auto", COMPONENT_LR: {}}
 """Keys that checkpoints of earlier versions do not say, and what their runs did."""
 PERMISSION = "checkpoint.allow_changes"
 
@@ -78,7 +78,7 @@ EFFECTS: dict[str, Effect] = {
             ),
             *_keys("data.cache.", "folder limit_gb retries"),
             *_keys("optimizer.", "clip_grad"),
-            *_keys("training.", "micro_batch_size global_batch_size train_steps epochs timeout_seconds"),
+            *_keys("training.", "micro_batch_size global_batch_size train_steps epochs device timeout_seconds"),
             *_keys("parallelism.", "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel"),
             *_keys("parallelism.", "virtual_pipeline_model_parallel_size pipeline_layout payload_vision_tokens"),
             *_keys("parallelism.", "context_parallel_size expert_model_parallel_size"),
