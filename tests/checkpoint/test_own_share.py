@@ -16,7 +16,7 @@ from megatron_nvlm.checkpoint.save_load import CheckpointConfig, Identity, Progr
 from megatron_nvlm.core_compat import boxes_of, keep_checkpoint_process
 from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.models.precision import PRECISIONS
-from megatron_nvlm.parallel.device import use_device
+from megatron_nvlm.parallel.device import Device, use_device
 from megatron_nvlm.parallel.groups import start_groups
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.training.optimizer import OptimizerConfig, build_optimizer
@@ -89,7 +89,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-def test_whole_tensors_go_from_layout_to_layout(tmp_path: Path) -> None:
+def test_whole_tensors_go_from_layout_to_layout(tmp_path: Path, world_of_one: Device) -> None:
     """Also out of a checkpoint as core writes it, and as this project wrote it before."""
     run_ranks(2, save, REPLICAS, tmp_path / "of core", None, True)
     expected = tensors(tmp_path / "of core")
