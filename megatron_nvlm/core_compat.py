@@ -8,10 +8,12 @@ Each patch says where core needs it; none changes what core computes.
 import contextlib
 import ctypes
 import inspect
+import math
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -68,11 +70,15 @@ class _NullStream:
 
 
 def run_core_on_cpu() -> None:
-    """Make Megatron-core run on a machine without a GPU; a second call, or a machine with a GPU, changes nothing."""
+    """Make Megatron-core run on the CPU; a second call changes nothing. GPUs of the machine are out of sight afterwards."""
     global _installed_mode
-    if _installed_mode is not None or torch.cuda.is_available():
+    if _installed_mode is not None:
         return
     cuda: Any = torch.cuda
+    accelerator: Any = torch.accelerator
+    # Of a machine with GPUs whose user chose the CPU: core and PyTorch ask for them in many places.
+    cuda.is_available = accelerator.is_available = lambda: False
+    cuda.device_count = accelerator.device_count = lambda: 0
     cuda.current_device = lambda: _CPU  # rotary_pos_embedding.py, p2p_communication.py, param_and_grad_buffer.py
     cuda.synchronize = lambda *args, **kwargs: None  # p2p_communication.py, checkpointing
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # tensor_parallel/random.py
@@ -176,4 +182,122 @@ def mend_distributed_optimizer() -> None:
     patched: Any = DistributedOptimizer
     patched._set_main_param_and_optimizer_states = set_states_with_step
     patched.load_state_dict = load_with_own_steps
+    patched.sharded_param_state_fully_reshardable = _own_slices
+    patched.load_parameter_state_from_fully_reshardable = _take_own_slices
     patched._nvlm_mended = True
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes of a rectangular part of a tensor."""
+
+
+def boxes_of(shape: Sequence[int], start: int, end: int) -> Iterator[Box]:
+    """The flat range [start, end) of a tensor as rectangular parts, in order; each is contiguous."""
+    if start >= end:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # whole rows
+    if first > last:  # within one row
+        for offsets, sizes in boxes_of(shape[1:], start - last * row, end - last * row):
+            yield (last, *offsets), (1, *sizes)
+        return
+    for offsets, sizes in boxes_of(shape[1:], start - (first - 1) * row, row if start < first * row else 0):
+        yield (first - 1, *offsets), (1, *sizes)
+    if last > first:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    for offsets, sizes in boxes_of(shape[1:], 0, end - last * row):
+        yield (last, *offsets), (1, *sizes)
+
+
+def _views(described: Any, shape: torch.Size) -> Iterator[tuple[Any, Box]]:
+    """How core describes a parameter of this rank: each part that it saves, and which part of the parameter that is."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    if isinstance(described, ShardedTensor):
+        yield described, (tuple(0 for _ in shape), tuple(shape))
+        return
+    whole = torch.empty(shape, device="meta")
+    built = described.build_fn(described.key, whole, described.replica_id, None)
+    for part in nested_values(built):
+        if part.data.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+            continue  # it holds the place of a part that this rank has not
+        place, offsets = part.data.storage_offset(), []
+        for stride in whole.stride():
+            offsets.append(place // stride)
+            place %= stride
+        yield part, (tuple(offsets), tuple(part.data.shape))
+
+
+def _slices(self: Any, described: Any, parameter: torch.nn.Parameter, prefix: str, tensor: Any) -> list[Any]:
+    """This rank's flat share of a parameter's moment or main weight, as parts of the whole model's tensor."""
+    owned = self._get_model_param_range_map(parameter)["param"]
+    found = []
+    read = 0
+    for offsets, sizes in boxes_of(parameter.shape, owned.start, owned.end):
+        piece = tensor.detach()[read : read + math.prod(sizes)].view(sizes)
+        read += math.prod(sizes)
+        for part, (first, shape) in _views(described, parameter.shape):
+            begin = [max(own, other) for own, other in zip(offsets, first, strict=True)]
+            end = [min(o + s, f + n) for o, s, f, n in zip(offsets, sizes, first, shape, strict=True)]
+            if any(b >= e for b, e in zip(begin, end, strict=True)):
+                continue
+            data = piece[tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, offsets, strict=True))]
+            within = [0] * part.prepend_axis_num + [b - f for b, f in zip(begin, first, strict=True)]
+            found.append(
+                replace(
+                    part,
+                    key=f"{prefix}.{part.key}",
+                    data=data,
+                    dtype=data.dtype,
+                    local_shape=tuple(data.shape),
+                    global_offset=tuple(g + w for g, w in zip(part.global_offset, within, strict=True)),
+                    axis_fragmentations=None,
+                    replica_id=(*part.replica_id[:-1], getattr(self, "distributed_optimizer_instance_id", 0)),
+                )
+            )
+    return found
+
+
+def _owned_tensors(self: Any) -> Iterator[tuple[int, torch.nn.Parameter, str, torch.Tensor]]:
+    """Moments and main weights of the parameters of which this rank has a share, each parameter with a number."""
+    for number, parameter in enumerate(self.model_param_gbuf_map):
+        for name, tensor in self._get_main_param_and_optimizer_states(parameter).items():
+            if name != "step":  # among the groups
+                yield number, parameter, name, tensor
+
+
+def _own_slices(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None) -> Any:
+    """The state of the distributed optimizer as each data-parallel rank has it, without a word between ranks.
+
+    Core's own form `fully_reshardable` gathers the state of a whole model replica on each of its data-parallel ranks: at a
+    save, H-72B on 80 GB of each GPU runs out of memory, and a node's host needs 1.7 TB. Where gradients have several
+    buckets it also gives moments to wrong parameters (0.16.1 to 0.19.2). Here a rank gives its own share, which begins and
+    ends within rows, as rectangular parts under the same names: the checkpoint's tensors are the same, whole, and load
+    under any layout. A load reads a rank's share alone.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    described, _ = extract_matching_values(
+        model_sharded_state_dict, lambda value: isinstance(value, ShardedTensor | ShardedTensorFactory)
+    )
+    by_parameter = {value.data: value for value in nested_values(described)}
+    state: dict[int, dict[str, list[Any]]] = {}
+    for number, parameter, name, tensor in _owned_tensors(self):
+        parts = _slices(self, by_parameter[parameter], parameter, f"optimizer.state.{name}", tensor)
+        state.setdefault(number, {})[name] = parts
+    self._nvlm_described = by_parameter if is_loading else None
+    return state
+
+
+def _take_own_slices(self: Any, state_dict: dict[int, dict[str, list[torch.Tensor]]]) -> None:
+    """Put what was read for `_own_slices` where it belongs."""
+    with torch.no_grad():
+        for number, parameter, name, tensor in _owned_tensors(self):
+            parts = _slices(self, self._nvlm_described[parameter], parameter, "", tensor)
+            for part, read in zip(parts, state_dict.get(number, {}).get(name, []), strict=True):
+                part.data.copy_(read)

@@ -268,7 +268,7 @@ def load(
     state = {"model": model_state}
     if trains:
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_metadata())
-        own_groups = OwnGroups(state["optimizer"])
+        own_groups = OwnGroups(optimizer, state["optimizer"])
     loaded = _load(state, path)
     model.load_state_dict(loaded["model"])
     if trains:

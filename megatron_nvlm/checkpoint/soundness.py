@@ -30,12 +30,19 @@ def refuse_unsound(step: int, model: NVLMModel | ModelChunks, optimizer: Megatro
 
 
 def _first_unsound(model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer) -> str:
-    """What holds a value that is not finite; nothing if all are finite. The device is waited for once."""
-    named = list(_tensors(model, optimizer))
-    if not named:
-        return ""
-    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in named]).tolist()
-    return next((name for (name, _), sound in zip(named, finite, strict=True) if not sound), "")
+    """What holds a value that is not finite; nothing if all are finite. Each device is waited for once.
+
+    PyTorch's AdamW keeps its `step` on the host, beside moments that are on a GPU.
+    """
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in _tensors(model, optimizer):
+        by_device.setdefault(tensor.device, []).append((name, torch.isfinite(tensor).all()))
+    for named in by_device.values():
+        finite = torch.stack([sound for _, sound in named]).tolist()
+        for (name, _), sound in zip(named, finite, strict=True):
+            if not sound:
+                return name
+    return ""
 
 
 def _tensors(model: NVLMModel | ModelChunks, optimizer: MegatronOptimizer) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,6 @@ Core can only save what is in memory. A 72B model need not be: its files are wri
 complete or absent, so an interrupted conversion goes on where it was.
 """
 
-import io
 import json
 import os
 import pickle
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -61,7 +59,6 @@ def plan_pieces(infos: dict[str, TensorInfo], most_bytes: int = _PIECE_BYTES) ->
 def write_checkpoint(
     folder: Path,
     source: TensorSource,
-    object_names: list[str],
     common: dict[str, Any],
     done: Callable[[int], object] | None = None,
 ) -> None:
@@ -69,7 +66,6 @@ def write_checkpoint(
 
     Args:
         folder: may hold files of an interrupted call with the same source, which stay.
-        object_names: entries without numbers that core's modules expect (`_extra_state`).
         common: what every rank reads as it is (progress).
         done: is told the bytes of each piece once it is written.
     """
@@ -87,14 +83,7 @@ def write_checkpoint(
         for (name, first, _), (offset, length) in zip(pieces, places, strict=True):
             first_rows.setdefault(name, []).append(first)
             storage[MetadataIndex(name, _offsets(source.infos[name], first))] = _StorageInfo(path.name, offset, length)
-    nothing = io.BytesIO()
-    torch.save([None], nothing)
-    with (folder / "__0_objects.distcp").open("wb") as file:
-        for name in object_names:
-            storage[MetadataIndex(name)] = _StorageInfo("__0_objects.distcp", file.tell(), nothing.getbuffer().nbytes)
-            file.write(nothing.getbuffer())
     entries: dict[str, Any] = {name: _described(info, first_rows[name]) for name, info in source.infos.items()}
-    entries |= {name: BytesStorageMetadata() for name in object_names}
     torch.save(common, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(_CORE_METADATA))
     with (folder / METADATA_FILE).open("wb") as file:

@@ -12,9 +12,10 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.image.pixels import check_background
 from megatron_nvlm.image.tile_tags import TAG_FORMATS
 from megatron_nvlm.image.tiling import candidate_grids
-from megatron_nvlm.models.backends import BACKENDS
+from megatron_nvlm.models.backends import BACKENDS, TE_DTYPES
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, check_model
 from megatron_nvlm.models.precision import find_precision
+from megatron_nvlm.parallel.device import DEVICES
 from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 from megatron_nvlm.trackers.config import check_trackers
@@ -84,13 +85,29 @@ def samples_fit_the_decoder(run: RunConfig, model: ResolvedModel, world_size: in
 
 
 def names_are_known(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
-    """Recipe, precision and template exist."""
+    """Recipe, precision, device and template exist."""
     run.trainable_components()
     find_precision(run.training.precision)
+    if run.training.device not in DEVICES:
+        raise UserError(f"training.device is {run.training.device!r}; choose one of {', '.join(DEVICES)}")
     if run.checkpoint.verify not in VERIFY_CHOICES:
         raise UserError(f"checkpoint.verify is {run.checkpoint.verify!r}; choose one of {', '.join(VERIFY_CHOICES)}")
     if run.data.template not in TEMPLATES:
         raise UserError(f"data.template is {run.data.template!r}; choose one of {', '.join(TEMPLATES)}")
+
+
+def backend_has_the_precision(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """Transformer Engine's kernels compute on GPUs alone, those of attention in bfloat16 and float16 alone."""
+    if run.model.backend == "te" and run.training.device == "cpu":
+        raise UserError(
+            "model.backend is te and training.device is cpu; set model.backend=local, or training.device=cuda"
+        )
+    precision = find_precision(run.training.precision)
+    if run.model.backend == "te" and precision.parameter_dtype not in TE_DTYPES:
+        raise UserError(
+            f"model.backend is te and training.precision is {precision.name}, in which Transformer Engine has no kernel "
+            "of attention; set training.precision=bf16, or model.backend=local"
+        )
 
 
 def length_is_given_once(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
@@ -284,6 +301,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     virtual_stages_are_possible,
     samples_fit_the_decoder,
     names_are_known,
+    backend_has_the_precision,
     length_is_given_once,
     counts_are_positive,
     packs_are_micro_batches,

@@ -45,14 +45,11 @@ class OurModel:
     """What the real model, built without memory, says of itself: the other side of the census."""
 
     infos: dict[str, TensorInfo]
-    object_names: list[str]
-    """Entries of a checkpoint without numbers."""
 
 
-def describe_model(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> OurModel:
-    """Describe a model by its `sharded_state_dict` and the whole shapes of its parameters."""
-    objects = [entry.unique_key for entry in state.values() if hasattr(entry, "unique_key")]
-    return OurModel({name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()}, objects)
+def describe_model(shapes: dict[str, tuple[int, ...]]) -> OurModel:
+    """Describe a model by the whole shapes of its parameters."""
+    return OurModel({name: TensorInfo(shape, torch.float32) for name, shape in shapes.items()})
 
 
 def imported_source(
@@ -118,7 +115,7 @@ def write_import(
     """A checkpoint in `folder`, which must not exist; goes on where a call with the same `mark` was interrupted."""
     partial = begin(folder, mark)
     progress = Progress(0, DataPosition())
-    write_checkpoint(partial, source, ours.object_names, {"progress": progress.to_plain()}, done)
+    write_checkpoint(partial, source, {"progress": progress.to_plain()}, done)
     write_identity(partial, identity, progress)
     finish(partial, folder)
 

@@ -13,7 +13,7 @@ from megatron_nvlm.parallel.groups import get_groups, get_single_rank_groups, st
 
 
 def describe_our_model(model: ResolvedModel) -> OurModel:
-    """Names and shapes of all parameters, and the entries without numbers, from the model that training builds."""
+    """Names and shapes of all parameters, from the model that training builds."""
     if not dist.is_initialized():
         start_groups(ParallelismConfig(), use_device(), seed=1)
     built = build_model(
@@ -21,4 +21,4 @@ def describe_our_model(model: ResolvedModel) -> OurModel:
     )
     mark_splits(built)
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(built)}
-    return describe_model(built.sharded_state_dict(), shapes)
+    return describe_model(shapes)

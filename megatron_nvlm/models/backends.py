@@ -20,6 +20,8 @@ from megatron_nvlm.ops.causal_attention import causal_attention
 from megatron_nvlm.ops.interval_attention import interval_attention
 
 BACKENDS = ("local", "te")
+TE_DTYPES = (torch.bfloat16, torch.float16)
+"""What Transformer Engine's kernels of attention compute in; 2.1 has no other form for ragged sequences, 2.20 a slow one."""
 
 
 def check_backend_is_installed(backend: str) -> None:

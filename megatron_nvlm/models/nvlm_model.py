@@ -8,6 +8,7 @@ Shapes: s decoder tokens, c context tokens, h hidden, t tiles.
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -22,6 +23,9 @@ from megatron_nvlm.models.vision_model import VisionModel
 from megatron_nvlm.ops.gather_tiles import gather_tiles, share_of
 from megatron_nvlm.ops.pixel_shuffle import pixel_shuffle
 from megatron_nvlm.sequence.micro_batch import MicroBatch
+
+_EXTRA_STATE = "_extra_state"
+"""Name of what a module keeps beside its parameters, for PyTorch and Megatron-core."""
 
 
 class NVLMModel(MegatronModule):
@@ -211,6 +215,26 @@ class NVLMModel(MegatronModule):
                 )
             parts.append(output.new_zeros(missing, *output.shape[1:]))
         return torch.cat(parts) if len(parts) > 1 else output  # [s + c, 1, h]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """As Megatron-core's, of parameters alone, so that a checkpoint does not depend on the backend.
+
+        Core's linear layers and all modules of Transformer Engine have an `_extra_state` each, for scales of 8-bit matrix
+        products. In the precisions that we have it is empty; a load that asks for one that another backend did not write
+        fails.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's; `_extra_state` may be there or not."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        wrong = [name for names in found for name in names if not name.endswith(_EXTRA_STATE)]
+        if strict and wrong:
+            raise RuntimeError(f"weights that are missing, or have no place: {', '.join(wrong)}")
+        return found
 
     @property
     def _sequence_shards(self) -> int:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_nvlm.core_compat import mend_distributed_optimizer, run_core_on_cpu
+from megatron_nvlm.errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda")
+"""Values of `training.device`; auto is a GPU where there is one."""
 
 
 @dataclass(frozen=True)
@@ -16,15 +20,29 @@ class Device:
     communication: str
 
 
-def use_device() -> Device:
-    """Take this process's GPU if there is one, else prepare Megatron-core for the CPU. Call before core is used."""
+def use_device(choice: str = "auto") -> Device:
+    """Take this process's GPU, or prepare Megatron-core for the CPU. Call before core is used.
+
+    Args:
+        choice: one of DEVICES.
+
+    Raises:
+        UserError: the machine has fewer GPUs than ranks.
+    """
     mend_distributed_optimizer()
-    if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(index)
-        return Device(torch.device("cuda", index), "nccl")
-    run_core_on_cpu()
-    return Device(torch.device("cpu"), "gloo")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if choice == "cpu" or (choice == "auto" and not gpus):
+        run_core_on_cpu()
+        return Device(torch.device("cpu"), "gloo")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), index + 1)
+    if ranks > gpus:
+        raise UserError(
+            f"{ranks} ranks were started on a machine with {gpus} GPUs that they can see, and each rank takes one; start as "
+            "many ranks as GPUs, or set training.device=cpu"
+        )
+    torch.cuda.set_device(index)
+    return Device(torch.device("cuda", index), "nccl")
 
 
 def cuda_and_nccl_versions() -> tuple[str, str] | None:

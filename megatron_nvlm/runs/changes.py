@@ -17,7 +17,7 @@ _CROSS_ATTENTION = "model.cross_attention."
 _LORA = "model.lora."
 LORA_RANK = f"{_LORA}rank"
 COMPONENT_LR = "optimizer.component_lr"
-_ADDED_LATER: dict[str, Any] = {"training.epochs": None, COMPONENT_LR: {}, LORA_RANK: 0}
+_ADDED_LATER: dict[str, Any] = {"training.epochs": None, "training.device": "auto", COMPONENT_LR: {}, LORA_RANK: 0}
 """Keys that checkpoints of earlier versions do not say, and what their runs did."""
 PERMISSION = "checkpoint.allow_changes"
 
@@ -80,7 +80,7 @@ EFFECTS: dict[str, Effect] = {
             ),
             *_keys("data.cache.", "folder limit_gb retries"),
             *_keys("optimizer.", "clip_grad"),
-            *_keys("training.", "micro_batch_size global_batch_size train_steps epochs"),
+            *_keys("training.", "micro_batch_size global_batch_size train_steps epochs device"),
             *_keys("training.", "timeout_seconds start_timeout_seconds save_timeout_seconds"),
             *_keys("parallelism.", "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel"),
             *_keys("parallelism.", "virtual_pipeline_model_parallel_size pipeline_layout payload_vision_tokens"),

@@ -35,8 +35,8 @@ def joined(run: ResolvedRun) -> Iterator[Device]:
 def start(run: ResolvedRun) -> Device:
     """Take this process's device and start the process groups of the run."""
     check_backend_is_installed(run.model.config.backend)
-    device = use_device()
     training = run.config.training
+    device = use_device(training.device)
     start_groups(run.config.parallelism, device, training.seed, max(training.limits.values()))
     return device
 

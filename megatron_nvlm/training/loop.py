@@ -47,6 +47,8 @@ class TrainingConfig:
     """Length of the run in passes over the data (docs/training.md); null where `train_steps` gives it."""
     precision: str = "bf16"
     """bf16 or fp32."""
+    device: str = "auto"
+    """cpu or cuda; auto takes a GPU where there is one."""
     seed: int = 1234
     """Of new weights."""
     timeout_seconds: float = 600

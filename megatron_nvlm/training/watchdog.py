@@ -69,7 +69,7 @@ class Watchdog:
         self._beaten = time.monotonic()
         self._beat = Beat(0, self._stage, "starting", (), 0, time.time())
         self._ended = threading.Event()
-        self._store = distributed_c10d.PrefixStore("watchdog", distributed_c10d._get_default_store())
+        self._store, self._asked = _own_connection(), _own_connection()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -149,8 +149,8 @@ class Watchdog:
         """The rank that was silent longest or, if all still run, the one that is furthest behind."""
         beats = {}
         for rank in range(self.ranks):
-            if self._store.check([str(rank)]):
-                content = json.loads(self._store.get(str(rank)))
+            if self._asked.check([str(rank)]):
+                content = json.loads(self._asked.get(str(rank)))
                 beats[rank] = Beat(**{**content, "keys": tuple(content["keys"])})
         unheard = [rank for rank in range(self.ranks) if rank not in beats]
         if unheard:
@@ -162,3 +162,14 @@ class Watchdog:
             return f"rank {silent} was last heard of {silence:.0f} s ago ({beats[silent].describe()})"
         behind = min(beats, key=lambda rank: (beats[rank].step, beats[rank].count))
         return f"all ranks still run and rank {behind} is furthest behind ({beats[behind].describe()})"
+
+
+def _own_connection() -> distributed_c10d.PrefixStore:
+    """The store that brought the ranks together, by a connection of its own.
+
+    A connection serves one request at a time: a thread that waits for a key (a group that is being made) would keep a
+    living rank silent, and a word to a store that does not answer would keep the question after it waiting.
+    """
+    store = distributed_c10d._get_default_store()
+    clone = getattr(store, "clone", None)  # PyTorch 2.6 and 2.7 have none
+    return distributed_c10d.PrefixStore("watchdog", store if clone is None else clone())

@@ -62,6 +62,7 @@ def test_every_run_file_survives_writing_and_reading(path: Path, tmp_path: Path)
             "component_lr.language_model is 0.0; it must be a number above 0",
         ),
         ("optimizer.component_lr={language_model: .inf}", "component_lr.language_model is inf; it must be a number"),
+        ("training.device=gpu", "training.device is 'gpu'; choose one of auto, cpu, cuda"),
         ("training.precision=fp8", "training.precision is 'fp8'"),
         ("data.sequence_length=9000", "data.sequence_length 9000 is over model.max_sequence_length"),
         ("data.template=alpaca", "data.template is 'alpaca'"),
@@ -108,6 +109,16 @@ def test_a_wrong_key_or_value_is_named(override: str, says: str) -> None:
     single = "parallelism.tensor_model_parallel_size=1"
     with pytest.raises(UserError, match=says):
         resolve_run(load_run(DEMO, [single, override]), world_size=1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_transformer_engine_is_refused_where_it_has_no_kernel_of_attention(precision: str) -> None:
+    single = ["parallelism.tensor_model_parallel_size=1", "model.backend=te"]
+    with pytest.raises(UserError, match=f"model.backend is te and training.precision is {precision}, in which"):
+        resolve_run(load_run(DEMO, [*single, f"training.precision={precision}"]), world_size=1)
+    resolve_run(load_run(DEMO, [*single, "training.precision=bf16"]), world_size=1)
+    with pytest.raises(UserError, match="model.backend is te and training.device is cpu; set model.backend=local"):
+        resolve_run(load_run(DEMO, [*single, "training.device=cpu"]), world_size=1)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ SAME_NUMBERS: dict[str, str] = {
     "data.cache.retries": "1",
     "training.micro_batch_size": "2",
     "training.timeout_seconds": "100",
+    "training.device": "cpu",
     "parallelism.payload_vision_tokens": "64",
     "parallelism.vision_placement": "replicated",
     "parallelism.vision_tiles_at_once": "1",

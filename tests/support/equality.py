@@ -147,7 +147,7 @@ def make_chunks(case: Case, own: Layout, device: torch.device) -> ModelChunks:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = 0.1 * torch.randn(full_shape(parameter.shape, split, ranks), generator=generator)
             if name.endswith((".gate", "scale", "bias", ".lora_b")) or "norm" in name:
-                parameter.add_(cut(noise, split, rank, ranks) + 0.3 * name.endswith(".gate"))
+                parameter.add_(cut(noise, split, rank, ranks).to(device) + 0.3 * name.endswith(".gate"))
     return chunks
 
 

@@ -70,7 +70,8 @@ def tiny_model(
             elif name.endswith("scale") or "norm" in name:
                 # Whole on every rank, so a function of the name gives every layout the same.
                 generator = torch.Generator().manual_seed(len(name))
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise.to(parameter.device))
     return model
 
 

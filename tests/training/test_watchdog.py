@@ -1,13 +1,22 @@
 """A run that hangs says where and ends: every rank, the stopped one too, within a minute of the timeout."""
 
+import datetime
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from megatron_nvlm.models.parallelism import ParallelismConfig
+from megatron_nvlm.parallel.device import use_device
+from megatron_nvlm.parallel.groups import start_groups
+from megatron_nvlm.training.watchdog import Watchdog
 from tests.support.launch import start
+from tests.support.ranks import run_ranks
 from tests.support.shards import write_run
 
 pytestmark = pytest.mark.distributed
@@ -68,3 +77,38 @@ def test_a_rank_that_stops_is_named_and_all_ranks_end(tmp_path: Path, stopped: i
     assert f"has waited for {TIMEOUT} s, training.timeout_seconds; rank {stopped} was last heard of" in sentences[0]
     assert f"pipeline stage {1 + stopped}" in sentences[0].split("last heard of")[1]
     assert all("samples sample_0" in half for half in sentences[0].split("last heard of"))
+
+
+def tell_while_a_thread_waits() -> str:
+    """On each of two ranks: rank 0 gives rank 1's thread what it waits for only once it has heard of rank 1."""
+    start_groups(ParallelismConfig(), use_device(), seed=1)
+    store = distributed_c10d._get_default_store()
+    store.set_timeout(datetime.timedelta(seconds=30))
+    said = []
+
+    def wait() -> None:
+        try:
+            store.get("go")
+            said.append("heard")
+        except dist.DistStoreError:
+            said.append("in vain")
+
+    watchdog = Watchdog(1000)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        other = store.clone()
+        other.set_timeout(datetime.timedelta(seconds=60))
+        other.wait(["watchdog/1"])
+        other.set("go", "")
+        return "heard"
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(1)  # until it waits
+    watchdog._tell()
+    thread.join()
+    return said[0]
+
+
+@pytest.mark.skipif(not hasattr(dist.Store, "clone"), reason="this PyTorch gives a process one connection")
+def test_a_rank_is_heard_of_while_another_of_its_threads_waits_for_the_store() -> None:
+    assert run_ranks(2, tell_while_a_thread_waits) == ["heard", "heard"]
