@@ -58,7 +58,7 @@ def start_pods(folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:
 
 
 def codes(pods: list[subprocess.Popen[str]]) -> list[int]:
-    return [pod.wait(timeout=240) for pod in pods]
+    return [pod.wait(timeout=400) for pod in pods]
 
 
 def logs(folder: Path) -> str:
