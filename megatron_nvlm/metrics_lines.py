@@ -73,7 +73,8 @@ def numbers_of(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, Mapping):
             found |= numbers_of(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{key}"] = float(value)
+            with suppress(OverflowError):  # a whole number beyond all floats
+                found[f"{prefix}{key}"] = float(value)
     return found
 
 

@@ -80,7 +80,7 @@ def smoothed(values: Sequence[float], steps: int) -> Sequence[float]:
     found = []
     for index, value in enumerate(values):
         near = present(values[max(0, index - steps + 1) : index + 1])
-        found.append(math.fsum(near) / len(near) if math.isfinite(value) else math.nan)
+        found.append(sum(near) / len(near) if math.isfinite(value) else math.nan)
     return found
 
 
@@ -122,8 +122,7 @@ def _gates(runs: Sequence[ComparedRun], axis: str) -> Chart:
     """All gates of all runs: a colour for a run, dashes for a layer."""
     lines = []
     for run in runs:
-        names = [name for name in run.history.names if name.startswith("gates/")]
-        names.sort(key=lambda name: int("".join(filter(str.isdigit, name)) or 0))
+        names = run.history.gates
         for place, name in enumerate(names):
             label = f"{run.name}, {name.removeprefix('gates/').replace('_', ' ')}"
             xs, ys = places_of(run.history, axis), run.history.column(name)
@@ -162,7 +161,7 @@ def _table(runs: Sequence[ComparedRun]) -> str:
     for run in runs:
         history = run.history
         seconds, losses = present(history.column("seconds")), present(history.column("loss"))
-        whole = math.fsum(seconds)
+        whole = sum(seconds)
         cells = (
             f'<span class="colour" style="background:{run.colour}"></span>{html.escape(run.name)}',
             run.state,

@@ -68,10 +68,16 @@ class History:
         """The last value that is there; NaN without one."""
         return next((value for value in reversed(self.column(name)) if not math.isnan(value)), math.nan)
 
+    @property
+    def gates(self) -> list[str]:
+        """Metrics of the gates, by layer."""
+        names = [name for name in self.names if name.startswith("gates/")]
+        return sorted(names, key=lambda name: int("".join(filter(str.isdecimal, name)) or 0))
+
     def total(self, name: str, last_steps: int | None = None) -> float:
         """Sum over all steps or the last ones; steps without the metric count nothing."""
         column = self.column(name)
-        return math.fsum(present(column[-last_steps:] if last_steps else column))
+        return sum(present(column[-last_steps:] if last_steps else column))
 
 
 def present(values: Iterable[float]) -> list[float]:

@@ -143,8 +143,7 @@ def _tiles(history: History) -> Iterator[Row]:
 
 
 def _gates(history: History) -> Iterator[Row]:
-    names = [name for name in history.names if name.startswith("gates/")]
-    names.sort(key=lambda name: int("".join(filter(str.isdigit, name)) or 0))
+    names = history.gates
     places = sorted({round(index * (len(names) - 1) / max(SHOWN - 1, 1)) for index in range(SHOWN)}) if names else []
     for place in places:
         values = history.column(names[place])
@@ -222,21 +221,23 @@ def sparkline(values: Sequence[float], width: int) -> str:
     count = min(width, len(values))
     edges = [len(values) * index // count for index in range(count + 1)]
     pieces = [present(values[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
-    means = [math.fsum(piece) / len(piece) if piece else math.nan for piece in pieces]
+    means = [sum(piece) / len(piece) if piece else math.nan for piece in pieces]
     known = present(means)
     if not known:
         return ""
     lowest, span = min(known), max(known) - min(known)
-    heights = [" " if math.isnan(mean) else BARS[_height(mean - lowest, span)] for mean in means]
+    heights = [BARS[_height(mean - lowest, span)] if math.isfinite(mean) else " " for mean in means]
     return "".join(heights)
 
 
 def _height(above: float, span: float) -> int:
-    return min(int(above / span * len(BARS)), len(BARS) - 1) if span > 0 else 0
+    return min(int(above / span * len(BARS)), len(BARS) - 1) if 0 < span < math.inf else 0
 
 
 def duration(seconds: float) -> str:
     """A time in its two largest units."""
+    if not math.isfinite(seconds):
+        return "? s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

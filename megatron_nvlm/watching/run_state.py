@@ -25,6 +25,9 @@ HEARTBEAT_SECONDS = 60
 SILENT_SECONDS = 600
 """The same for metrics.jsonl of a run without a heartbeat on another host, where its run file does not say (our choice)."""
 
+MOST = 1e11
+"""Seconds and steps beyond it are no such thing."""
+
 
 class Kind(StrEnum):
     """What a run does."""
@@ -101,9 +104,9 @@ def train_steps_of(run_dir: RunDir, config: Mapping[str, Any]) -> int | None:
     steps = _number(value_of(config, "training.train_steps"))
     latest = read_latest(run_dir.checkpoints)
     if steps is None and latest is not None:
-        settings = value_of(_read_object(latest / IDENTITY_FILE), "model.settings") or {}
-        steps = _number(settings.get("training.train_steps"))
-    return None if steps is None else int(steps)
+        settings = value_of(_read_object(latest / IDENTITY_FILE), "model.settings")
+        steps = _number(settings.get("training.train_steps")) if isinstance(settings, Mapping) else None
+    return None if steps is None or steps < 1 else int(steps)
 
 
 def newest_checkpoint(run_dir: RunDir) -> int | None:
@@ -214,7 +217,7 @@ def read_starts(run_dir: RunDir) -> tuple[StartRow, ...]:
         for what in ("began", "ended"):
             content = line.get(what)
             if isinstance(content, dict) and isinstance(content.get("start"), str):
-                name, at = content["start"], _number(content.get("time"))
+                name, at, nodes = content["start"], _number(content.get("time")), content.get("failed_nodes")
                 before = rows.get(name) or StartRow(name, None, None, "", 0, None, ())
                 rows[name] = StartRow(
                     name,
@@ -223,7 +226,7 @@ def read_starts(run_dir: RunDir) -> tuple[StartRow, ...]:
                     ending=str(content.get("ending", "")) if what == "ended" else "",
                     first_step=int(_number(content.get("first_step")) or 0),
                     last_step=int(_number(content.get("last_step")) or 0) if what == "ended" else None,
-                    failed_nodes=tuple(map(str, content.get("failed_nodes") or ())),
+                    failed_nodes=tuple(map(str, nodes)) if isinstance(nodes, list) else (),
                 )
     return tuple(rows.values())
 
@@ -238,4 +241,6 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A number that a file may hold, of a size that times and steps have; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < MOST else None

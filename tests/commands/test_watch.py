@@ -229,17 +229,21 @@ NAMES = [
 ]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), max_size=5), VALUES, VALUES)
 def test_no_line_and_no_file_ends_the_page(
     tmp_path: Path, records: list[dict[str, Any]], failure: Any, config: Any
 ) -> None:
     steps = [json.dumps({"step": step, **record}) for step, record in enumerate(records, 1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(steps) + "\n")
-    for name in ("failure.json", "heartbeat.json", "lock"):
-        (tmp_path / name).write_text(json.dumps(failure))
-    (tmp_path / "starts.jsonl").write_text(json.dumps({"began": {"start": "1", "failed_nodes": failure}}) + "\n")
-    (tmp_path / "config.yaml").write_text(json.dumps({"training": config, "model": config}))
+    beat = dict.fromkeys(("time", "step", "action", "ranks"), failure)
+    for name, content in (("failure.json", failure), ("heartbeat.json", beat), ("lock", config)):
+        (tmp_path / name).write_text(json.dumps(content))
+    keys = ("failed_nodes", "time", "first_step", "last_step", "ending")
+    start = {"start": "1", **dict.fromkeys(keys, failure)}
+    (tmp_path / "starts.jsonl").write_text(json.dumps({"began": start}) + "\n" + json.dumps({"ended": start}) + "\n")
+    sections = {"training": {"train_steps": config, "timeout_seconds": config}, "model": config}
+    (tmp_path / "config.yaml").write_text(json.dumps(sections))
     assert page_of(tmp_path)
 
 
