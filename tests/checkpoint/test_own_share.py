@@ -28,7 +28,9 @@ FP32 = PRECISIONS["fp32"]
 REPLICAS = layout(2, dist_opt=True)
 LAYOUTS = {
     "one rank": layout(1, dist_opt=True),
-    "tensor parallel, three heads of the encoder too": layout(2, tp=2, sp=True, vision="tensor_parallel", dist_opt=True),
+    "tensor parallel, three heads of the encoder too": layout(
+        2, tp=2, sp=True, vision="tensor_parallel", dist_opt=True
+    ),
     "pipeline": layout(2, pp=2, dist_opt=True),
     "replicas": REPLICAS,
 }
