@@ -36,7 +36,7 @@ def run_training(config: RunConfig) -> None:
     with joined(run) as device:
         start = find_start(run, identity)
         run = keep_multiples(start, run)
-        trainer = make_trainer(run, data, device)
+        trainer = make_trainer(run, data, device, start.loads)
         progress = load_start(start, trainer)
         if start.checkpoint is not None and start.keep_schedule:
             in_force = config_in_force(run.config.optimizer, trainer.optimizer, trainer.scheduler)

@@ -44,6 +44,11 @@ class Start:
     new_order: bool
     """Whether the order of samples is another one than the checkpoint's, and begins at its first sample."""
 
+    def loads(self, name: str) -> bool:
+        """Whether a weight of that name comes from here."""
+        whole = self.checkpoint is not None or self.initial is not None
+        return whole or (self.folders is not None and name in self.folders.rows)
+
 
 def find_start(run: ResolvedRun, identity: Identity) -> Start:
     """Look for what the run starts with, and refuse what is of another model; every rank calls it.
