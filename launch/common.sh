@@ -76,7 +76,7 @@ command=("${everywhere[@]}" megatron_nvlm.commands.launch_node "$run_dir" "$star
     "${ranks[@]}" --max-restarts="$MAX_RESTARTS" --rdzv-id="$start" -m megatron_nvlm.train --config "$run_file" "$@")
 doctor=("${everywhere[@]}" megatron_nvlm.commands.launch_node "$run_dir" "$start"
     "${ranks[@]}" --rdzv-id="preflight-$start" -m megatron_nvlm.commands.doctor
-    --config "$run_file" --job-start "$start" --own-check "$HEALTH_CHECK" "$@")
+    --config "$run_file" --job-start "$start" --own-check "$HEALTH_CHECK" --least-megabytes "$LEAST_MEGABYTES" "$@")
 
 if [ $dry_run = yes ]; then
     echo "$nodes nodes x $processes processes = $((nodes * processes)) ranks, run directory $run_dir"
@@ -144,8 +144,8 @@ echo "job $job, start ${SLURM_RESTART_COUNT:-0}: $nodes nodes x $processes proce
 
 if [ $preflight = yes ]; then
     status=0
-    "${here[@]}" python -m megatron_nvlm.commands.doctor --config "$run_file" --world-size $((nodes * processes)) "$@" ||
-        status=$?
+    "${here[@]}" python -m megatron_nvlm.commands.doctor --config "$run_file" --world-size $((nodes * processes)) \
+        --least-megabytes "$LEAST_MEGABYTES" "$@" || status=$?
     if [ $status = 0 ]; then "${doctor[@]}" || status=$?; fi
     if [ $status != 0 ]; then
         ask_job_start preflight --status $status

@@ -42,7 +42,7 @@ def run_training(config: RunConfig) -> None:
     with joined(run) as device, Watchdog(config.training.limits, run.run_dir) as watchdog:
         start = find_start(run, identity)
         run = keep_multiples(start, run)
-        trainer = make_trainer(run, data, device, validation)
+        trainer = make_trainer(run, data, device, validation, start.loads)
         progress = load_start(start, trainer)
         if start.checkpoint is not None and start.keep_schedule:
             in_force = config_in_force(run.config.optimizer, trainer.optimizer, trainer.scheduler)

@@ -32,6 +32,7 @@ from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import get_groups, start_groups, world_size_from_environment
 from megatron_nvlm.runs.components import make_chunks, open_weights
 from megatron_nvlm.runs.export_run import open_run
+from megatron_nvlm.runs.start import Start
 from megatron_nvlm.training.step import run_step, wrap_model
 
 
@@ -77,7 +78,8 @@ def open_scored(checkpoint: Path | None, folder: Path | None, tensor: int, pipel
     if not dist.is_initialized():
         start_groups(parallelism, device, seed=1)
     numbers = find_precision(precision)
-    chunks = make_chunks(model, parallelism, numbers, device.torch_device, seed=1)
+    start = Start(None, path, weights, keep_schedule=False, new_order=False)
+    chunks = make_chunks(model, parallelism, numbers, device.torch_device, seed=1, is_loaded=start.loads)
     if path is not None:
         save_load.load_model(path, chunks)
     if weights is not None:

@@ -3,7 +3,7 @@
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,18 +59,27 @@ def mark_splits(model: NVLMModel | ModelChunks) -> None:
 
 
 @torch.no_grad()
-def initialise(model: NVLMModel | ModelChunks, seed: int) -> None:
+def initialise(
+    model: NVLMModel | ModelChunks, seed: int, is_loaded: Callable[[str], bool] = lambda name: False
+) -> None:
     """Set every weight of this rank's stage; gates, norms and layer-scales keep what their modules start with.
 
     Weights are normal with the configuration's `init_std`, those that write to the residual stream divided by
     sqrt(2 * layers) (Megatron's rule); the encoder's positions and class token have a deviation of 1, as in InternViT's
     own code; biases are zero.
+
+    Args:
+        is_loaded: whether a weight of that name is loaded afterwards. It is zero then, since numbers for a large model take
+            minutes to draw.
     """
     group = _tensor_group(model)
     ranks, rank = group.size(), group.rank()
     spread = Spread(model.config.init_method_std, model.config.num_layers)
     for name, parameter in named_parameters(model):
         if keeps_first_value(name):
+            continue
+        if is_loaded(name):
+            parameter.zero_()
             continue
         split = split_of(name, model)
         full = new_weight(name, full_shape(parameter.shape, split, ranks), spread, seed)

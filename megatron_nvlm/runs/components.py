@@ -1,5 +1,6 @@
 """What a run is made of: data, pipeline, identity, model and weights, for training and inference alike."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -122,19 +123,30 @@ def make_identity(
 
 
 def make_model(
-    model: ResolvedModel, parallelism: ParallelismConfig, precision: Precision, device: torch.device, seed: int
+    model: ResolvedModel, parallelism: ParallelismConfig, precision: Precision, device: torch.device
 ) -> NVLMModel:
-    """This rank's stage with new weights."""
+    """This rank's stage, whose weights are loaded afterwards."""
     groups = (get_groups(), get_single_rank_groups())
-    return _with_new_weights(build_model(model, parallelism, *groups, precision.parameter_dtype, device), seed)
+    built = build_model(model, parallelism, *groups, precision.parameter_dtype, device)
+    return _with_weights(built, seed=0, is_loaded=lambda name: True)
 
 
 def make_chunks(
-    model: ResolvedModel, parallelism: ParallelismConfig, precision: Precision, device: torch.device, seed: int
+    model: ResolvedModel,
+    parallelism: ParallelismConfig,
+    precision: Precision,
+    device: torch.device,
+    seed: int,
+    is_loaded: Callable[[str], bool] = lambda name: False,
 ) -> ModelChunks:
-    """All that this rank holds, with new weights: for training, where a stage may be several chunks."""
+    """All that this rank holds, with new weights: for training, where a stage may be several chunks.
+
+    Args:
+        is_loaded: whether a weight of that name is loaded afterwards, and need not be drawn.
+    """
     groups = (get_groups(), get_single_rank_groups())
-    return _with_new_weights(build_chunks(model, parallelism, *groups, precision.parameter_dtype, device), seed)
+    built = build_chunks(model, parallelism, *groups, precision.parameter_dtype, device)
+    return _with_weights(built, seed, is_loaded)
 
 
 def open_weights(model: ResolvedModel) -> FolderWeights | None:
@@ -149,7 +161,7 @@ def open_weights(model: ResolvedModel) -> FolderWeights | None:
     return weights
 
 
-def _with_new_weights(built: Built, seed: int) -> Built:
+def _with_weights(built: Built, seed: int, is_loaded: Callable[[str], bool]) -> Built:
     mark_splits(built)
-    initialise(built, seed)
+    initialise(built, seed, is_loaded)
     return built

@@ -65,8 +65,6 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     save_load.check_identity(path, identity)
     refuse_changes(path, changed_settings(path, identity), run.checkpoint.allow_changes)
     device = start(resolved)
-    model = make_model(
-        resolved.model, run.parallelism, resolved.precision, device.torch_device, run.training.seed
-    ).eval()
+    model = make_model(resolved.model, run.parallelism, resolved.precision, device.torch_device).eval()
     progress = save_load.load_model(path, model)
     return TrainedRun(run, make_pipeline(resolved, tokenizer), model, progress)

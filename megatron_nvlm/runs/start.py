@@ -13,7 +13,7 @@ from megatron_nvlm.data.order.batches import DataPosition
 from megatron_nvlm.hf.load_weights import load_folder_weights
 from megatron_nvlm.hf.open_folders import FolderWeights
 from megatron_nvlm.models.config import resolve_model
-from megatron_nvlm.models.initialise import ADAPTERS
+from megatron_nvlm.models.initialise import ADAPTERS, component_of
 from megatron_nvlm.runs.changes import (
     COMPONENT_LR,
     LORA_RANK,
@@ -47,6 +47,11 @@ class Start:
     """Whether the order of samples is another one than the checkpoint's, and begins at its first sample."""
     new_components: tuple[str, ...] = ()
     """Components that the initial weights lack and that are new: adapters."""
+
+    def loads(self, name: str) -> bool:
+        """Whether a weight of that name comes from here."""
+        whole = self.checkpoint is not None or self.initial is not None
+        return (whole and component_of(name) not in self.new_components) or (self.folders is not None and name in self.folders.rows)
 
 
 def find_start(run: ResolvedRun, identity: Identity) -> Start:

@@ -1,6 +1,7 @@
 """Builds what the training loop works with from a resolved run."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 from megatron.core import parallel_state
@@ -24,11 +25,23 @@ from megatron_nvlm.training.validation import StartLosses, Validator
 logger = logging.getLogger(__name__)
 
 
-def make_trainer(run: ResolvedRun, data: OpenedData, device: Device, validation: ListedData | None = None) -> Trainer:
-    """Build, freeze, wrap. Process groups must be there."""
+def make_trainer(
+    run: ResolvedRun,
+    data: OpenedData,
+    device: Device,
+    validation: ListedData | None = None,
+    is_loaded: Callable[[str], bool] = lambda name: False,
+) -> Trainer:
+    """Build, freeze, wrap. Process groups must be there.
+
+    Args:
+        is_loaded: whether a weight of that name is loaded afterwards, and need not be drawn.
+    """
     config = run.config
     distributed = config.parallelism.use_distributed_optimizer
-    bare = make_chunks(run.model, config.parallelism, run.precision, device.torch_device, config.training.seed)
+    bare = make_chunks(
+        run.model, config.parallelism, run.precision, device.torch_device, config.training.seed, is_loaded
+    )
     freeze(bare, run.trainable)
     _report(bare, run)
     wrapped = wrap_model(bare, run.precision, distributed)

@@ -77,8 +77,8 @@ def wrap_model(
         use_distributed_optimizer=use_distributed_optimizer,
         grad_reduce_in_fp32=precision.gradient_dtype != precision.parameter_dtype,
         average_in_collective=False,
-        # One bucket a buffer: with several, core (0.16.1 to 0.19.2) saves the moments of most parameters shifted by the
-        # padding between buckets, without an error; fixed upstream after 0.19 (Megatron-LM #5077).
+        # One bucket a buffer: nothing is overlapped yet. With several, core (0.16.1 to 0.19.2) would save moments shifted by
+        # the padding between buckets (Megatron-LM #5077); our saves do not (core_compat.py).
         overlap_grad_reduce=False,
     )
     return [

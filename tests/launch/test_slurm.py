@@ -174,8 +174,8 @@ def test_a_chain_goes_on_where_requeue_is_forbidden(
     job = slurm.submit(tmp_path, *demo_run, options=("--array=1-4%1", "--no-requeue"))
     slurm.wait(job, lambda: job.steps_done() >= 3)
     (job.run_dir / "stop").touch()  # as the signal before the time limit does
-    slurm.wait(job, lambda: "the run is finished" in job.text)
-    slurm.wait(job, lambda: not slurm.call("squeue", "--noheader", "--jobs", job.number))
+    slurm.wait_for_chain(job)
+    assert "the run is finished" in job.text
     assert "the next job of the chain goes on" in job.text
     assert losses(job.run_dir) == undisturbed
     starts = (job.run_dir / "starts.jsonl").read_text()

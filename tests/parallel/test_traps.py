@@ -140,16 +140,14 @@ def moments_through_a_checkpoint(folder: Path, bucket_size: int | None) -> tuple
 
 @pytest.mark.distributed
 def test_a_buffer_of_gradients_is_one_bucket_and_its_moments_survive_a_checkpoint(tmp_path: Path) -> None:
-    """With several buckets core saves moments shifted by the padding between them, without an error."""
     assert run_ranks(2, moments_through_a_checkpoint, tmp_path, None) == [({1}, 0)] * 2
 
 
 @pytest.mark.distributed
-def test_with_several_buckets_core_saves_other_moments(tmp_path: Path) -> None:
+def test_moments_of_several_buckets_survive_a_checkpoint(tmp_path: Path) -> None:
+    """Core's own form saves them shifted by the padding between buckets, without an error (0.16.1 to 0.19.2)."""
     ranks = run_ranks(2, moments_through_a_checkpoint, tmp_path, 20_000)
-    assert all(min(buckets) > 1 for buckets, _ in ranks), ranks
-    if not any(changed for _, changed in ranks):
-        pytest.skip("this core saves them as they are (Megatron-LM #5077); the guard is for older ones")
+    assert all(min(buckets) > 1 and changed == 0 for buckets, changed in ranks), ranks
 
 
 def test_what_core_needs_and_does_not_declare_is_installed() -> None:

@@ -118,6 +118,13 @@ class Cluster:
             time.sleep(0.2)
         return state
 
+    def wait_for_chain(self, job: Job, seconds: float = 420) -> None:
+        """Until no job of a chain is left."""
+        deadline = time.monotonic() + seconds
+        while self.call("squeue", "--noheader", "--jobs", job.number):
+            assert time.monotonic() < deadline, job.text
+            time.sleep(0.5)
+
     def ask_to_stop(self, job: Job) -> None:
         """What Slurm does before the time limit, now, to the job or to that of its chain which runs."""
         (number,) = self.call("squeue", "--noheader", "--states=RUNNING", "--jobs", job.number, "--format=%A").split()

@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.parallel.device import use_device
 from megatron_nvlm.parallel.groups import start_groups
+from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.training.watchdog import Watchdog
 from tests.support.launch import start
 from tests.support.ranks import run_ranks
@@ -93,7 +94,7 @@ def tell_while_a_thread_waits() -> str:
         except dist.DistStoreError:
             said.append("in vain")
 
-    watchdog = Watchdog(1000)
+    watchdog = Watchdog({"timeout_seconds": 1000}, RunDir(Path.cwd()))
     dist.barrier()
     if dist.get_rank() == 0:
         other = store.clone()
