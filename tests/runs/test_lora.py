@@ -95,6 +95,8 @@ def test_weights_of_a_run_without_adapters_begin_one_with(run_file: Path) -> Non
     before, after = weights(plain, 2), weights(folder, 1)
     base = [name for name in before if name.startswith("language_model.") and "cross_att" not in name]
     assert len(base) > 20 and all(torch.equal(before[name], after[name]) for name in base)
+    new = [tensor for name, tensor in after.items() if name.endswith(".lora_a")]
+    assert new and all(tensor.abs().sum() > 0 for tensor in new), "drawn, though the other weights are loaded"
     _, printed = run(run_file, "back", "training.train_steps=1", f"checkpoint.initial_weights={folder}", check=False)
     assert "model.lora.rank was 4 when the checkpoint" in printed
 
