@@ -121,7 +121,8 @@ def decode_image(data: bytes, background: str | None = None) -> Image.Image:
     Raises:
         UserError: the bytes are no complete image, or its numbers have no known range (signed, 32-bit or float TIFF).
     """
-    with picture_faults():
+    with picture_faults(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit
         return upright_rgb(Image.open(io.BytesIO(data)), in_place=True, background=background)
 
 

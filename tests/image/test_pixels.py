@@ -1,6 +1,8 @@
 """Tile pixels equal the rule, and image files of every kind become the RGB that a viewer shows."""
 
+import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 
 from megatron_nvlm.errors import UserError
-from megatron_nvlm.image.pixels import IMAGENET, MAX_PIXELS, decode_image, to_array
+from megatron_nvlm.image.pixels import IMAGENET, MAX_PIXELS, decode_image, read_header, to_array
 from megatron_nvlm.image.tiling import Grid, choose_grid, cut_tiles
 from megatron_nvlm.models.nvlm_model import normalise
 from tests.support.pictures import encode, noise
@@ -192,3 +194,13 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
 def test_a_grid_of_one_tile_has_no_thumbnail_beside_it() -> None:
     assert len(cut_tiles(noise(30, 30), Grid(1, 1), 56)) == 1
     assert len(cut_tiles(noise(30, 30), Grid(2, 1), 56)) == 3
+
+
+@pytest.mark.parametrize("read", [decode_image, read_header])
+def test_a_large_picture_below_the_limit_brings_no_warning(read: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 12)).save(buffer, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(buffer.getvalue()).width == 12  # type: ignore[operator]
