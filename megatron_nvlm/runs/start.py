@@ -51,7 +51,9 @@ class Start:
     def loads(self, name: str) -> bool:
         """Whether a weight of that name comes from here."""
         whole = self.checkpoint is not None or self.initial is not None
-        return (whole and component_of(name) not in self.new_components) or (self.folders is not None and name in self.folders.rows)
+        return (whole and component_of(name) not in self.new_components) or (
+            self.folders is not None and name in self.folders.rows
+        )
 
 
 def find_start(run: ResolvedRun, identity: Identity) -> Start:

@@ -94,6 +94,16 @@ class Reports:
     """Which samples were bad or in a skipped update and, if asked, which were used."""
     stragglers: StragglerWatch
 
+    def note_troubles(self, step: int, result: StepResult) -> Mapping[str, object]:
+        """Say which ranks are slow and which update was left out; returns the fields of metrics.jsonl. Every rank calls it."""
+        slow = self.stragglers.note(result.own_seconds)
+        for straggler in slow:
+            self.metrics.say(straggler.describe(self.stragglers.window_steps))
+        if not result.skipped:
+            return as_metric(slow)
+        self.samples.write_skipped(step, result.skipped, result.keys)
+        return {**as_metric(slow), "skipped": result.skipped}
+
     def close(self) -> None:
         """Flush and close."""
         self.metrics.close()
@@ -152,17 +162,11 @@ def train(
         bad = reports.samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
         record = _record(progress, totals, bad, rates, time.monotonic() - began, trainer)
         record["save_wait_seconds"] = saver.take_waited()  # of saves after earlier steps
-        slow = reports.stragglers.note(result.own_seconds)
-        record.update(as_metric(slow))
-        if result.skipped:
-            record["skipped"] = result.skipped
-            reports.samples.write_skipped(number, result.skipped, result.keys)
+        record.update(reports.note_troubles(number, result))
         done = progress.step == trainer.train_steps
         if not stops:
             stops = measured.after(progress.step, done, record)
         reports.metrics.write(record)
-        for straggler in slow:
-            reports.metrics.say(straggler.describe(reports.stragglers.window_steps))
         bad_samples += totals.bad_samples
         seen += totals.samples + totals.bad_samples
         _check_update(totals, result, progress, updates, saver)
