@@ -95,7 +95,7 @@ class Reports:
     stragglers: StragglerWatch
 
     def note_troubles(self, step: int, result: StepResult) -> Mapping[str, object]:
-        """Say which ranks are slow and which update was left out; returns the fields of metrics.jsonl. Every rank calls it."""
+        """Say which ranks are slow and which update was left out; every rank calls it. Returns fields of metrics.jsonl."""
         slow = self.stragglers.note(result.own_seconds)
         for straggler in slow:
             self.metrics.say(straggler.describe(self.stragglers.window_steps))
