@@ -1,5 +1,6 @@
 """What must hold between sections of a run, checked before any work: one function per rule."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -251,6 +252,19 @@ def trackers_are_named(run: RunConfig, model: ResolvedModel, world_size: int) ->
     check_trackers(run.logging.wandb, run.logging.mlflow)
 
 
+def numbers_are_finite(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """No number of the run file, wherever it stands, is NaN or infinite."""
+
+    def check(value: object, key: str) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}; it must be a finite number")
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, part in parts:
+            check(part, f"{key}.{name}" if key else str(name))
+
+    check(dataclasses.asdict(run), "")
+
+
 def _splits_the_model(run: RunConfig) -> bool:
     return run.parallelism.tensor_model_parallel_size * run.parallelism.pipeline_model_parallel_size > 1
 
@@ -312,6 +326,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     schedule_is_possible,
     updates_can_be_judged,
     trackers_are_named,
+    numbers_are_finite,  # last: rules that name a key's bounds say more
 )
 
 
