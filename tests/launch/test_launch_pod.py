@@ -88,6 +88,7 @@ def test_sigterm_to_one_pod_saves_and_stops_all_and_the_next_start_ends_the_run(
     assert [start.ending for start in starts] == [Ending.STOPPED, Ending.FINISHED] and unfinished is None
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_asks_for_another_start(demo_run: list[str], tmp_path: Path) -> None:
     pods = start_pods(tmp_path, *demo_run, "training.train_steps=2000")
     wait_for_steps(tmp_path, 2)

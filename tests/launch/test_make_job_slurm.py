@@ -38,6 +38,7 @@ def test_slurm_accepts_every_job(slurm: Cluster, target: str, size: str, tmp_pat
         slurm.call("sbatch", "--test-only", "--nodes=17", str(job))
 
 
+@pytest.mark.slow
 def test_each_run_of_a_sweep_trains_in_its_own_directory(slurm: Cluster, demo_run: list[str], tmp_path: Path) -> None:
     job, sweep = tmp_path / "job.sh", tmp_path / "sweep.txt"
     sweep.write_text("optimizer.max_lr=1e-3\noptimizer.max_lr=2e-3\n")

@@ -66,6 +66,7 @@ def test_a_resume_is_digit_for_digit(run_file: Path, whole: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on(run_file: Path, whole: Path) -> None:
     keys = [*LORA, "parallelism.tensor_model_parallel_size=2", "parallelism.sequence_parallel=true"]
     folder, _ = run(run_file, "layouts", *keys, "training.train_steps=2", ranks=2)
@@ -85,6 +86,7 @@ def test_in_bf16(run_file: Path) -> None:
     assert types == {"torch.bfloat16"}
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_without_adapters_begin_one_with(run_file: Path) -> None:
     plain, _ = run(run_file, "plain", "training.train_steps=2")
     keys = (*LORA, "training.train_steps=1", f"checkpoint.initial_weights={plain}")

@@ -107,6 +107,7 @@ def test_a_loss_that_is_not_finite_is_left_out_by_both_ranks_and_named(tmp_path:
     assert "2 of the last 3 updates were left out, over stability.max_skipped of 1" in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_was_interrupted_leaves_out_the_same_updates(tmp_path: Path) -> None:
     path = write_run(tmp_path, training={"micro_batch_size": 1, "global_batch_size": 1, "train_steps": 24})

@@ -273,6 +273,7 @@ def validations(run_dir: Path) -> dict[int, Any]:
     return {row["step"]: row["validation"] for row in read_metrics(run_dir) if "validation" in row}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_is_resumed_between_validations_measures_the_same(validated: Path, tmp_path: Path) -> None:
     base = ["--config", str(validated), f"run_dir={tmp_path}", f"optimizer.decay_steps={STEPS}"]
