@@ -99,14 +99,14 @@ class Watchdog:
         shortest = min(self.limits.values())
         tell_every = min(max(1.0, self.ranks / 256), shortest / 4)
         self._tell()
-        told = written = time.monotonic()
-        self._write_heartbeat()
+        told, written = time.monotonic(), -_HEARTBEAT_SECONDS
         while not self._ended.wait(min(0.5, shortest / 10)):
             now = time.monotonic()
             if now - told >= tell_every:
                 self._tell()
                 told = now
-            if now - written >= _HEARTBEAT_SECONDS:
+            # Not before the first beat: a start that fails leaves the run as it was.
+            if self._beat.count and now - written >= _HEARTBEAT_SECONDS:
                 self._write_heartbeat()
                 written = now
             # Read before the time of the last beat: a beat in between is a later one.
