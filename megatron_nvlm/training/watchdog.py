@@ -99,7 +99,7 @@ class Watchdog:
         shortest = min(self.limits.values())
         tell_every = min(max(1.0, self.ranks / 256), shortest / 4)
         self._tell()
-        told, written = time.monotonic(), -_HEARTBEAT_SECONDS
+        told, written = time.monotonic(), float(-_HEARTBEAT_SECONDS)
         while not self._ended.wait(min(0.5, shortest / 10)):
             now = time.monotonic()
             if now - told >= tell_every:
