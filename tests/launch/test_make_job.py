@@ -1,6 +1,7 @@
 """Jobs of every target, from the inputs of the scripts: valid by the schemas of their APIs, with the scripts' command."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -275,9 +276,11 @@ def test_slurm_scripts_have_the_settings_of_the_others_and_pass_shellcheck(
 
 
 def what_runs(script: Path, **own: str) -> list[str]:
+    # Outside a job, a job in a container checks its run file with the Python that is first on the path.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(script), "--dry-run"],
-        env={**environment(), **own},
+        env={**environment(), "PATH": path, **own},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
