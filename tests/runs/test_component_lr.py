@@ -52,6 +52,7 @@ def test_multiples_of_one_change_nothing(run_file: Path, plain: list[dict[str, A
     assert column(rows, *names) == column(plain, *names) and "learning_rates" not in rows[0]
 
 
+@pytest.mark.slow
 def test_the_same_multiple_of_all_is_another_rate(run_file: Path, plain: list[dict[str, Any]]) -> None:
     twos = ", ".join(f"{component}: 2" for component in COMPONENTS)
     rows, _ = run(run_file, "twos", f"optimizer.component_lr={{{twos}}}")
@@ -69,7 +70,7 @@ def test_rates_of_components_are_written_down(own: list[dict[str, Any]], plain: 
     assert own[0]["loss"] == plain[0]["loss"] and own[-1]["loss"] != pytest.approx(plain[-1]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("distributed", ["true", "false"])
+@pytest.mark.parametrize("distributed", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_another_layout_goes_on_with_them(run_file: Path, own: list[dict[str, Any]], distributed: str) -> None:
     """Saved by two pipeline stages, loaded by two replicas; the last stage has no vision components."""
     name, key = f"layouts-{distributed}", f"parallelism.use_distributed_optimizer={distributed}"
@@ -101,6 +102,7 @@ def test_changed_multiples_take_effect(run_file: Path, plain: list[dict[str, Any
     assert rows[2]["loss"] == plain[2]["loss"] and rows[3]["loss"] != plain[3]["loss"]
 
 
+@pytest.mark.slow
 def test_a_stage_without_parameters_of_a_group(run_file: Path) -> None:
     """In bf16 without the distributed optimizer the first stage's list of main weights is empty for cross-attention."""
     keys = [
