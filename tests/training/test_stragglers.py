@@ -31,6 +31,7 @@ def test_stages_are_not_compared_with_each_other() -> None:
     assert find_stragglers([1.0, 5.0, 1.1, 5.2], ["n"] * 4, [(0, 0), (0, 1)] * 2) == []
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_is_slowed_is_named(tmp_path: Path) -> None:
     path = write_run(tmp_path, training={"train_steps": 100_000})
@@ -66,6 +67,7 @@ def test_a_rank_that_is_slowed_is_named(tmp_path: Path) -> None:
     assert f"slow: rank 1 on {os.uname().nodename} takes " in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_save_longer_than_the_limit_of_a_step_is_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 8

@@ -436,7 +436,7 @@ def test_bad_samples_are_counted_and_left_out(tmp_path: Path) -> None:
 
 def test_sets_of_one_name_are_counted_together() -> None:
     samples = tuple(SampleLoss(dataset, False, 1.0 + dataset, 2, 0) for dataset in (0, 1, 2, 1))
-    result = StepResult(8.0, 8.0, 0.0, 9, 0, (), {}, 0, 0.0, samples)
+    result = StepResult(8.0, 8.0, 0.0, 9, 0, (), {}, 0, 0.0, 0.0, "", samples)
     values = {metric.name: metric.value for metric in _source_metrics(result, ["a", "b", "a"])}
     assert values == {"source_loss/a": 4.0, "source_loss/b": 4.0, "source_targets/a": 4, "source_targets/b": 4}
 
