@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.option_types import positive_int
+from megatron_nvlm.runs.entry import user_errors_end_the_process
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.watching.charts import to_picture
 from megatron_nvlm.watching.comparison import AXES, draw_page, make_charts, open_runs
@@ -38,7 +39,8 @@ def plot_runs(run_dirs: list[RunDir], out: Path, axis: str, smooth_steps: int) -
     return page, picture
 
 
-def main(arguments: list[str] | None = None) -> int:
+@user_errors_end_the_process
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.plot_runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,13 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--over", choices=AXES, default="step", help="horizontal axis (default step)")
     parser.add_argument("--smooth", type=positive_int, default=1, help="steps of a running mean (default 1: none)")
     options = parser.parse_args(arguments)
-    try:
-        written = plot_runs(options.run_dirs, options.out, options.over, options.smooth)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    written = plot_runs(options.run_dirs, options.out, options.over, options.smooth)
     print(f"wrote {' and '.join(map(str, written))}")
-    return 0
 
 
 if __name__ == "__main__":

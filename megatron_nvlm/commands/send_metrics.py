@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.runs.entry import user_errors_end_the_process
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.trackers.config import MlflowConfig, WandbConfig, check_installed, section_of
 from megatron_nvlm.trackers.sender import alone, last_ending, make_senders
@@ -42,20 +43,15 @@ def send_metrics(run_dir: RunDir) -> list[str]:
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
+@user_errors_end_the_process
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.send_metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", type=RunDir.named, metavar="RUN_DIR")
     options = parser.parse_args(arguments)
-    try:
-        lines = send_metrics(options.run_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    print("\n".join(send_metrics(options.run_dir)))
 
 
 if __name__ == "__main__":

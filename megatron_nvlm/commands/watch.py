@@ -8,12 +8,13 @@ The page is renewed until Ctrl-C; with --once, or where the output is no termina
 import argparse
 import sys
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.live import Live
 
-from megatron_nvlm.errors import UserError
 from megatron_nvlm.option_types import positive_float
+from megatron_nvlm.runs.entry import user_errors_end_the_process
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.watching.page import RunPage
 from megatron_nvlm.watching.run_state import check_has_a_run
@@ -31,7 +32,8 @@ def watch(run_dir: RunDir, console: Console, every_seconds: float, once: bool) -
             live.update(page.render(console.width), refresh=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@user_errors_end_the_process
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,15 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=positive_float, default=2.0, help="seconds between two looks (default 2)")
     options = parser.parse_args(arguments)
     console = Console()
-    try:
-        check_has_a_run(options.run_dir)
+    check_has_a_run(options.run_dir)
+    with suppress(KeyboardInterrupt):
         watch(options.run_dir, console, options.every, options.once or not console.is_terminal)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
 
 
 if __name__ == "__main__":
