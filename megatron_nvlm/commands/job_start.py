@@ -16,7 +16,7 @@ from megatron_nvlm.runs.entry import user_errors_end_the_process
 from megatron_nvlm.runs.failures import RankFailure
 from megatron_nvlm.runs.restart_policy import Decision, Start, decide
 from megatron_nvlm.runs.run_dir import RunDir
-from megatron_nvlm.runs.start_history import begin, end, end_unfit, starts_of
+from megatron_nvlm.runs.start_history import Beginning, begin, end, end_unfit, starts_of
 
 
 def before_start(run_dir: RunDir, start: str, job: str, nodes: Sequence[str], max_failures: int) -> None:
@@ -38,19 +38,23 @@ def before_start(run_dir: RunDir, start: str, job: str, nodes: Sequence[str], ma
 
 def after_start(run_dir: RunDir, start: str, job: str, status: int, asked: bool, max_failures: int) -> None:
     """Answer whether the job goes back into the queue after the start that has just ended."""
-    starts, unfinished = starts_of(run_dir, job)
-    if unfinished is None or unfinished.start != start:
-        raise ValueError(f"start {start} never began: `before` comes first")
+    starts, unfinished = _begun(run_dir, start, job)
     last = _ended(end(run_dir, unfinished, status, asked))
     _answer(decide([*starts, last], max_failures))
 
 
 def after_preflight(run_dir: RunDir, start: str, job: str, status: int, max_failures: int) -> None:
     """Answer what becomes of a job whose nodes the doctor has refused; those that are unfit are left out at once."""
+    starts, unfinished = _begun(run_dir, start, job)
+    _answer(decide([*starts, end_unfit(run_dir, unfinished, status)], max_failures))
+
+
+def _begun(run_dir: RunDir, start: str, job: str) -> tuple[list[Start], Beginning]:
+    """The earlier starts, and the one that is about to end."""
     starts, unfinished = starts_of(run_dir, job)
     if unfinished is None or unfinished.start != start:
         raise ValueError(f"start {start} never began: `before` comes first")
-    _answer(decide([*starts, end_unfit(run_dir, unfinished, status)], max_failures))
+    return starts, unfinished
 
 
 def _ended(end_of_start: tuple[Start, RankFailure | None]) -> Start:

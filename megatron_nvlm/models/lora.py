@@ -6,6 +6,7 @@ Only tokens of `rank` numbers cross ranks. Shapes: s decoder tokens, r rank, i a
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,11 +119,13 @@ class _Adapters(torch.nn.Module):
         targets = LAYERS[self.layer]
         return {target: output_size // len(targets) for target in targets}
 
+    @abstractmethod
     def _adapter(self, inputs: int, outputs: int, dtype: torch.dtype) -> Adapter:
-        raise NotImplementedError
+        """New matrices of a target, of this rank's share of inputs or outputs."""
 
+    @abstractmethod
     def _delta(self, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the adapters add to the layer's output, before it is scaled."""
 
     def _matrices(self, target: str) -> Adapter:
         adapter = self.adapters[target]

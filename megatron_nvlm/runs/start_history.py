@@ -72,7 +72,7 @@ def end(run_dir: RunDir, beginning: Beginning, status: int | None, asked: bool) 
         failed_nodes(reports, beginning.nodes) if ending is Ending.FAILED else (),
         first.exit_code if failed and first is not None else ENDED_WELL,
     )
-    _append(run_dir, {"ended": {"start": beginning.start, "time": time.time(), **asdict(start)}})
+    _append_end(run_dir, beginning, start)
     if failed and first is not None:
         run_dir.failure.write_text(
             json.dumps({"start": beginning.start, "step": _step_begun(run_dir), **asdict(first)})
@@ -95,8 +95,12 @@ def end_unfit(run_dir: RunDir, beginning: Beginning, status: int) -> Start:
     else:  # a node was lost before the doctor had spoken
         blamed = failed_nodes(read_reports(run_dir, beginning.start), beginning.nodes)
         start = Start(Ending.FAILED, began, step, blamed, status)
-    _append(run_dir, {"ended": {"start": beginning.start, "time": time.time(), **asdict(start)}})
+    _append_end(run_dir, beginning, start)
     return start
+
+
+def _append_end(run_dir: RunDir, beginning: Beginning, start: Start) -> None:
+    _append(run_dir, {"ended": {"start": beginning.start, "time": time.time(), **asdict(start)}})
 
 
 def starts_of(run_dir: RunDir, job: str) -> tuple[list[Start], Beginning | None]:
