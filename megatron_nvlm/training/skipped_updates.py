@@ -5,11 +5,9 @@ from the loss and the norm over all of them. What earlier steps did is read from
 checkpoint decides as one that was never interrupted. The rules are our choice; the paper says nothing of spikes.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.metrics_lines import LineFollower, is_step
 
 LEAST_STEPS = 10
 """Steps before which there is no median to call a value a spike by."""
@@ -112,15 +111,10 @@ def _fault(name: str, value: float, before: list[float], spike: float | None) ->
 def read_steps(metrics: Path, last_step: int, window_steps: int) -> list[dict[str, Any]]:
     """The last lines of metrics.jsonl up to a step, as rank 0 reads them; every rank calls it and gets the same."""
     read: list[list[dict[str, Any]]] = [[]]
-    if dist.get_rank() == 0 and metrics.exists():
-        kept: deque[dict[str, Any]] = deque(maxlen=window_steps)
-        for line in metrics.read_text().splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                if row["step"] <= last_step:
-                    skipped = {"skipped": row["skipped"]} if "skipped" in row else {}
-                    kept.append({"loss": row["loss"], "grad_norm": row["grad_norm"], **skipped})
-        read[0] = list(kept)
+    if dist.get_rank() == 0:
+        made = [row for row in LineFollower(metrics).read().records if is_step(row) and row["step"] <= last_step]
+        told = [row for row in made if {"loss", "grad_norm"} <= row.keys()][-window_steps:]
+        read[0] = [{name: row[name] for name in ("loss", "grad_norm", "skipped") if name in row} for row in told]
     dist.broadcast_object_list(read, src=0)
     return read[0]
 
