@@ -60,6 +60,11 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
 
 
+def validations(start: Start) -> list[dict[str, Any]]:
+    """What each validation of a start measured, by set."""
+    return [row["validation"] for row in start.rows if "validation" in row]
+
+
 def lines_of_steps(printed: str) -> int:
     return sum(line.startswith("step ") for line in printed.splitlines())
 
@@ -102,13 +107,21 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
         lambda start, base: lines_of_steps(start.printed) < lines_of_steps(base.printed),
     ),
     "logging.tensorboard": ("true", has_file("**/events.out.tfevents*")),
+    "logging.rank_files": ("true", has_file("logs/*")),
+    "validation.sets": ("[{path: OTHER}]", lambda start, base: len(validations(start)) == 1 > len(validations(base))),
+    "validation.every_steps": ("1", lambda start, base: len(validations(start)) == MORE_STEPS - STEPS),
+    "validation.samples": ("3", lambda start, base: [row["samples"] for row in validations(start)[0].values()] == [3]),
 }
 """Keys whose new value is seen, and where."""
+
+ON_TWO_RANKS = ("parallelism.tensor_model_parallel_size", "logging.rank_files")
 
 BESIDE = {
     "data.too_long": ["data.sequence_length=91"],
     "data.sequence_length": ["data.max_bad_fraction=1"],
     "training.epochs": ["training.train_steps=null"],
+    "validation.every_steps": ["validation.sets=[{path: OTHER}]"],
+    "validation.samples": ["validation.sets=[{path: OTHER}]"],
 }
 """What else a key needs, so that its effect does not end the run."""
 
@@ -124,6 +137,8 @@ SAME_NUMBERS: dict[str, str] = {
     "data.cache.retries": "1",
     "training.micro_batch_size": "2",
     "training.timeout_seconds": "100",
+    "training.start_timeout_seconds": "200",
+    "training.save_timeout_seconds": "200",
     "training.device": "cpu",
     "parallelism.payload_vision_tokens": "64",
     "parallelism.vision_placement": "replicated",
@@ -132,6 +147,12 @@ SAME_NUMBERS: dict[str, str] = {
     "checkpoint.asynchronous": "false",
     "checkpoint.verify": "checksum",
     "checkpoint.allow_changes": "[data.seed]",
+    "stability.max_skipped": "1",
+    "stability.window_steps": "50",
+    "stability.grad_norm_spike": "1000",
+    "stability.loss_spike": "1000",
+    "logging.straggler_steps": "3",
+    "validation.text_margin": "9",
 }
 """Keys by which the same numbers are computed in another way: all in one start. (The recipe lists its components.)"""
 
@@ -186,12 +207,18 @@ WITHOUT_EFFECT: dict[str, str] = {
 }
 """Keys that only new weights read, all in one start."""
 
+TRACKERS = "of packages that are not required: tests/trackers/test_sender.py"
 ELSEWHERE = {
     "optimizer.wsd_decay_steps": "of schedule wsd alone: tests/training/test_schedules.py",
     "optimizer.wsd_decay_style": "of schedule wsd alone: tests/training/test_schedules.py",
     "run_dir": "each start here has another one",
     "training.train_steps": "each start here has more",
     "data.packing.window_samples": "counts with packing alone: tests/runs/test_changes.py",
+    "logging.wandb.project": TRACKERS,
+    "logging.wandb.name": TRACKERS,
+    "logging.wandb.mode": TRACKERS,
+    "logging.mlflow.uri": TRACKERS,
+    "logging.mlflow.experiment": TRACKERS,
     "model.lora.alpha": "of adapters alone: tests/runs/test_lora.py",
     "model.lora.dropout": "of adapters alone: tests/runs/test_lora.py",
     "model.lora.targets": "of adapters alone: tests/runs/test_lora.py",
@@ -250,7 +277,7 @@ def base(run_file: Path) -> Start:
 @pytest.mark.parametrize("key", EFFECTIVE)
 def test_takes_effect(run_file: Path, base: Start, tmp_path: Path, key: str) -> None:
     value, is_seen = EFFECTIVE[key]
-    ranks = 2 if "tensor" in key else 1
+    ranks = 2 if key in ON_TWO_RANKS else 1
     start = go_on(run_file, tmp_path / "run", f"{key}={value}", *BESIDE.get(key, []), ranks=ranks)
     assert start.status == 0 and start.is_listed(key), start.printed
     assert is_seen(start, base)
