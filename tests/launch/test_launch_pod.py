@@ -34,9 +34,10 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_stays_behind() -> Iterator[None]:
-    """End what a failed test leaves: pods, their launchers and their ranks."""
+    """End what a failed test leaves: pods, their launchers and their ranks; not what earlier tests' checkpoints work with."""
+    earlier = set(psutil.Process().children(recursive=True))
     yield
-    for child in psutil.Process().children(recursive=True):
+    for child in set(psutil.Process().children(recursive=True)) - earlier:
         with suppress(psutil.NoSuchProcess):
             child.kill()
 
