@@ -34,7 +34,7 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_stays_behind() -> Iterator[None]:
-    """End what a failed test leaves: pods, their launchers and their ranks; not what earlier tests' checkpoints work with."""
+    """End what a failed test leaves: pods, launchers and ranks; not what the checkpoints of earlier tests work with."""
     earlier = set(psutil.Process().children(recursive=True))
     yield
     for child in set(psutil.Process().children(recursive=True)) - earlier:
