@@ -9,12 +9,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from megatron_nvlm.runs.failures import NodeReport, RankFailure, first_failure, node_name, write_report
 from megatron_nvlm.runs.run_dir import RunDir
+
+NOT_MET = (
+    "see whether a node was lost, whether the nodes reach each other's names and ports, and NCCL_SOCKET_IFNAME in "
+    "launch/cluster.env"
+)
 
 
 def launch(run_dir: RunDir, start: str, arguments: Sequence[str]) -> int:
@@ -28,6 +35,12 @@ def launch(run_dir: RunDir, start: str, arguments: Sequence[str]) -> int:
     except SignalException as error:
         write_report(run_dir, NodeReport(start, node, ()))
         return 128 + int(error.sigval)
+    except (RendezvousError, DistError) as error:
+        # No report: this node left no word, so that it may be to blame if the others did.
+        print(
+            f"failed: {node} did not meet the other nodes ({_in_words(error)}); {NOT_MET}", file=sys.stderr, flush=True
+        )
+        return 1
     report = NodeReport(start, node, failures)
     write_report(run_dir, report)
     for failure in failures:
@@ -36,6 +49,11 @@ def launch(run_dir: RunDir, start: str, arguments: Sequence[str]) -> int:
     if first is None:
         return 0
     return first.exit_code if first.exit_code > 0 else 128 - first.exit_code
+
+
+def _in_words(error: RendezvousError | DistError) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _rank_failure(rank: int, node: str, failure: ProcessFailure) -> RankFailure:

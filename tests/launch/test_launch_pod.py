@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,16 +19,11 @@ from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.runs.start_history import begin, starts_of
 from tests.launch.conftest import STEPS
 from tests.support.launch import REPOSITORY, environment
+from tests.support.ranks import free_port
 from tests.support.shards import read_metrics
 
 RUN_FILE = "configs/demo_h.yaml"
 JOB = "demo-1201-120000"
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("", 0))
-        return opened.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)
