@@ -138,3 +138,24 @@ def test_chat_as_on_the_release_card_is_the_processor_and_generate(folders: Path
         model.chat(tokenizer, tiles[:2], "What?", asked)
     with pytest.raises(ValueError, match="write one for each image"):
         model.chat(tokenizer, both, "What?", asked, num_patches_list=counts)
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_prompt_lookup_changes_no_token(folders: Path, variant: str) -> None:
+    """Its steps compute several rows after the prompt at once, the first of them beside the prompt's."""
+    model, processor = opened_folder(folders, variant)
+    inputs = inputs_of(processor)
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    found = model.generate(**inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, expected)
+
+
+def test_losses_of_micro_batches_sum_to_the_step_by_the_number_of_targets(folders: Path) -> None:
+    model, processor = opened_folder(folders, "h")
+    inputs = inputs_of(processor)
+    with torch.no_grad():
+        mean = model(**inputs, labels=inputs["input_ids"]).loss
+        targets = inputs["input_ids"].shape[1] - 1
+        for number in (4 * targets, torch.tensor(4 * targets)):
+            share = model(**inputs, labels=inputs["input_ids"], num_items_in_batch=number).loss
+            assert torch.allclose(4 * share, mean, rtol=1e-6)

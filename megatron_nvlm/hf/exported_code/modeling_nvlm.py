@@ -32,7 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .chat_nvlm import ChatMixin
 from .configuration_nvlm import NVLM_D_Config, NVLM_H_Config, NVLM_X_Config, NVLMConfig
 from .decoder_nvlm import Context, CrossAttention, KeyValue, LanguageModel
-from .rows_nvlm import loss_of, positions_of
+from .rows_nvlm import cover_rows, loss_of, positions_of
 from .vision_nvlm import RMSNorm, VisionEmbeddings, VisionLayer, pixel_shuffle, vision_class_of
 
 TILES_AT_ONCE = 8
@@ -57,6 +57,7 @@ class NVLMModel(ChatMixin, PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer gives the targets of a whole step, so that micro-batches weigh by theirs
     _supports_cache_class = True
     _can_compile_fullgraph = False
 
@@ -166,6 +167,7 @@ class NVLMModel(ChatMixin, PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> NVLMOutput | tuple[Any, ...]:
         """Logits of the rows, and the loss if there are labels. The table above says what the inputs are.
 
@@ -180,6 +182,7 @@ class NVLMModel(ChatMixin, PreTrainedModel, GenerationMixin):
             inputs_embeds: [b, r, h] of the rows, vision tokens in their places already, instead of `input_ids`.
             output_attentions: refused: the kernels of attention do not give their weights.
             logits_to_keep: number of last rows that logits are wanted of; 0 for all.
+            num_items_in_batch: targets of all micro-batches of a step, by which the loss is divided instead of its own.
 
         Raises:
             ValueError: the inputs do not fit each other.
@@ -222,7 +225,7 @@ class NVLMModel(ChatMixin, PreTrainedModel, GenerationMixin):
         states, kept = self.language_model.model(hidden, positions, attention_mask, cache, context, context_key_values)
         logits = self.language_model.logits(states[-1][:, -logits_to_keep:])
         output = NVLMOutput(
-            loss=None if labels is None else loss_of(logits, labels),
+            loss=None if labels is None else loss_of(logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=tuple(states) if output_hidden_states else None,
             context_key_values=kept or None,
@@ -326,7 +329,7 @@ class NVLMModel(ChatMixin, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' `generate`, with all that it can: a cache, batches, sampling, beams.
+        """Transformers' `generate`, with all that it can: a cache, batches, sampling, beams, assistants, prompt lookup.
 
         Tiles are encoded once, and so are the keys and values of the context.
 
@@ -363,22 +366,15 @@ class NVLMModel(ChatMixin, PreTrainedModel, GenerationMixin):
         model_inputs = {name: kwargs[name] for name in (*kept, *own, "context_key_values") if name in kwargs}
         if position_ids is not None:
             model_inputs["position_ids"] = position_ids[:, -new_rows:]
+        cover_rows(model_inputs, input_ids.shape[1])
         return model_inputs | dict(input_ids=input_ids[:, -new_rows:], attention_mask=attention_mask)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """New rows are text that sees in the context what the last row of the prompt sees."""
-        new_rows = kwargs.get("num_new_tokens", 1)
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if outputs.get("context_key_values") is not None:
             model_kwargs["context_key_values"] = outputs["context_key_values"]
-        intervals, index = model_kwargs.get("context_intervals"), model_kwargs.get("vision_index")
-        if intervals is not None:
-            more = intervals[:, -1:].expand(-1, new_rows, -1)
-            model_kwargs["context_intervals"] = torch.cat([intervals, more], dim=1)
-        if index is not None:
-            model_kwargs["vision_index"] = nn.functional.pad(index, (0, new_rows), value=-1)
         return model_kwargs
 
 
