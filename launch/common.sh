@@ -9,6 +9,16 @@ refuse() {
     exit 2
 }
 
+# Before anything that takes time: a signal that finds no trap ends the script, and the job with it.
+asked=() run_dir=""
+# shellcheck disable=SC2329  # the trap calls it
+ask_to_stop() {
+    asked=(--asked)
+    echo "asked to stop: saving at the end of the step"
+    if [ -d "$run_dir" ]; then touch "$run_dir/stop"; fi
+}
+if [ -n "${SLURM_JOB_ID:-}" ]; then trap ask_to_stop USR1 TERM; fi
+
 dry_run=no preflight=no run_file=$1
 shift
 while :; do
@@ -125,16 +135,7 @@ back_into_the_queue() {
     exit 0
 }
 
-asked=()
-# shellcheck disable=SC2329  # the trap calls it
-ask_to_stop() {
-    asked=(--asked)
-    echo "asked to stop: saving at the end of the step"
-    touch "$run_dir/stop"
-}
 mkdir -p "$run_dir"
-trap ask_to_stop USR1 TERM
-
 ask_job_start before --nodes "$host_names"
 case $action in
     requeue) back_into_the_queue ;;

@@ -14,8 +14,6 @@ pytestmark = pytest.mark.slurm
 
 TP2 = "parallelism.tensor_model_parallel_size=2"
 PP2 = ("parallelism.tensor_model_parallel_size=1", "parallelism.pipeline_model_parallel_size=2")
-LONG = 500
-"""Steps of a run that takes longer than a minute."""
 FAULTY_NODE = """
 import os, signal
 if os.environ.get("FAULTY_NODE") == os.uname().nodename and "LOCAL_RANK" in os.environ:
@@ -185,16 +183,14 @@ def test_a_chain_goes_on_where_requeue_is_forbidden(
 
 
 @pytest.mark.slow
-def test_a_limit_that_slurm_itself_keeps(slurm: Cluster, demo_run: list[str], tmp_path: Path) -> None:
-    """One minute, into which the run does not fit."""
-    settings = (*demo_run, f"training.train_steps={LONG}", "checkpoint.save_every_steps=100")
-    job = slurm.submit(tmp_path, *settings, options=("--time=1", "--signal=B:USR1@20"))
-    assert slurm.end(job, 900) == "COMPLETED", job.text
+def test_a_limit_that_slurm_itself_keeps(
+    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
+) -> None:
+    """Slurm may signal a minute early, and so while the script reads the run file: it is queued again all the same."""
+    job = slurm.submit(tmp_path, *demo_run, options=("--time=2", "--signal=B:USR1@110"))
+    completed(slurm, job)
     assert "asked to stop" in job.text and int(slurm.field(job, "Restarts")) >= 1
-    alone = tmp_path / "alone"
-    launch("megatron_nvlm.train", 2, "--config", RUN_FILE, f"run_dir={alone}", *settings, timeout=900)
-    rows, undisturbed = read_metrics(job.run_dir), read_metrics(alone)
-    assert [row["loss"] for row in rows] == [row["loss"] for row in undisturbed] and len(rows) == LONG
+    assert losses(job.run_dir) == undisturbed
 
 
 @pytest.mark.slow
@@ -210,7 +206,6 @@ def test_a_lost_slurmd_changes_nothing(
         completed(slurm, job)
     finally:
         assert mini_slurm("start-node", lost).returncode == 0
-        slurm.call("scontrol", "update", f"NodeName={lost}", "State=RESUME")
     assert losses(job.run_dir) == undisturbed
 
 
@@ -219,15 +214,14 @@ def test_a_damaged_newest_checkpoint_costs_one_start(
     slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
 ) -> None:
     job = slurm.submit(tmp_path, *demo_run)
-    first, second = (job.run_dir / "checkpoints" / f"step_{step:08d}" for step in (4, 8))
-    slurm.wait(job, second.exists)
+    slurm.wait(job, lambda: job.steps_done() >= 10)
     kill(job.ranks()[0])
     slurm.wait(job, lambda: not job.ranks())
     newest = max((job.run_dir / "checkpoints").glob("step_*"))
     damaged = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     completed(slurm, job)
-    assert first.exists() and f"{newest.name}" in job.text and slurm.field(job, "Restarts") == "1"
+    assert f"damaged ({newest}" in job.text and slurm.field(job, "Restarts") == "1"
     assert losses(job.run_dir) == undisturbed
 
 
