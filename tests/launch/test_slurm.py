@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slurm
 
 TP2 = "parallelism.tensor_model_parallel_size=2"
 PP2 = ("parallelism.tensor_model_parallel_size=1", "parallelism.pipeline_model_parallel_size=2")
+STEPS_OF_SHORT_STARTS = 4
 FAULTY_NODE = """
 import os, signal
 if os.environ.get("FAULTY_NODE") == os.uname().nodename and "LOCAL_RANK" in os.environ:
@@ -183,14 +184,17 @@ def test_a_chain_goes_on_where_requeue_is_forbidden(
 
 
 @pytest.mark.slow
-def test_a_limit_that_slurm_itself_keeps(
-    slurm: Cluster, demo_run: list[str], tmp_path: Path, undisturbed: list[float]
-) -> None:
-    """Slurm may signal a minute early, and so while the script reads the run file: it is queued again all the same."""
-    job = slurm.submit(tmp_path, *demo_run, options=("--time=2", "--signal=B:USR1@110"))
-    completed(slurm, job)
+def test_a_limit_that_slurm_itself_keeps(slurm: Cluster, demo_run: list[str], tmp_path: Path) -> None:
+    """Slurm may signal a minute early, and so while the script reads the run file: a step a start is made all the same."""
+    settings = (*demo_run, f"training.train_steps={STEPS_OF_SHORT_STARTS}")
+    job = slurm.submit(tmp_path, *settings, options=("--time=2", "--signal=B:USR1@110"))
+    assert slurm.end(job, 900) == "COMPLETED", job.text
     assert "asked to stop" in job.text and int(slurm.field(job, "Restarts")) >= 1
-    assert losses(job.run_dir) == undisturbed
+    alone = tmp_path / "alone"
+    launch("megatron_nvlm.train", 2, "--config", RUN_FILE, f"run_dir={alone}", *settings)
+    rows, undisturbed = read_metrics(job.run_dir), read_metrics(alone)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in undisturbed]
+    assert len(rows) == STEPS_OF_SHORT_STARTS
 
 
 @pytest.mark.slow
