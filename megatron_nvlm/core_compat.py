@@ -12,9 +12,11 @@ import math
 import multiprocessing
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.managers import SyncManager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +26,20 @@ PR_SET_PDEATHSIG = 1
 """Linux's prctl: which signal this process gets when its parent dies."""
 _CPU = torch.device("cpu")
 _installed_mode: TorchFunctionMode | None = None
+
+
+def leave_core_uncompiled() -> None:
+    """Without a GPU, have core's fused functions run as they are written; called before core is imported (quiet.py).
+
+    Core decorates them with `torch.compile` as it is imported (core/jit.py), and that imports PyTorch's compiler: a third
+    of the processor time in which a process starts. On gloo their settings are off, so that none is called.
+    """
+    if "megatron.core" in sys.modules or torch.cuda.is_available():
+        return
+    uncompiled: Any = ModuleType("megatron.core.jit")
+    uncompiled.jit_fuser = uncompiled.noop_decorator = lambda function: function
+    uncompiled.enable_jit_fuser = uncompiled.disable_jit_fuser = lambda: None
+    sys.modules["megatron.core.jit"] = uncompiled
 
 
 def _names_cuda(device: Any) -> bool:

@@ -1,9 +1,12 @@
-"""Import first in an entry point: libraries' notices that a user can do nothing about are not repeated on every rank."""
+"""Import first in an entry point: what libraries do as they are imported, and the notices that they repeat on every rank."""
 
 import logging
 import warnings
 from collections.abc import Callable
 
+from megatron_nvlm.core_compat import leave_core_uncompiled
+
+leave_core_uncompiled()
 # Megatron-core says at import which GPU libraries it did not find, and PyTorch which of core's calls are old.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
 warnings.filterwarnings("ignore", message="Apex is not installed.*")

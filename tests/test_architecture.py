@@ -13,9 +13,9 @@ PACKAGE = ROOT / "megatron_nvlm"
 
 # Each line may import from the lines above it (and a room from itself).
 LAYERS = (
-    {"exit_codes", "quiet", "runs.run_dir"},
-    {"errors", "runs.failures"},
-    {"core_compat", "metrics_lines", "option_types", "regular_files"},
+    {"core_compat", "exit_codes", "runs.run_dir"},
+    {"errors", "quiet", "runs.failures"},
+    {"metrics_lines", "option_types", "regular_files"},
     {"image", "text", "ops", "trackers"},
     {"sequence"},
     {"data", "models"},
@@ -151,3 +151,11 @@ def test_data_loading_starts_without_core() -> None:
 def test_tools_are_thin() -> None:
     for path in (ROOT / "tools").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 10, f"{path.name}: the work of a command lives in the package"
+
+
+def test_training_starts_without_the_compiler_of_torch() -> None:
+    """Where there is no GPU."""
+    script = (
+        "import sys, torch, megatron_nvlm.train; assert torch.cuda.is_available() or 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=ROOT)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_nvlm import quiet  # noqa: F401  (before what imports core)
+
 
 def free_port() -> int:
     with socket.socket() as probe:
