@@ -22,7 +22,7 @@ from tests.support.launch import launch
 from tests.support.shards import read_metrics
 from tests.support.slurm import ENDED, RUN_FILE, Cluster, Job, cluster, mini_slurm
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 NODES = 12
 """Nodes that are blamed twice are left out, so that a campaign uses up some."""
@@ -152,7 +152,7 @@ def test_twenty_random_faults_change_nothing(folder: Path, slurm: Cluster, demo_
     count, chance = int(os.environ.get("FAULTS", "20")), random.Random(int(os.environ.get("FAULT_SEED", "1")))
     settings = [
         *demo_run,
-        f"training.train_steps={20 * count}",
+        f"training.train_steps={12 * count}",
         "training.timeout_seconds=20",
         "checkpoint.save_every_steps=2",
         "checkpoint.keep_last=3",

@@ -184,6 +184,7 @@ def test_a_chain_goes_on_where_requeue_is_forbidden(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_limit_that_slurm_itself_keeps(slurm: Cluster, demo_run: list[str], tmp_path: Path) -> None:
     """Slurm may signal a minute early, and so while the script reads the run file: a step a start is made all the same."""
     settings = (*demo_run, f"training.train_steps={STEPS_OF_SHORT_STARTS}")
