@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_nvlm"
 LAYERS = (
     {"core_compat", "exit_codes", "runs.run_dir"},
     {"errors", "quiet", "runs.failures"},
-    {"metrics_lines", "option_types", "regular_files"},
+    {"dotted_keys", "metrics_lines", "option_types", "regular_files"},
     {"image", "text", "ops", "trackers"},
     {"sequence"},
     {"data", "models"},

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_nvlm.config.run import RunConfig
 from megatron_nvlm.data.fingerprint import PACKED_KEYS
+from megatron_nvlm.dotted_keys import dotted_keys
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.models.config import ResolvedModel
 
@@ -129,8 +130,7 @@ def settings_of(config: RunConfig, model: ResolvedModel) -> dict[str, Any]:
 
     A run whose steps have been counted (runs/length.py) has both `training.train_steps` and `training.epochs`.
     """
-    settings: dict[str, Any] = {}
-    _flatten(dataclasses.asdict(config), "", settings)
+    settings = dict(dotted_keys(dataclasses.asdict(config)))
     # Names of sets came later than checkpoints that are still there; none is no change to them.
     settings["data.train"] = [
         {key: value for key, value in source.items() if value is not None} for source in settings["data.train"]
@@ -152,14 +152,6 @@ def settings_of(config: RunConfig, model: ResolvedModel) -> dict[str, Any]:
         settings = {key: value for key, value in settings.items() if not key.startswith(_CROSS_ATTENTION)}
     plain: dict[str, Any] = json.loads(json.dumps(settings))  # as a checkpoint gives them back
     return plain
-
-
-def _flatten(section: Mapping[str, Any], prefix: str, settings: dict[str, Any]) -> None:
-    for name, value in section.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{name}.", settings)
-        else:
-            settings[f"{prefix}{name}"] = value
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

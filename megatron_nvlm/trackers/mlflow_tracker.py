@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from megatron_nvlm.dotted_keys import dotted_keys, in_words
 from megatron_nvlm.trackers.config import MlflowConfig
 from megatron_nvlm.trackers.tracker import Ending, StepNumbers, TrackedRun
 
@@ -40,7 +41,7 @@ class MlflowTracker:
         experiment = self._client.get_experiment_by_name(self.config.experiment)
         place = experiment.experiment_id if experiment else self._client.create_experiment(self.config.experiment)
         self._run_id = self._client.create_run(place, run_name=run.name).info.run_id
-        parameters = [Param(key, value[:PARAMETER_CHARACTERS]) for key, value in _flatten(run.settings, "")]
+        parameters = [Param(key, in_words(value)[:PARAMETER_CHARACTERS]) for key, value in dotted_keys(run.settings)]
         for start in range(0, len(parameters), PARAMETERS_AT_ONCE):
             self._client.log_batch(self._run_id, params=parameters[start : start + PARAMETERS_AT_ONCE])
         return self._run_id
@@ -57,11 +58,3 @@ class MlflowTracker:
     def close(self, ending: Ending) -> None:
         """Set the status of the run."""
         self._client.set_terminated(self._run_id, STATUS[ending])
-
-
-def _flatten(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    if isinstance(section, Mapping):
-        for name, value in section.items():
-            yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, "null" if section is None else str(section)

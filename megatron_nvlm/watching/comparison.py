@@ -9,6 +9,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
+from megatron_nvlm.dotted_keys import dotted_keys, in_words
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.watching.charts import COLOURS, DASHES, Chart, Line, tick_label, to_svg
 from megatron_nvlm.watching.history import History, present
@@ -179,7 +180,7 @@ def _table(runs: Sequence[ComparedRun]) -> str:
 
 def _changed_keys(runs: Sequence[ComparedRun]) -> Iterator[str]:
     """The keys in which the run files differ."""
-    flat = [dict(_flatten(run.config)) for run in runs]
+    flat = [{key: in_words(value) for key, value in dotted_keys(run.config)} for run in runs]
     keys = sorted({key for values in flat for key in values if key != "run_dir" and not key.startswith("logging.")})
     different = [key for key in keys if len({values.get(key, "") for values in flat}) > 1]
     if not different:
@@ -193,11 +194,3 @@ def _changed_keys(runs: Sequence[ComparedRun]) -> Iterator[str]:
     yield "</table>"
     if len(different) > MOST_KEYS:
         yield f"<p>and {len(different) - MOST_KEYS} more</p>"
-
-
-def _flatten(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(section, Mapping) and section:
-        for name, value in section.items():
-            yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    elif prefix:
-        yield prefix, "null" if section is None else str(section)
