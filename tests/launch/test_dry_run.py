@@ -1,6 +1,7 @@
 """The six job scripts say what they would run, and refuse mistakes, without Slurm."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +10,21 @@ from tests.support.launch import REPOSITORY, environment
 SCRIPTS = [f"{recipe}_nvlm_{variant}" for recipe in ("pretrain", "sft") for variant in "dxh"]
 
 
-def dry_run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    own = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "NPROC_"))}
+APPTAINER = """#!/bin/bash
+while [ "$1" != image.sif ]; do shift; done
+shift
+exec "$@"
+"""
+"""Stands in for Apptainer: runs the command here."""
+
+
+def dry_run(script: str, *arguments: str, **own: str) -> subprocess.CompletedProcess[str]:
+    """`own`: settings of the cluster."""
+    inherited = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "NPROC_"))}
     command = ["bash", f"launch/{script}.sh", *arguments]
-    return subprocess.run(command, env=own, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, env={**inherited, **own}, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -40,3 +52,21 @@ def test_a_mistake_ends_with_one_sentence(arguments: tuple[str, ...], said: str)
     done = dry_run("pretrain_nvlm_h", *arguments)
     assert done.returncode == 2 and not done.stdout
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_commands_run_in_the_container(tmp_path: Path) -> None:
+    (tmp_path / "apptainer").write_text(APPTAINER)
+    (tmp_path / "apptainer").chmod(0o755)
+    own = {"CONTAINER": "apptainer", "CONTAINER_IMAGE": "image.sif", "PATH": f"{tmp_path}:{environment()['PATH']}"}
+    done = dry_run("pretrain_nvlm_h", "--dry-run", **own)
+    assert done.returncode == 0, done.stderr
+    command = done.stdout.splitlines()[-1]
+    assert command.startswith("'srun' ") and "'apptainer' 'exec' '--nv'" in command
+    assert "'image.sif' 'python' '-m' 'megatron_nvlm.commands.launch_node'" in command
+
+    own = {"CONTAINER": "pyxis", "CONTAINER_IMAGE": "registry#nvlm:1", "CONTAINER_MOUNTS": "/data:/data"}
+    command = dry_run("pretrain_nvlm_h", "--dry-run", **own).stdout.splitlines()[-1]
+    assert "'--container-image=registry#nvlm:1'" in command and ",/data:/data'" in command
+
+    refused = dry_run("pretrain_nvlm_h", "--dry-run", CONTAINER="docker", CONTAINER_IMAGE="x")
+    assert refused.returncode == 2 and "CONTAINER is docker; it must be none, pyxis or apptainer" in refused.stderr
