@@ -36,7 +36,11 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["megatron_nvlm", "megatron_nvlm.*"]), "megatron_nvlm.configs"],
     package_dir={"megatron_nvlm.configs": "configs"},  # the run files are found by name after an installation
-    package_data={"megatron_nvlm.configs": ["*.yaml"], "megatron_nvlm.commands": ["chat_page.html"]},
+    package_data={
+        "megatron_nvlm.configs": ["*.yaml"],
+        "megatron_nvlm.commands": ["chat_page.html"],
+        "megatron_nvlm.evaluation.tasks": ["*.yaml"],
+    },
     entry_points={"console_scripts": [f"{name} = {function}" for name, function in COMMANDS.items()]},
     python_requires=">=3.11,<3.14",
     install_requires=[
