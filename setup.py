@@ -22,6 +22,7 @@ COMMANDS = {
     "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
     "nvlm-plot-runs": "megatron_nvlm.commands.plot_runs:main",
+    "nvlm-run-benchmarks": "megatron_nvlm.commands.run_benchmarks:main",
     "nvlm-score": "megatron_nvlm.commands.score:main",
     "nvlm-send-metrics": "megatron_nvlm.commands.send_metrics:main",
     "nvlm-watch": "megatron_nvlm.commands.watch:main",
