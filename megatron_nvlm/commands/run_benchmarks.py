@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     if global_rank() == 0:
         folder = open_model_folder(options.out, model.facts)
     failed = answer_tasks(model, tasks, folder)
-    stop_groups()
+    if options.run_dir is not None:
+        stop_groups()
     if global_rank() == 0:
         score_tasks(model, tasks, folder, options.run_code)
         print(f"the table is in {', '.join(map(str, write_report(options.out)))}", flush=True)
