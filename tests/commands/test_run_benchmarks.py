@@ -25,7 +25,15 @@ OWN_TASK = {
     "split": "all",
     "source": "drawn here",
 }
-TASKS = "chartqa,ai2d,mmmu,mmlu,humaneval"
+OWN_CODE = {
+    **OWN_TASK,
+    "name": "coding",
+    "kind": "text",
+    "scorers": ["python_tests"],
+    "few_shot": 0,
+    "fields": {"tests": "test", "entry_point": "entry_point"},
+}
+TASKS = "chartqa,ai2d,mmmu,mmlu"
 
 
 def write_lines(path: Path, *lines: dict[str, Any]) -> None:
@@ -67,13 +75,14 @@ def make_data(folder: Path) -> None:
     write_lines(folder / "mmlu.shots.jsonl", *({"question": f"{n}?", **subject} for n in range(5)))
     write_lines(folder / "mmlu.jsonl", {"question": "1 + 1?", **subject}, {"question": "0 + 2?", **subject})
     tests = {"entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}
-    write_lines(folder / "humaneval.jsonl", {"task_id": "h/0", "prompt": "def one():\n", **tests})
+    write_lines(folder / "coding.jsonl", {"question": "def one():\n", **tests})
     write_lines(folder / "reading.shots.jsonl", {"question": "Read.", "images": pictures[:1], "answers": "3"})
     write_lines(
         folder / "reading.jsonl",
         *({"question": f"Read {n}.", "images": [pictures[n]], "answers": "nothing"} for n in range(2)),
     )
-    (folder / "reading.yaml").write_text(yaml.safe_dump(OWN_TASK))
+    for task in (OWN_TASK, OWN_CODE):
+        (folder / f"{task['name']}.yaml").write_text(yaml.safe_dump(task))
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Place:
 
     @property
     def common(self) -> tuple[str, ...]:
-        tasks = f"{TASKS},{self.data}/reading.yaml"
+        tasks = f"{TASKS},{self.data}/reading.yaml,{self.data}/coding.yaml"
         return ("--tasks", tasks, "--data", str(self.data), "--out", str(self.report))
 
     def run(self, *more: str, check: bool = True) -> Any:
@@ -112,7 +121,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.mark.distributed
 def test_a_run_under_tp2_and_its_export_answer_and_score_the_same(place: Place) -> None:
     done = place.run("--name", "trained")
-    assert "humaneval: 1 samples, python_tests not scored" in done.stdout
+    assert "coding: 1 samples, python_tests not scored" in done.stdout
     # Half of the truths become what was answered: questions stay, so nothing is generated again.
     answers = lines_of(place.report / "trained" / "reading.answers.jsonl")
     lines = lines_of(place.data / "reading.jsonl")
@@ -122,10 +131,10 @@ def test_a_run_under_tp2_and_its_export_answer_and_score_the_same(place: Place) 
 
     told = run_command(MODULE, "--hf", place.exported, *place.common, "--batch-size", 3, "--run-code")
     again = place.run("--name", "trained", "--run-code")
-    assert "2 of 2 questions have their answer already" in again.stdout and "humaneval: 1 samples, " in again.stdout
+    assert "2 of 2 questions have their answer already" in again.stdout and "coding: 1 samples, " in again.stdout
     scores, other = ([line for line in out.splitlines() if "samples" in line] for out in (told, again.stdout))
     assert len(scores) == 6 and scores == other and "reading: 2 samples, exact 50.0 ± 50.0" in scores
-    for task in (*TASKS.split(","), "reading"):
+    for task in (*TASKS.split(","), "reading", "coding"):
         mine, theirs = (
             {line["id"]: line["answer"] for line in lines_of(place.report / name / f"{task}.answers.jsonl")}
             for name in ("trained", "exported")
