@@ -153,7 +153,8 @@ def _open_folder(folder: Path) -> tuple[Any, Any]:
         raise UserError(f"transformers cannot open {folder} ({str(error).splitlines()[0]}); export it again") from error
     if not hasattr(processor, "decode_answers"):
         raise UserError(f"{folder} has no processor of an export; name a folder that tools.convert_checkpoint exported")
-    return model.to("cuda" if torch.accelerator.is_available() else "cpu"), processor
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model.to(device or "cpu"), processor
 
 
 def _folder_identity(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_nvlm import __version__
+import megatron_nvlm
 from megatron_nvlm.evaluation.benchmarks.paper_results import OTHER_SPLITS, PAPER, PAPER_TASKS, SOURCE
 from megatron_nvlm.evaluation.benchmarks.report_dir import read_json, write_json
 from megatron_nvlm.evaluation.benchmarks.scoring import score_text
@@ -34,7 +34,7 @@ def gather(report: Path) -> dict[str, Any]:
             tasks.setdefault(task["name"], {**task, "results": {}})["results"][model["name"]] = result
     order = [*(name for name in PAPER_TASKS if name in tasks), *sorted(tasks.keys() - set(PAPER_TASKS))]
     return {
-        "version": __version__,
+        "version": megatron_nvlm.__version__,
         "models": models,
         "tasks": [tasks[name] for name in order],
         "paper": {"source": SOURCE, "scores": PAPER, "other_splits": {k: list(v) for k, v in OTHER_SPLITS.items()}},

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_nvlm import __version__
+import megatron_nvlm
 from megatron_nvlm.evaluation.benchmarks.report_dir import TaskFiles, read_answers, read_json, write_json, write_lines
 from megatron_nvlm.evaluation.scorers.registry import RUN_CODE, SCORERS
 from megatron_nvlm.evaluation.tasks.read import Task
@@ -54,7 +54,7 @@ def score_task(
         "unanswered": missing,
         "scores": told,
         "asked": dict(asked),
-        "version": __version__,
+        "version": megatron_nvlm.__version__,
     }
     write_json(files.result, result)
     shown = ", ".join(f"{name} {score_text(score)}" for name, score in told.items())
