@@ -154,6 +154,12 @@ def test_a_run_under_tp2_and_its_export_answer_and_score_the_same(place: Place) 
     assert "| reading | exact | 50.0 ± 50.0 | 50.0 ± 50.0 |  |" in markdown
     assert "| 86.0 | 82.9 | 83.3 | 84.0 | 79.4 | 82.0 |" in markdown and "different questions" not in markdown
     page = (place.report / "report.html").read_text()
+    # The export's model card has the scores of the run's own row.
+    carded = place.report.parent / "carded"
+    export = ("export", "--checkpoint", place.run_dir, "--out", carded)
+    run_command("tools.convert_checkpoint", *export, "--report", place.report / "report.json")
+    assert "| reading | exact | 50.0 ± 50.0 | 2 | 1 | {images}<br>{question} |" in (carded / "README.md").read_text()
+    assert "## Benchmarks" not in (place.exported / "README.md").read_text()
     assert "50.0 ± 50.0" in page and "http" not in page and "<script" not in page
 
 
