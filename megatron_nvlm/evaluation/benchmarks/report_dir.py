@@ -176,5 +176,5 @@ def read_answers(files: TaskFiles) -> dict[str, str]:
     """The answers by id."""
     if not files.answers.is_file():
         return {}
-    lines = [json.loads(line) for line in files.answers.read_text().splitlines()]
+    lines = [json.loads(line) for line in files.answers.read_bytes().split(b"\n") if line]
     return {str(line["id"]): line["answer"] for line in lines if "answer" in line}

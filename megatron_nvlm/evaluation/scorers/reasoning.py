@@ -7,6 +7,8 @@ import re
 from fractions import Fraction
 
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
+_FRACTION = re.compile(r"-?(?:\d+/\d+|\d*\.?\d+)")
+_MOST_DIGITS = 100
 _MARK = "####"
 """Stands before the result in GSM8K's own answers."""
 _ANNOUNCED = re.compile(r"answer is:?\s*(.+)", re.IGNORECASE)
@@ -43,7 +45,17 @@ def _result(text: str) -> Fraction | None:
     _, _, marked = text.partition(_MARK)
     numbers = _NUMBER.findall(marked or text)
     found = numbers[0] if marked and numbers else numbers[-1] if numbers else None
-    return None if found is None else Fraction(found.replace(",", ""))
+    return None if found is None else _fraction(found.replace(",", ""))
+
+
+def _fraction(text: str) -> Fraction | None:
+    """A number of few digits, without an exponent: a model may write any number of them."""
+    if len(text) > _MOST_DIGITS or not _FRACTION.fullmatch(text):
+        return None
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        return None
 
 
 def math_boxed(answer: str, truth: str) -> float:
@@ -90,8 +102,4 @@ def plain_latex(text: str) -> str:
 def _value(text: str) -> Fraction | None:
     """The number that a text is, as a fraction or a decimal."""
     found = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}", text)
-    spelled = f"{found[1]}{found[2]}/{found[3]}" if found else text
-    try:
-        return Fraction(spelled)
-    except (ValueError, ZeroDivisionError):
-        return None
+    return _fraction(f"{found[1]}{found[2]}/{found[3]}" if found else text)
