@@ -22,6 +22,7 @@ COMMANDS = {
     "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
     "nvlm-plot-runs": "megatron_nvlm.commands.plot_runs:main",
+    "nvlm-run-benchmarks": "megatron_nvlm.commands.run_benchmarks:main",
     "nvlm-score": "megatron_nvlm.commands.score:main",
     "nvlm-send-metrics": "megatron_nvlm.commands.send_metrics:main",
     "nvlm-watch": "megatron_nvlm.commands.watch:main",
@@ -36,7 +37,11 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["megatron_nvlm", "megatron_nvlm.*"]), "megatron_nvlm.configs"],
     package_dir={"megatron_nvlm.configs": "configs"},  # the run files are found by name after an installation
-    package_data={"megatron_nvlm.configs": ["*.yaml"], "megatron_nvlm.commands": ["chat_page.html"]},
+    package_data={
+        "megatron_nvlm.configs": ["*.yaml"],
+        "megatron_nvlm.commands": ["chat_page.html"],
+        "megatron_nvlm.evaluation.tasks": ["*.yaml"],
+    },
     entry_points={"console_scripts": [f"{name} = {function}" for name, function in COMMANDS.items()]},
     python_requires=">=3.11,<3.14",
     install_requires=[

@@ -84,3 +84,5 @@ def test_console_commands_work_away_from_the_checkout(installed: Path, tmp_path:
     asked = ("--image", "images/0.png", "--question", "What is this?", "--max-new-tokens", 4)
     answers = [run(installed, tmp_path, "nvlm-generate", "--run-dir", name, *asked) for name in ("run", "imported")]
     assert answers[0] == answers[1]
+    benchmarks = ("--hf", "folder", "--suite", "paper", "--data", "images", "--out", "report")
+    assert run(installed, tmp_path, "nvlm-run-benchmarks", *benchmarks).count(": not run: put ") == 13

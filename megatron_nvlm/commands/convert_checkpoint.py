@@ -1,7 +1,7 @@
 """Weights in and out: Hugging Face folders to our checkpoints and back, looked at and compared.
 
   import   --hf DIR | --language-model DIR --vision-model DIR   --variant d|x|h --out CKPT [model.key=value ...]
-  export   --checkpoint CKPT --out DIR
+  export   --checkpoint CKPT --out DIR [--report FILE]
   inspect  CKPT|DIR ...
   verify   A B
   tokenizer FILE --out FILE            a tokenizer.model of SentencePiece -> a tokenizer.json
@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("keep", *DTYPES), default="keep", help="of the weights (default keep)")
     help_ = "of a run with model.lora: weights with the adapters in them, without them, or the adapters alone for PEFT"
     add("--adapters", choices=ADAPTERS_OF_EXPORT, default="merged", help=f"{help_} (default merged)")
+    help_ = "a report.json of run_benchmarks, whose scores of this checkpoint go into the model card (README.md)"
+    add("--report", type=local_path, metavar="FILE", help=help_)
     add("--file-gigabytes", type=positive_float, default=5.0, help="most of a safetensors file (default 5)")
     add("overrides", nargs="*", help="section.key=value of the run, such as data.tokenizer=FILE")
     add = commands.add_parser("inspect", help="a table of parts: parameters, bytes, types").add_argument
@@ -116,6 +118,7 @@ def run(options: argparse.Namespace) -> int:
                 most_bytes,
                 lambda source: Progress(source, "export"),
                 options.adapters,
+                options.report,
             )
         )
     elif options.command == "inspect":

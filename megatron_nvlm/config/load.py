@@ -7,9 +7,9 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +19,8 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.regular_files import check_regular
 
 logger = logging.getLogger(__name__)
+
+Section = TypeVar("Section")
 
 RENAMED_SECTIONS = {"stage": "recipe"}
 """Names of sections in run files of earlier versions, and today's."""
@@ -37,26 +39,46 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file is missing or no YAML, a key is unknown, missing, or has a value of the wrong type.
     """
     path = find_run_file(path)
+    return read_typed(path, RunConfig, "run file", lambda config: _override(config, overrides, str(path)))
+
+
+def _override(config: Any, overrides: Sequence[str], where: str) -> None:
+    for override in _rename_old_sections(config, overrides, where):
+        _apply(config, override)
+
+
+def read_typed(
+    path: Path, section: type[Section], what: str, change: Callable[[Any], None] = lambda config: None
+) -> Section:
+    """A YAML file as a dataclass.
+
+    Args:
+        section: the dataclass.
+        what: the kind of file, for the sentence.
+        change: applied to what was read before it is checked.
+
+    Raises:
+        UserError: the file is no YAML, a key is unknown, missing, or has a value of the wrong type.
+    """
     try:
         config = OmegaConf.load(path)
-        for override in _rename_old_sections(config, overrides, str(path)):
-            _apply(config, override)
+        change(config)
         plain = OmegaConf.to_container(config, resolve=True)
     except UserError:
         raise
     except Exception as error:  # the YAML reader and OmegaConf each have their own
         raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(plain, dict):
-        raise UserError(f"{path} is no run file: it holds no sections")
-    _check_keys(plain, RunConfig, "", str(path))
+        raise UserError(f"{path} is no {what}: it holds no keys")
+    _check_keys(plain, section, "", str(path))
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
-        run = OmegaConf.to_object(typed)
+        typed = OmegaConf.merge(OmegaConf.structured(section), plain)
+        found = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "a key"
         raise UserError(f"{path}: {where} has a value of the wrong type ({str(error).splitlines()[0]})") from error
-    assert isinstance(run, RunConfig)
-    return run
+    assert isinstance(found, section)
+    return found
 
 
 def _rename_old_sections(config: Any, overrides: Sequence[str], where: str) -> list[str]:

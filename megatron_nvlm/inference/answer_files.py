@@ -34,7 +34,7 @@ def from_first_rank(value: Sent) -> Sent:
     return box[0]
 
 
-class _Progress:
+class QuestionProgress:
     """How many are done: a bar on a terminal, now and then a line elsewhere."""
 
     def __init__(self, done: int, total: int) -> None:
@@ -43,6 +43,7 @@ class _Progress:
         self.told_at = time.monotonic()
 
     def add(self, count: int) -> None:
+        """Count this number as done."""
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
@@ -51,6 +52,16 @@ class _Progress:
         elif self.done == self.total or time.monotonic() - self.told_at > LINES_EVERY_SECONDS:
             print(f"{self.done} of {self.total} questions", flush=True)
             self.told_at = time.monotonic()
+
+
+def open_questions(inputs: Path, answers: AnswerFile) -> tuple[list[Request], QuestionProgress]:
+    """The questions of a file that have no answer yet, and how many have one, which is told."""
+    everything = read_requests(inputs)
+    requests = [request for request in everything if request.id not in answers.done]
+    done = len(everything) - len(requests)
+    if done:
+        print(f"{done} of {len(everything)} questions have their answer already", flush=True)
+    return requests, QuestionProgress(done, len(everything))
 
 
 def answer_file(trained: TrainedRun, inputs: Path, outputs: Path, batch_size: int, sampling: Sampling) -> int:
@@ -67,15 +78,8 @@ def answer_file(trained: TrainedRun, inputs: Path, outputs: Path, batch_size: in
     at_once = batch_size * get_groups().dp.size()
     requests: list[Request] = []
     if first:
-        everything = read_requests(inputs)
         answers = AnswerFile(outputs)
-        requests = [request for request in everything if request.id not in answers.done]
-        if len(requests) < len(everything):
-            print(
-                f"{len(everything) - len(requests)} of {len(everything)} questions have their answer already",
-                flush=True,
-            )
-        progress = _Progress(len(everything) - len(requests), len(everything))
+        requests, progress = open_questions(inputs, answers)
     failed = 0
     for start in range(0, from_first_rank(len(requests)), at_once):
         some = requests[start : start + at_once]
@@ -85,7 +89,7 @@ def answer_file(trained: TrainedRun, inputs: Path, outputs: Path, batch_size: in
         if first:
             answers.write(
                 [
-                    (request, found, _named(request, inputs, error))
+                    (request, found, named_error(request, inputs, error))
                     for request, (found, error) in zip(some, results, strict=True)
                 ]
             )
@@ -93,7 +97,7 @@ def answer_file(trained: TrainedRun, inputs: Path, outputs: Path, batch_size: in
     return failed
 
 
-def _named(request: Request, inputs: Path, error: str) -> str:
+def named_error(request: Request, inputs: Path, error: str) -> str:
     """The reason with its line, told on the terminal too; empty if there is none."""
     if not error:
         return ""

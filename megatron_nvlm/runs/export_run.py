@@ -26,6 +26,7 @@ from megatron_nvlm.models.families.config_file import CONFIG_FILE
 from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.lora import LoraConfig
 from megatron_nvlm.runs.components import make_identity
+from megatron_nvlm.runs.model_card import CARD_FILE, read_scores, step_of, write_card
 from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.text.tokenizer import Tokenizer
 
@@ -50,12 +51,14 @@ def export_folder(
     most_bytes: int,
     progress: Callable[[TensorSource], Done],
     adapters: str = "merged",
+    report: Path | None = None,
 ) -> str:
     """Write the folder; returns a sentence of what was made.
 
     Args:
         path: a run's folder or a checkpoint. dtype: of the weights; None keeps the checkpoint's.
         adapters: what becomes of low-rank adapters (ADAPTERS_OF_EXPORT).
+        report: a report.json of run_benchmarks, whose scores go into the model card.
 
     Raises:
         UserError: with what is wrong and how to fix it. CensusError: names or shapes that do not match.
@@ -64,6 +67,7 @@ def export_folder(
     model = resolve_model(run.model)
     tokenizer = _find_tokenizer(run, checkpoint)
     save_load.check_identity(checkpoint, make_identity(run, model, Tokenizer.load(tokenizer) if tokenizer else None))
+    card = write_card(run, checkpoint, read_scores(report, checkpoint, step_of(checkpoint)) if report else ())
     mark = {
         "checkpoint": str(checkpoint.resolve()),
         "identity": (checkpoint / IDENTITY_FILE).read_text(),
@@ -84,6 +88,7 @@ def export_folder(
 
     def write_others(folder: Path) -> None:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CARD_FILE).write_text(card)
         tiling, data = run.tiling, run.data
         if tokenizer is None:
             write_code(folder, vision_family_of(model.vision).exported_class)

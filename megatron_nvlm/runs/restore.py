@@ -35,6 +35,8 @@ class TrainedRun:
     pipeline: SamplePipeline
     model: NVLMModel
     progress: save_load.Progress
+    checkpoint: Path
+    """Folder of the checkpoint whose weights it has."""
 
 
 def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -67,4 +69,4 @@ def open_trained_run(run_dir: Path, checkpoint: Path | None = None, overrides: S
     device = start(resolved)
     model = make_model(resolved.model, run.parallelism, resolved.precision, device.torch_device).eval()
     progress = save_load.load_model(path, model)
-    return TrainedRun(run, make_pipeline(resolved, tokenizer), model, progress)
+    return TrainedRun(run, make_pipeline(resolved, tokenizer), model, progress, path)

@@ -224,6 +224,32 @@ def test_four_ways_to_ask_the_same(tmp_path: Path) -> None:
     assert closed.shape[1] == expected["input_ids"].shape[1] - len(processor._tokenizer.encode("assistant\n")) - 1
 
 
+@pytest.mark.parametrize("variant", ["d", "x", "h"])
+def test_the_calls_of_lmms_eval(tmp_path: Path, variant: str) -> None:
+    """Its class for any model of transformers: text of a batch first, then all inputs, and the answers by batch_decode."""
+    processor = make_processor(tmp_path, variant)
+    pictures = [Image.new("RGB", (60, 30 * number), "red") for number in (1, 2)]
+    messages = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "url": picture}, {"type": "text", "text": f"\nRead {number}."}],
+            }
+        ]
+        for number, picture in enumerate(pictures)
+    ]
+    texts = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=texts, images=pictures, videos=None, audios=None, padding=True, return_tensors="pt")
+    asked = [f"<image>\nRead {number}." for number in range(2)]
+    expected = processor(text=asked, images=[[picture] for picture in pictures])
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
+    ids = torch.tensor([processor.tokenizer("Read 0.").input_ids])
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ["Read 0."]
+    with pytest.raises(ValueError, match="NVLM takes images"):
+        processor(text=texts, images=pictures, audios=["sound"])
+
+
 def test_the_tokenizers_own_template_spells_the_same(tmp_path: Path) -> None:
     """What other software gets from chat_template.jinja is the processor's text."""
     talk = [*PROMPTS["two turns"].messages]

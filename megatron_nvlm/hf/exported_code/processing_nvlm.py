@@ -261,6 +261,7 @@ _OWN = ("add_generation_prompt", "padding", "padding_side", "return_tensors")
 _MUST_BE_OFF = {
     "videos": "NVLM takes images; give frames as images",
     "audio": "NVLM takes images",
+    "audios": "NVLM takes images",
     "truncation": "a cut prompt would lose vision tokens; shorten the text, or lower the image processor's max_tiles",
     "max_length": "prompts are as long as they are; leave it out",
     "continue_final_message": "an answer cannot be continued",

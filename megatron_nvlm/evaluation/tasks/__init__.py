@@ -1,0 +1,1 @@
+"""Benchmarks as data: a YAML file each, and their reader."""
