@@ -81,7 +81,6 @@ class Campaign:
         mini_slurm("kill-node", node)
         self.slurm.wait(self.job, lambda: self.slurm.field(self.job, "Restarts") != restarts, SECONDS_A_FAULT)
         assert mini_slurm("start-node", node).returncode == 0
-        self.slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def damage_the_newest_checkpoint(self) -> None:
         """And have the job start again from an earlier one."""
