@@ -7,12 +7,14 @@ read from its name, devices and arguments, so tensors may be fake, or lie on a p
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_nvlm.gpu_check.pretended_gpu import listening
@@ -52,7 +54,7 @@ class HostWaits(TorchDispatchMode):
         super().__init__()
         self.found: Counter[Wait] = Counter()
         self._pinned = pinned or (lambda tensor: tensor.is_pinned())
-        self._listening: Any = None
+        self._within = ExitStack()
 
     @property
     def total(self) -> int:
@@ -69,15 +71,15 @@ class HostWaits(TorchDispatchMode):
         self.found[Wait(what, calling_line())] += 1
 
     def __enter__(self) -> "HostWaits":
-        self._listening = listening(self.note)
-        self._listening.__enter__()
+        self._within.enter_context(listening(self.note))
+        self._within.enter_context(_ReadsOneByOne())
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._listening.__exit__(kind, value, traceback)
         super().__exit__(kind, value, traceback)
+        self._within.close()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,7 +95,8 @@ class HostWaits(TorchDispatchMode):
         if name in _SIZE_UNKNOWN and _on_device(args[0]):
             return f"the size of a result ({name.partition('::')[2].partition('.')[0]})"
         if name in _BY_INDEX and _on_device(args[0]):
-            return _wait_of_index([index for index in args[1] if index is not None])
+            fills = len(args) > 2 and args[2].dim() == 0 and not _on_device(args[2])  # torch fills by the mask then
+            return "" if fills else _wait_of_index([index for index in args[1] if index is not None])
         if name == "aten::_to_copy" and isinstance(args[0], Tensor):
             to = kwargs.get("device")
             return self._wait_of_copy(args[0], to, kwargs.get("non_blocking", False)) if to is not None else ""
@@ -110,6 +113,21 @@ class HostWaits(TorchDispatchMode):
         if not non_blocking:
             return "a copy to the device"
         return "" if self._pinned(source) else "a copy to the device of memory that is not pinned"
+
+
+class _ReadsOneByOne(TorchFunctionMode):
+    """`torch.tensor` of a list of tensors reads each of them, out of sight of modes: here by `item`, in their sight."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.tensor:
+            args = (_read(args[0]), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_read(one) for one in value]
+    return value.item() if _on_device(value) and value.dim() == 0 else value
 
 
 def _on_device(tensor: Any) -> bool:
@@ -135,7 +153,7 @@ def calling_line() -> str:
             if path.startswith(PACKAGES[0]):
                 break
         frame = frame.f_back
-    return " < ".join(found) or "backward pass of torch"
+    return " < ".join(found) or "a thread of the backward pass, or a caller elsewhere"
 
 
 def _path_in_packages(file_name: str) -> str:

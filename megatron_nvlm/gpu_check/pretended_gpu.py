@@ -202,20 +202,17 @@ class _Generator:
 def _answers(torch: Any) -> dict[str, Any]:
     """Functions of `torch.cuda` by name."""
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    def always(value: Any) -> Callable[..., Any]:
+    def always(value: Any) -> Callable[..., Any]:  # a function of its own each time: torch's compiler keeps rules by function
         return lambda *args, **kwargs: value
 
     return {
-        "_lazy_init": nothing,
-        "init": nothing,
+        "_lazy_init": always(None),
+        "init": always(None),
         "is_available": always(True),
         "is_initialized": always(True),
         "device_count": always(1),
         "current_device": always(0),
-        "set_device": nothing,
+        "set_device": always(None),
         "get_device_capability": always(COMPUTE_CAPABILITY),
         "get_device_name": always(Properties.name),
         "get_device_properties": always(Properties),
@@ -224,20 +221,20 @@ def _answers(torch: Any) -> dict[str, Any]:
         "current_stream": lambda *args, **kwargs: Stream(),
         "default_stream": lambda *args, **kwargs: Stream(),
         "stream": lambda *args, **kwargs: contextlib.nullcontext(),
-        "set_stream": nothing,
+        "set_stream": always(None),
         "Stream": Stream,
         "Event": Event,
         "is_current_stream_capturing": always(False),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "manual_seed_all": nothing,
+        "manual_seed_all": always(None),
         "default_generators": [_Generator(torch)],
         "memory_allocated": always(0),
         "max_memory_allocated": always(0),
         "memory_reserved": always(0),
         "max_memory_reserved": always(0),
-        "reset_peak_memory_stats": nothing,
+        "reset_peak_memory_stats": always(None),
         "mem_get_info": always((MEMORY_BYTES, MEMORY_BYTES)),
-        "empty_cache": nothing,
+        "empty_cache": always(None),
     }
