@@ -126,10 +126,11 @@ def _step(wanted: FakeStepInput) -> FakeStep:
     import torch
 
     from megatron_nvlm.config.load import load_run
-    from megatron_nvlm.core_compat import mend_distributed_optimizer
+    from megatron_nvlm.core_compat import keep_gradient_norms_on_device, mend_distributed_optimizer
     from megatron_nvlm.runs.resolve import resolve_run
 
     mend_distributed_optimizer()
+    keep_gradient_norms_on_device()
     run = resolve_run(load_run(wanted.config, list(wanted.overrides)), wanted.world_size)
     with _fake_world(wanted, run.config.parallelism):
         rank = _Rank(run, wanted, torch.device("cuda", 0))

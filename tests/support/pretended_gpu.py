@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_nvlm.core_compat import mend_distributed_optimizer
+from megatron_nvlm.core_compat import keep_gradient_norms_on_device, mend_distributed_optimizer
 from megatron_nvlm.gpu_check import pretended_gpu
 from megatron_nvlm.gpu_check.host_waits import HostWaits
 from megatron_nvlm.parallel.device import Device
@@ -59,6 +59,7 @@ def one_gpu() -> Iterator[tuple[Device, HostWaits]]:
     """This rank's pretended GPU, and what makes the host wait for it."""
     pretended_gpu.pretend()
     mend_distributed_optimizer()
+    keep_gradient_norms_on_device()
     with ExitStack() as stack:
         stack.enter_context(OverGloo())
         waits = stack.enter_context(HostWaits())
