@@ -19,6 +19,7 @@ COMMANDS = {
     "nvlm-demo-report": "megatron_nvlm.demo.report:main",
     "nvlm-doctor": "megatron_nvlm.commands.doctor:main",
     "nvlm-dry-run": "megatron_nvlm.commands.dry_run:main",
+    "nvlm-gpu-check": "megatron_nvlm.commands.gpu_check:main",
     "nvlm-inspect-sample": "megatron_nvlm.commands.inspect_sample:main",
     "nvlm-lint-shards": "megatron_nvlm.commands.lint_shards:main",
     "nvlm-plot-runs": "megatron_nvlm.commands.plot_runs:main",
@@ -36,7 +37,11 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["megatron_nvlm", "megatron_nvlm.*"]), "megatron_nvlm.configs"],
     package_dir={"megatron_nvlm.configs": "configs"},  # the run files are found by name after an installation
-    package_data={"megatron_nvlm.configs": ["*.yaml"], "megatron_nvlm.commands": ["chat_page.html"]},
+    package_data={
+        "megatron_nvlm.configs": ["*.yaml"],
+        "megatron_nvlm.commands": ["chat_page.html"],
+        "megatron_nvlm.gpu_check": ["*.cpp"],
+    },
     entry_points={"console_scripts": [f"{name} = {function}" for name, function in COMMANDS.items()]},
     python_requires=">=3.11,<3.14",
     install_requires=[

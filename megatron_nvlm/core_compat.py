@@ -202,9 +202,7 @@ def keep_gradient_norms_on_device() -> None:
     patched.clip_grad_by_total_norm_fp32 = _clip_gradients
 
 
-def _gradient_norm(
-    grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None
-) -> torch.Tensor:
+def _gradient_norm(grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None) -> torch.Tensor:
     """L2 norm over the ranks of a group, in float32 as core's."""
     from megatron.core.optimizer import clip_grads
     from megatron.core.utils import local_multi_tensor_l2_norm

@@ -1,7 +1,7 @@
-"""One rank's whole training step on fake CUDA tensors, in a fake process group: `python -m megatron_nvlm.gpu_check.fake_step`.
+"""One rank's whole training step on fake CUDA tensors, in a fake process group.
 
-Nothing is computed and no memory is taken, so the step of one rank of a 72B run fits a laptop. An operation on tensors of two
-devices raises. Runs in a process of its own (`run_fake_steps`), since torch must find the pretended GPU when it starts.
+Nothing is computed and no memory is taken, so the step of one rank of a 72B run fits a laptop. An operation on tensors of
+two devices raises. Runs in a process of its own (`run_fake_steps`), since torch must find the pretended GPU when it starts.
 """
 
 import json
@@ -262,13 +262,14 @@ def _group_names() -> dict[str, str]:
 
     groups = {
         "data": parallel_state.get_data_parallel_group(),
+        "data, context": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "model": parallel_state.get_model_parallel_group(),
     }
     names: dict[str, str] = {}
     for name, group in groups.items():
-        names.setdefault(group.group_name, name)
+        names.setdefault(group.group_name, name.partition(",")[0])
     return names
 
 

@@ -143,7 +143,7 @@ def _wait_of_index(indices: Sequence[Tensor]) -> str:
 
 
 def calling_line() -> str:
-    """FILE:LINE of the innermost line of PACKAGES that runs now, gpu_check aside, and where it lies in core, of ours as well."""
+    """FILE:LINE of the innermost line of PACKAGES that runs now; of one in core, our line that led to it as well."""
     found: list[str] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

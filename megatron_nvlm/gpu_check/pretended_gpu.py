@@ -202,7 +202,9 @@ class _Generator:
 def _answers(torch: Any) -> dict[str, Any]:
     """Functions of `torch.cuda` by name."""
 
-    def always(value: Any) -> Callable[..., Any]:  # a function of its own each time: torch's compiler keeps rules by function
+    def always(
+        value: Any,
+    ) -> Callable[..., Any]:  # a function of its own each time: torch's compiler keeps rules by function
         return lambda *args, **kwargs: value
 
     return {

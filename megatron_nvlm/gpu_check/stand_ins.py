@@ -53,7 +53,6 @@ class Functions(TorchFunctionMode):
             return _FlashAttention.apply(*args[:3])
         return function(*args, **(kwargs or {}))
 
-
     def tolist(self, tensor: Tensor) -> Any:
         """In the place of a fake tensor's."""
         tensor.cpu()  # one copy, as on a GPU
@@ -108,7 +107,10 @@ def standing_in() -> Iterator[tuple[Functions, Launches]]:
 def _patches(functions: Functions, launches: Launches) -> Iterator[Any]:
     yield patch.object(FakeTensor, "tolist", lambda tensor: functions.tolist(tensor))
     yield patch.object(dist, "all_gather_object", _own_object)
-    for name in ("get_data_parallel_group_gloo", "get_expert_data_parallel_group_gloo"):  # gloo needs the other processes
+    for name in (
+        "get_data_parallel_group_gloo",
+        "get_expert_data_parallel_group_gloo",
+    ):  # gloo needs the other processes
         yield patch.object(parallel_state, name, lambda *args, **kwargs: parallel_state.get_data_parallel_group())
     yield patch.object(P2PCommunicator, "_communicate_shapes", _told_shapes(functions))
     if find_spec("triton") is not None:
@@ -124,6 +126,7 @@ def _own_object(found: list[Any], own: Any, group: Any = None) -> None:
 def _told_shapes(functions: Functions) -> Callable[..., Any]:
     """Core's exchange of shapes, with the shape of the one micro-batch of a fake step as its answer."""
     original = P2PCommunicator._communicate_shapes
+
     def told(self: Any, *args: Any) -> Any:
         functions.tells_shapes = True
         try:

@@ -250,7 +250,7 @@ class _ForwardSteps:
             SampleLoss(dataset, has_images, loss_sum, int(targets), int(right))
             for (dataset, has_images), (loss_sum, targets, right) in zip(self.samples, sums, strict=True)
         )
-        return _Numbers(*values[:3], samples)
+        return _Numbers(values[0], values[1], values[2], samples)
 
 
 def run_step(
@@ -289,9 +289,18 @@ def run_step(
     numbers = numbers or steps.read(reports, norm)  # behind everything: the host waits once a step
     encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
     return StepResult(
-        *(numbers.loss_sum, numbers.num_targets, numbers.grad_norm),
-        *(steps.tokens, steps.tiles, tuple(steps.keys), steps.adjustments),
-        *(encoded_tiles, vision_seconds, clock.take_seconds(), skipped, numbers.samples),
+        loss_sum=numbers.loss_sum,
+        num_targets=numbers.num_targets,
+        grad_norm=numbers.grad_norm,
+        tokens=steps.tokens,
+        tiles=steps.tiles,
+        keys=tuple(steps.keys),
+        adjustments=steps.adjustments,
+        encoded_tiles=encoded_tiles,
+        vision_seconds=vision_seconds,
+        own_seconds=clock.take_seconds(),
+        skipped=skipped,
+        samples=numbers.samples,
     )
 
 

@@ -1,13 +1,10 @@
 """The training step with tensors on a pretended GPU: no mix of devices, and the numbers of the CPU."""
 
-from typing import Any
-
 import pytest
-import torch
 
 from megatron_nvlm.gpu_check.host_waits import Wait
 from megatron_nvlm.parallel.device import use_device
-from megatron_nvlm.parallel.groups import start_groups, stop_groups
+from megatron_nvlm.parallel.groups import start_groups
 from tests.support.equality import Case, Layout, Record, distances, layout, train
 from tests.support.pretended_gpu import needs_compiler, one_gpu, run_gpu_ranks
 from tests.support.ranks import run_ranks
@@ -32,7 +29,7 @@ def on_cpu(cases: list[Case], own: Layout) -> list[Record]:
 
 def test_steps_equal_those_of_the_cpu() -> None:
     cases = [Case(variant, "alternating", precision="fp32") for variant in "dxh"]
-    (got, waits), = run_gpu_ranks(1, on_gpu, cases, layout(1))
+    ((got, waits),) = run_gpu_ranks(1, on_gpu, cases, layout(1))
     print(waits)
     (expected,) = run_ranks(1, on_cpu, cases, layout(1))
     for case, ours, theirs in zip(cases, got, expected, strict=True):
