@@ -190,12 +190,16 @@ class _Rank:
 
     def measure(self) -> FakeStep:
         """Build, step twice, and report the second step."""
+        import torch
+
         from megatron_nvlm.gpu_check.host_waits import HostWaits
         from megatron_nvlm.gpu_check.stand_ins import standing_in
         from megatron_nvlm.training.step import run_step
 
-        pinned = _addresses(self.micro_batch)  # the loader of a run on GPUs pins its micro-batches
-        waits = HostWaits(lambda tensor: _address(tensor) in pinned)
+        waits = HostWaits()
+        for value in vars(self.micro_batch).values():  # the loader of a run on GPUs pins its micro-batches
+            if isinstance(value, torch.Tensor):
+                waits.mark_pinned(value)
         with standing_in() as (functions, launches), self.ledger, waits:
             functions.message_shape = self._message_shape()
             models, optimizer, sizes = self._build()
@@ -271,19 +275,6 @@ def _group_names() -> dict[str, str]:
     for name, group in groups.items():
         names.setdefault(group.group_name, name.partition(",")[0])
     return names
-
-
-def _addresses(micro_batch: Any) -> set[int]:
-    import torch
-
-    return {_address(value) for value in vars(micro_batch).values() if isinstance(value, torch.Tensor)} - {0}
-
-
-def _address(tensor: Any) -> int:
-    """Of a real tensor's memory; 0 for a fake one."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return 0 if isinstance(tensor, FakeTensor) else int(tensor.untyped_storage().data_ptr())
 
 
 def _by_kind(found: Counter[Any]) -> dict[str, dict[str, int]]:

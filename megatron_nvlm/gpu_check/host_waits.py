@@ -5,6 +5,7 @@ read from its name, devices and arguments, so tensors may be fake, or lie on a p
 """
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -44,16 +45,13 @@ class Wait(NamedTuple):
 
 
 class HostWaits(TorchDispatchMode):
-    """Within it, waits are counted in `found`.
+    """Within it, waits are counted in `found`."""
 
-    Args:
-        pinned: whether a tensor of the host may be copied without a wait; by default what torch says.
-    """
-
-    def __init__(self, pinned: Any = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.found: Counter[Wait] = Counter()
-        self._pinned = pinned or (lambda tensor: tensor.is_pinned())
+        self._pinned: set[int] = set()
+        """Storages of the host that may be copied without a wait."""
         self._within = ExitStack()
 
     @property
@@ -65,6 +63,16 @@ class HostWaits(TorchDispatchMode):
         """What was found since the last call."""
         taken, self.found = self.found, Counter()
         return taken
+
+    def mark_pinned(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor, and of its views, as pinned; what is pinned within the block is known."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._pinned:
+            self._pinned.add(storage._cdata)
+            weakref.finalize(storage, self._pinned.discard, storage._cdata)
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
 
     def note(self, what: str) -> None:
         """Count one, asked for by the lines that run now."""
@@ -83,10 +91,14 @@ class HostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        what = self._wait_of(function.name(), args, kwargs)
+        name = function.name()
+        what = self._wait_of(name, args, kwargs)
         if what:
             self.note(what)
-        return function(*args, **kwargs)
+        made = function(*args, **kwargs)
+        if name == "aten::_pin_memory" or kwargs.get("pin_memory"):
+            self.mark_pinned(made)
+        return made
 
     def _wait_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What the host waits for in an operation; nothing if it does not."""
@@ -102,6 +114,8 @@ class HostWaits(TorchDispatchMode):
             return self._wait_of_copy(args[0], to, kwargs.get("non_blocking", False)) if to is not None else ""
         if name == "aten::copy_":
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            if non_blocking and _on_device(args[1]) and self._is_pinned(args[0]):
+                return ""
             return self._wait_of_copy(args[1], args[0].device, non_blocking)
         return ""
 
@@ -112,7 +126,7 @@ class HostWaits(TorchDispatchMode):
             return "a copy to the host"
         if not non_blocking:
             return "a copy to the device"
-        return "" if self._pinned(source) else "a copy to the device of memory that is not pinned"
+        return "" if self._is_pinned(source) else "a copy to the device of memory that is not pinned"
 
 
 class _ReadsOneByOne(TorchFunctionMode):

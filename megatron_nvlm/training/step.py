@@ -215,7 +215,7 @@ class _ForwardSteps:
             self.samples += zip(micro_batch.datasets or unknown, (count > 0 for count in tiles), strict=True)
         micro_batch = micro_batch.to(self.device)
         if features is not None:
-            features = features.to(self.device)
+            features = features.to(self.device, non_blocking=True)
         return module(micro_batch, features, with_loss=True), partial(loss_function, micro_batch)
 
     def run(
