@@ -67,15 +67,18 @@ def _ones(shape: Sequence[int], dtype: torch.dtype) -> Any:
 
 
 class Values(TorchDispatchMode):
-    """Answers what the host asks of one value, and messages that torch's fake collectives do not know."""
+    """Answers what the host asks of one value; pins; takes messages that torch's fake collectives do not know."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.name()
+        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
+        if name == "aten::_pin_memory" and isinstance(args[0], FakeTensor):
+            return args[0].clone()
         if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
             return _ones((), args[0].dtype)
         if name.startswith("c10d::") and "coalesced" in name:
             return FakeWork().boxed()
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 class Launches:

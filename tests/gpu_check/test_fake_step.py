@@ -16,8 +16,8 @@ pytestmark = needs_compiler
 
 SMALL = ("training.micro_batch_size=1", "training.global_batch_size=8", BACKEND)
 TINY = {
-    "D": FakeStepInput("configs/demo_d.yaml", SMALL, 4, num_tokens=300, regular_tiles=2),
-    "X": FakeStepInput("configs/demo_x.yaml", SMALL, 4, num_tokens=120, regular_tiles=2),
+    "D": FakeStepInput("configs/demo_d.yaml", SMALL, 4, micro_batches=1, num_tokens=300, regular_tiles=2),
+    "X": FakeStepInput("configs/demo_x.yaml", SMALL, 4, micro_batches=1, num_tokens=120, regular_tiles=2),
     "H": FakeStepInput("configs/demo_h.yaml", SMALL, 4, num_tokens=150, regular_tiles=2),
     "X, tiles of the step shared": FakeStepInput(
         "configs/demo_x.yaml",
