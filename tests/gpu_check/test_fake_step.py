@@ -62,3 +62,34 @@ def test_tiny_steps() -> None:
         for what in ("weights", "gradients"):
             assert abs(rows[name][what].apart) < 0.01, (name, rows[name][what])  # blocks of 512 bytes
         assert rows[name]["sent, data parallel"].apart == pytest.approx(0, abs=0.01), name
+
+
+LARGE = {
+    name: FakeStepInput(f"configs/{name}.yaml", (BACKEND,), 128)
+    for name in ("sft_nvlm_h_34b", "sft_nvlm_x_34b", "sft_nvlm_h_72b", "pretrain_nvlm_d_34b")
+}
+PIPELINED = {
+    f"{name}, stage {stage}": FakeStepInput(f"configs/{name}.yaml", (BACKEND,), 128, stage, micro_batches=4)
+    for name in ("sft_nvlm_d_34b", "sft_nvlm_d_72b")
+    for stage in (0, 3)
+}
+MOST_WAITS_OF_STAGES = 1 + 2 * 2 * 4
+"""Stages tell each other the shape of each message, forward and back, and core waits for the device each time: two waits a
+transfer. To fall to 1 when shapes are known from the micro-batches."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_real_shapes(name: str) -> None:
+    steps, rows = carry_out({name: LARGE[name]})
+    check_waits(steps[name])
+    assert abs(rows[name]["peak"].apart) < 0.1, rows[name]
+    assert abs(rows[name]["sent, tensor parallel"].apart) < 0.1, rows[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINED)
+def test_real_shapes_of_pipeline_stages(name: str) -> None:
+    steps, rows = carry_out({name: PIPELINED[name]})
+    assert steps[name].total_waits <= MOST_WAITS_OF_STAGES, steps[name].waits
+    assert abs(rows[name]["peak"].apart) < 0.1, rows[name]
