@@ -236,6 +236,26 @@ def _clip_gradients(
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
+def use_known_message_shapes() -> None:
+    """Let pipeline stages take the shapes of messages from `config.message_shapes`, where it is set.
+
+    Core's stages send each other the shape before each message and read it from the device, which both wait for.
+    """
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    patched: Any = P2PCommunicator
+    if getattr(patched, "_nvlm_shapes", False):
+        return
+    original = patched._communicate_shapes
+
+    def known(self: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes = getattr(self.config, "message_shapes", None)
+        return original(self, *args, **kwargs) if shapes is None else shapes.exchange(*args, **kwargs)
+
+    patched._communicate_shapes = known
+    patched._nvlm_shapes = True
+
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a rectangular part of a tensor."""
 

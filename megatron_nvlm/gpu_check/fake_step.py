@@ -126,11 +126,16 @@ def _step(wanted: FakeStepInput) -> FakeStep:
     import torch
 
     from megatron_nvlm.config.load import load_run
-    from megatron_nvlm.core_compat import keep_gradient_norms_on_device, mend_distributed_optimizer
+    from megatron_nvlm.core_compat import (
+        keep_gradient_norms_on_device,
+        mend_distributed_optimizer,
+        use_known_message_shapes,
+    )
     from megatron_nvlm.runs.resolve import resolve_run
 
     mend_distributed_optimizer()
     keep_gradient_norms_on_device()
+    use_known_message_shapes()
     run = resolve_run(load_run(wanted.config, list(wanted.overrides)), wanted.world_size)
     with _fake_world(wanted, run.config.parallelism):
         rank = _Rank(run, wanted, torch.device("cuda", 0))
@@ -200,8 +205,7 @@ class _Rank:
         for value in vars(self.micro_batch).values():  # the loader of a run on GPUs pins its micro-batches
             if isinstance(value, torch.Tensor):
                 waits.mark_pinned(value)
-        with standing_in() as (functions, launches), self.ledger, waits:
-            functions.message_shape = self._message_shape()
+        with standing_in() as launches, self.ledger, waits:
             models, optimizer, sizes = self._build()
             for _ in range(2):
                 waits.take()
@@ -251,13 +255,6 @@ class _Rank:
             chunk.config.grad_scale_func = optimizer.scale_loss
             chunk.payload_tokens = self.run.payload_tokens
         return models, optimizer, (weights, gradients)
-
-    def _message_shape(self) -> tuple[int, int, int]:
-        """Of what pipeline stages send each other."""
-        parallelism = self.run.config.parallelism
-        tokens = len(self.micro_batch.tokens) + len(self.micro_batch.context_tokens)
-        shards = parallelism.tensor_model_parallel_size if parallelism.sequence_parallel else 1
-        return tokens // shards, 1, self.run.model.language.hidden_size
 
 
 def _group_names() -> dict[str, str]:

@@ -5,7 +5,7 @@ the backward pass what the real operation keeps.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -14,7 +14,6 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -41,22 +40,16 @@ class _FlashAttention(torch.autograd.Function):
 class Functions(TorchFunctionMode):
     """Stands in for functions of torch that look at values, or choose a kernel by the build of torch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.message_shape: Sequence[int] = ()
-        """Of a message between pipeline stages."""
-        self.tells_shapes = False
-        """While stages tell each other that shape."""
-
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
             return _FlashAttention.apply(*args[:3])
         return function(*args, **(kwargs or {}))
 
-    def tolist(self, tensor: Tensor) -> Any:
-        """In the place of a fake tensor's."""
-        tensor.cpu()  # one copy, as on a GPU
-        return list(self.message_shape) if self.tells_shapes else _ones(tensor.shape, tensor.dtype)
+
+def _tolist(tensor: Tensor) -> Any:
+    """In the place of a fake tensor's."""
+    tensor.cpu()  # one copy, as on a GPU
+    return _ones(tensor.shape, tensor.dtype)
 
 
 def _ones(shape: Sequence[int], dtype: torch.dtype) -> Any:
@@ -93,29 +86,28 @@ class Launches:
 
 
 @contextmanager
-def standing_in() -> Iterator[tuple[Functions, Launches]]:
+def standing_in() -> Iterator[Launches]:
     """All stand-ins, for fake tensors on CUDA in a fake process group."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  (registers them)
 
-    functions, launches = Functions(), Launches()
+    launches = Launches()
     with ExitStack() as stack:
-        for patched in _patches(functions, launches):
+        for patched in _patches(launches):
             stack.enter_context(patched)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(Values())
-        stack.enter_context(functions)
-        yield functions, launches
+        stack.enter_context(Functions())
+        yield launches
 
 
-def _patches(functions: Functions, launches: Launches) -> Iterator[Any]:
-    yield patch.object(FakeTensor, "tolist", lambda tensor: functions.tolist(tensor))
+def _patches(launches: Launches) -> Iterator[Any]:
+    yield patch.object(FakeTensor, "tolist", _tolist)
     yield patch.object(dist, "all_gather_object", _own_object)
     for name in (
         "get_data_parallel_group_gloo",
         "get_expert_data_parallel_group_gloo",
     ):  # gloo needs the other processes
         yield patch.object(parallel_state, name, lambda *args, **kwargs: parallel_state.get_data_parallel_group())
-    yield patch.object(P2PCommunicator, "_communicate_shapes", _told_shapes(functions))
     if find_spec("triton") is not None:
         from triton.runtime.jit import JITFunction
 
@@ -124,17 +116,3 @@ def _patches(functions: Functions, launches: Launches) -> Iterator[Any]:
 
 def _own_object(found: list[Any], own: Any, group: Any = None) -> None:
     found[:] = [own] * len(found)
-
-
-def _told_shapes(functions: Functions) -> Callable[..., Any]:
-    """Core's exchange of shapes, with the shape of the one micro-batch of a fake step as its answer."""
-    original = P2PCommunicator._communicate_shapes
-
-    def told(self: Any, *args: Any) -> Any:
-        functions.tells_shapes = True
-        try:
-            return original(self, *args)
-        finally:
-            functions.tells_shapes = False
-
-    return told

@@ -21,6 +21,7 @@ from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVE
 from megatron_nvlm.models.language_model import TargetLosses
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
+from megatron_nvlm.parallel.message_shapes import MessageShapes, Shape
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
@@ -200,6 +201,14 @@ class _ForwardSteps:
             # Pixels have done their work.
             without_tiles = (replace(micro_batch, tiles=micro_batch.tiles[:0]) for micro_batch in known)
             self.work = zip(without_tiles, self.vision.encode(), strict=True)
+
+        if not self.first_chunk.pre_process and len(models) == 1:
+            # Shapes of what comes from the stage before are known a micro-batch ahead; the first stage receives none.
+            self.work, upcoming = tee(self.work)
+            shapes: Iterator[Shape] = (self.first_chunk.payload_shape(micro_batch) for micro_batch, _ in upcoming)
+        else:
+            shapes = iter(())
+        self.first_chunk.config.message_shapes = MessageShapes(shapes)
 
     def __call__(self, work: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
         """What core's schedules call for each micro-batch and chunk."""

@@ -11,7 +11,11 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_nvlm.core_compat import keep_gradient_norms_on_device, mend_distributed_optimizer
+from megatron_nvlm.core_compat import (
+    keep_gradient_norms_on_device,
+    mend_distributed_optimizer,
+    use_known_message_shapes,
+)
 from megatron_nvlm.gpu_check import pretended_gpu
 from megatron_nvlm.gpu_check.host_waits import HostWaits
 from megatron_nvlm.parallel.device import Device
@@ -60,6 +64,7 @@ def one_gpu() -> Iterator[tuple[Device, HostWaits]]:
     pretended_gpu.pretend()
     mend_distributed_optimizer()
     keep_gradient_norms_on_device()
+    use_known_message_shapes()
     with ExitStack() as stack:
         stack.enter_context(OverGloo())
         waits = stack.enter_context(HostWaits())
