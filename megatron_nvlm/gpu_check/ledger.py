@@ -90,7 +90,9 @@ class Ledger(TorchDispatchMode):
         if group is None or not tensors or operation == "barrier":
             return
         ranks = group.size()
-        message = Message(operation, self.groups.get(group.group_name, "other"), ranks)
+        name = self.groups.get(group.group_name, "other")
+        # Of two stages, core sends back over the group of all ranks.
+        message = Message(operation, "pipeline" if operation in ("send", "recv") else name, ranks)
         self.messages[message] += 1
         whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)
         if operation in _RING:

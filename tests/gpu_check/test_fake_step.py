@@ -17,12 +17,19 @@ pytestmark = needs_compiler
 SMALL = ("training.micro_batch_size=1", "training.global_batch_size=8", BACKEND)
 TINY = {
     "D": FakeStepInput("configs/demo_d.yaml", SMALL, 4, micro_batches=1, num_tokens=300, regular_tiles=2),
-    "X": FakeStepInput("configs/demo_x.yaml", SMALL, 4, micro_batches=1, num_tokens=120, regular_tiles=2),
     "H": FakeStepInput("configs/demo_h.yaml", SMALL, 4, num_tokens=150, regular_tiles=2),
     "X, tiles of the step shared": FakeStepInput(
         "configs/demo_x.yaml",
         (*SMALL, "parallelism.vision_placement=replicated", "recipe.trainable=[vision_projection,cross_attention]"),
         4,
+        num_tokens=120,
+        regular_tiles=2,
+    ),
+    "X, second of two stages": FakeStepInput(
+        "configs/demo_x.yaml",
+        (*SMALL, "parallelism.pipeline_model_parallel_size=2"),
+        4,
+        stage=1,
         num_tokens=120,
         regular_tiles=2,
     ),
@@ -56,9 +63,7 @@ def test_tiny_steps() -> None:
     steps, rows = carry_out(TINY)
     for name, fake in steps.items():
         check_waits(fake)
-        assert (
-            fake.triton_launches.get("forward_kernel", 0) > 0 or name == "D"
-        )  # the kernels of a GPU, not the plain forms
+        assert bool(fake.triton_launches.get("forward_kernel")) == (name != "D")  # a GPU's kernels, not the plain forms
         for what in ("weights", "gradients"):
             assert abs(rows[name][what].apart) < 0.01, (name, rows[name][what])  # blocks of 512 bytes
         assert rows[name]["sent, data parallel"].apart == pytest.approx(0, abs=0.01), name
@@ -68,14 +73,11 @@ LARGE = {
     name: FakeStepInput(f"configs/{name}.yaml", (BACKEND,), 128)
     for name in ("sft_nvlm_h_34b", "sft_nvlm_x_34b", "sft_nvlm_h_72b", "pretrain_nvlm_d_34b")
 }
-PIPELINED = {
+LARGE |= {
     f"{name}, stage {stage}": FakeStepInput(f"configs/{name}.yaml", (BACKEND,), 128, stage, micro_batches=4)
     for name in ("sft_nvlm_d_34b", "sft_nvlm_d_72b")
     for stage in (0, 3)
 }
-MOST_WAITS_OF_STAGES = 1 + 2 * 2 * 4
-"""Stages tell each other the shape of each message, forward and back, and core waits for the device each time: two waits a
-transfer. To fall to 1 when shapes are known from the micro-batches."""
 
 
 @pytest.mark.slow
@@ -84,12 +86,5 @@ def test_real_shapes(name: str) -> None:
     steps, rows = carry_out({name: LARGE[name]})
     check_waits(steps[name])
     assert abs(rows[name]["peak"].apart) < 0.1, rows[name]
-    assert abs(rows[name]["sent, tensor parallel"].apart) < 0.1, rows[name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PIPELINED)
-def test_real_shapes_of_pipeline_stages(name: str) -> None:
-    steps, rows = carry_out({name: PIPELINED[name]})
-    assert steps[name].total_waits <= MOST_WAITS_OF_STAGES, steps[name].waits
-    assert abs(rows[name]["peak"].apart) < 0.1, rows[name]
+    if "stage" not in name:  # the estimate is of the slowest stage
+        assert abs(rows[name]["sent, tensor parallel"].apart) < 0.1, rows[name]
