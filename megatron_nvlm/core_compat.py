@@ -203,6 +203,75 @@ def mend_distributed_optimizer() -> None:
     patched._nvlm_mended = True
 
 
+def keep_gradient_norms_on_device() -> None:
+    """Make core's optimizers clip without a word from the host; the norm that they return is a scalar tensor (float64).
+
+    Core (0.16.1 to 0.19.2) reads the norm before it clips, so the device stands still until the host has launched the
+    update; where neither Transformer Engine nor apex is installed, it reads the norm of each parameter.
+    """
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    patched: Any = optimizer
+    if patched.get_grad_norm_fp32 is not clip_grads.get_grad_norm_fp32:
+        return
+    patched.get_grad_norm_fp32 = _gradient_norm
+    patched.clip_grad_by_total_norm_fp32 = _clip_gradients
+
+
+def _gradient_norm(grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None) -> torch.Tensor:
+    """L2 norm over the ranks of a group, in float32 as core's."""
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    assert norm_type == 2
+    gradients = [grads_for_norm] if torch.is_tensor(grads_for_norm) else list(grads_for_norm)
+    if not gradients:
+        norm = torch.zeros(1, device=torch.cuda.current_device())
+    elif clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        norm = torch.norm(torch.stack(torch._foreach_norm(gradients)).float())[None]
+    else:
+        flag = torch.zeros(1, dtype=torch.int, device=gradients[0].device)
+        norm = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, flag, [gradients], False)[0]
+    squared = norm**2
+    torch.distributed.all_reduce(squared, group=grad_stats_parallel_group)
+    return squared[0].double().sqrt()
+
+
+def _clip_gradients(
+    parameters: Any, max_norm: float, total_norm: torch.Tensor, use_decoupled_grad: bool = False
+) -> None:
+    """Scale gradients down to the norm; factor 1 where they are within it, as nobody knows that here."""
+    name = "decoupled_grad" if use_decoupled_grad else "grad"
+    parameters = [parameters] if torch.is_tensor(parameters) else parameters
+    found = [getattr(parameter, name, None) for parameter in parameters]
+    gradients = [gradient.detach() for gradient in found if gradient is not None]
+    if not gradients:
+        return
+    factor = max_norm / (total_norm + 1e-6)
+    factor = torch.where(factor < 1, factor, 1.0)  # not a number: 1, as core's
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def use_known_message_shapes() -> None:
+    """Let pipeline stages take the shapes of messages from `config.message_shapes`, where it is set.
+
+    Core's stages send each other the shape before each message and read it from the device, which both wait for.
+    """
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    patched: Any = P2PCommunicator
+    if getattr(patched, "_nvlm_shapes", False):
+        return
+    original = patched._communicate_shapes
+
+    def known(self: Any, *args: Any, **kwargs: Any) -> Any:
+        shapes = getattr(self.config, "message_shapes", None)
+        return original(self, *args, **kwargs) if shapes is None else shapes.exchange(*args, **kwargs)
+
+    patched._communicate_shapes = known
+    patched._nvlm_shapes = True
+
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a rectangular part of a tensor."""
 

@@ -30,7 +30,7 @@ LAYERS = (
     {"inference"},
     {"evaluation"},
     {"train", "generate", "evaluate"},
-    {"doctor"},
+    {"doctor", "gpu_check"},
     {"commands"},
     {"demo"},
     {"tools"},
@@ -45,7 +45,7 @@ DATA_LAYERS = (
 )
 WITHOUT_CORE = ("image", "text", "sequence", "data", "ops", "hf.exported_code")
 WITHOUT_TORCH = ("image", "text")
-COMMAND_LINES_ONLY = ("commands", "doctor", "demo", "tools", "train", "generate", "evaluate", "runs")
+COMMAND_LINES_ONLY = ("commands", "doctor", "gpu_check", "demo", "tools", "train", "generate", "evaluate", "runs")
 """Rooms that may import `estimate`: it is arithmetic before a run, and no run needs it."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DATA_LEVEL = {name: level for level, names in enumerate(DATA_LAYERS) for name in names}

@@ -39,9 +39,10 @@ class DeviceClock:
         return event
 
     def take_seconds(self) -> float:
-        """Seconds since the last call; on an accelerator it waits for the marks to pass."""
+        """Seconds since the last call; on an accelerator it waits for marks that have not been passed."""
         for began, ended in self._events:
-            ended.synchronize()
+            if not ended.query():
+                ended.synchronize()
             self._seconds += began.elapsed_time(ended) / 1000
         taken = self._seconds
         self._seconds, self._events = 0.0, []

@@ -193,6 +193,11 @@ class NVLMModel(MegatronModule):
             hidden = hidden.detach().requires_grad_()
         return hidden, context
 
+    def payload_shape(self, micro_batch: MicroBatch) -> tuple[int, int, int]:
+        """Of the message between stages, where it is as long as its micro-batch."""
+        tokens = len(micro_batch.tokens) + (len(micro_batch.context_tokens) if self.has_context else 0)
+        return tokens // self._sequence_shards, 1, self.config.hidden_size
+
     def _split_payload(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         assert self._payload is not None
         shards = self._sequence_shards

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_nvlm.core_compat import mend_distributed_optimizer, run_core_on_cpu
+from megatron_nvlm.core_compat import (
+    keep_gradient_norms_on_device,
+    mend_distributed_optimizer,
+    run_core_on_cpu,
+    use_known_message_shapes,
+)
 from megatron_nvlm.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -30,6 +35,8 @@ def use_device(choice: str = "auto") -> Device:
         UserError: the machine has fewer GPUs than ranks.
     """
     mend_distributed_optimizer()
+    keep_gradient_norms_on_device()
+    use_known_message_shapes()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if choice == "cpu" or (choice == "auto" and not gpus):
         run_core_on_cpu()

@@ -44,7 +44,7 @@ class SpreadVision:
         self.counts = [micro_batch.num_tiles for micro_batch in micro_batches]
         self.total = sum(self.counts)
         start, end = share_of(self.total, self.ranks, self._number(self.tensor.rank(), self.pipeline.rank()))
-        self.own_tiles = _tiles_between(micro_batches, start, end)
+        self.own_tiles = self._to_pinned(_tiles_between(micro_batches, start, end))
         assert len(self.own_tiles) == end - start, "the micro-batches lack tiles of this rank's share"
         at_once = model.tiles_at_once
         most = -(-self.total // self.ranks)
@@ -59,21 +59,35 @@ class SpreadVision:
         """Features [t, tokens per tile, 4 v] of each micro-batch on the first stage, None on the others.
 
         They lie in the host's memory, since a step may have thousands of tiles; a micro-batch takes its own to the device.
+        On a GPU that memory is pinned and the host never waits for it: copies both ways are in the device's queue.
         """
+        whole = self._host_memory(self.total) if self.model.pre_process else None
         with self.model.vision_clock, torch.no_grad():
-            received = [_to_host(self._to_first_stage(self._encode_round(first, last))) for first, last in self.rounds]
-        if not self.model.pre_process:
+            for first, last in self.rounds:
+                received = self._to_first_stage(self._encode_round(first, last))
+                if whole is not None and received is not None:
+                    self._keep(whole, received, first, last)
+        if whole is None:
             return [None] * len(self.counts)
-        if not received:
-            return [self._empty().cpu()] * len(self.counts)
-        parts = []
-        for number in range(self.ranks):
-            start, end = share_of(self.total, self.ranks, number)
-            mine = torch.cat([part[number] for part in received])  # type: ignore[index]
-            parts.append(mine[: end - start])
         trains = self._trains()
-        self._features = [part.detach().requires_grad_(trains) for part in torch.cat(parts).split(self.counts)]
+        self._features = [part.detach().requires_grad_(trains) for part in whole.split(self.counts)]
         return list(self._features)
+
+    def _keep(self, whole: Tensor, received: Tensor, first: int, last: int) -> None:
+        """Copy a round's features [ranks, last - first, tokens, 4 v] to their places among all of them."""
+        for number, features in enumerate(received):
+            start, end = share_of(self.total, self.ranks, number)
+            places = whole[start + first : min(start + last, end)]
+            places.copy_(features[: len(places)], non_blocking=True)
+
+    def _host_memory(self, tiles: int) -> Tensor:
+        """Room for the features of so many tiles, pinned where the encoder is on a GPU."""
+        empty = self._empty()
+        pinned = self.device.type == "cuda"
+        return torch.empty(tiles, *empty.shape[1:], dtype=empty.dtype, pin_memory=pinned)
+
+    def _to_pinned(self, tiles: Tensor) -> Tensor:
+        return tiles.pin_memory() if self.device.type == "cuda" else tiles
 
     def _trains(self) -> bool:
         assert self.model.vision_model is not None
@@ -83,7 +97,7 @@ class SpreadVision:
         """[last - first, tokens, 4 v] of this rank's tiles in that range, zeros after the last."""
         tiles = self.own_tiles[first:last]
         if len(tiles):
-            features = self.model.encode_tiles(tiles.to(self.device))
+            features = self.model.encode_tiles(tiles.to(self.device, non_blocking=True))
         else:
             features = self._empty()
         missing = last - first - len(features)
@@ -122,7 +136,7 @@ class SpreadVision:
             tiles = self.own_tiles[first:last]
             if len(tiles):
                 with self.model.vision_clock:
-                    features = self.model.encode_tiles(tiles.to(self.device))
+                    features = self.model.encode_tiles(tiles.to(self.device, non_blocking=True))
                     features.backward(gradient[: len(tiles)])
                 self.model.vision_clock.tiles -= len(tiles)  # counted when they were encoded first
 
@@ -153,10 +167,6 @@ class SpreadVision:
         if not self._features:
             return self._empty().cpu()
         return torch.cat([part.grad if part.grad is not None else torch.zeros_like(part) for part in self._features])
-
-
-def _to_host(features: Tensor | None) -> Tensor | None:
-    return None if features is None else features.cpu()
 
 
 def _tiles_between(micro_batches: Sequence[MicroBatch], start: int, end: int) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVE
 from megatron_nvlm.models.language_model import TargetLosses
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
+from megatron_nvlm.parallel.message_shapes import MessageShapes, Shape
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
@@ -106,9 +107,25 @@ def finalize_gradients(
         vision.backward()
     if clock is not None:
         clock.stop()
-    finalize_model_grads(models, num_targets, **kwargs)
+    finalize_model_grads(models, **kwargs)
+    if num_targets is not None:
+        _divide_by_targets(models, num_targets)
     _sum_over(parallel_state.get_tensor_model_parallel_group(), models, SUM_OVER_TENSOR_PARALLEL)
     _sum_over(parallel_state.get_model_parallel_group(), models, SUM_OVER_MODEL_PARALLEL)
+
+
+def _divide_by_targets(models: list[Any], num_targets: Tensor) -> None:
+    """Divide gradients by the targets of the global batch; core does the same, but the host waits to see if there are any.
+
+    Args:
+        num_targets: of this rank's micro-batches, int32; known on the last pipeline stage.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(num_targets, src=dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
+    dist.all_reduce(num_targets, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    factor = 1.0 / num_targets.clamp(min=1)
+    for model in models:
+        model.scale_gradients(factor)
 
 
 def _sum_over(group: dist.ProcessGroup, models: list[Any], mark: str) -> None:
@@ -148,6 +165,15 @@ def _sample_sums(micro_batch: MicroBatch, losses: TargetLosses) -> Tensor:
     return torch.stack([sums, own.sum(1).double(), right.sum(1).double()])
 
 
+class _Numbers(NamedTuple):
+    """Numbers of a step on the host."""
+
+    grad_norm: float
+    loss_sum: float
+    num_targets: float
+    samples: tuple[SampleLoss, ...]
+
+
 class _ForwardSteps:
     """The micro-batches of a step on their way through this rank's chunks, and what they were."""
 
@@ -176,6 +202,14 @@ class _ForwardSteps:
             without_tiles = (replace(micro_batch, tiles=micro_batch.tiles[:0]) for micro_batch in known)
             self.work = zip(without_tiles, self.vision.encode(), strict=True)
 
+        if not self.first_chunk.pre_process and len(models) == 1:
+            # Shapes of what comes from the stage before are known a micro-batch ahead; the first stage receives none.
+            self.work, upcoming = tee(self.work)
+            shapes: Iterator[Shape] = (self.first_chunk.payload_shape(micro_batch) for micro_batch, _ in upcoming)
+        else:
+            shapes = iter(())
+        self.first_chunk.config.message_shapes = MessageShapes(shapes)
+
     def __call__(self, work: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
         """What core's schedules call for each micro-batch and chunk."""
         micro_batch, features = next(work)
@@ -190,7 +224,7 @@ class _ForwardSteps:
             self.samples += zip(micro_batch.datasets or unknown, (count > 0 for count in tiles), strict=True)
         micro_batch = micro_batch.to(self.device)
         if features is not None:
-            features = features.to(self.device)
+            features = features.to(self.device, non_blocking=True)
         return module(micro_batch, features, with_loss=True), partial(loss_function, micro_batch)
 
     def run(
@@ -210,15 +244,22 @@ class _ForwardSteps:
         )
         return reports
 
-    def sample_losses(self, reports: list[dict[str, Tensor]]) -> tuple[SampleLoss, ...]:
-        """What the reports say of each sample."""
+    def read(self, reports: list[dict[str, Tensor]], norm: Tensor | float | None = None) -> "_Numbers":
+        """What a step has to tell, by one copy to the host: it waits there until all work so far is done."""
+        norm = torch.zeros((), device=self.device) if norm is None else torch.as_tensor(norm, device=self.device)
+        parts = [norm.double()[None]]
+        if reports:
+            parts.append(torch.stack([report["loss"] for report in reports]).sum(0))
+            parts += [report["samples"].T.flatten() for report in reports]
+        values = torch.cat(parts).tolist()
         if not reports:
-            return ()
-        sums = torch.cat([report["samples"] for report in reports], dim=1).T.tolist()
-        return tuple(
+            return _Numbers(values[0], 0.0, 0.0, ())
+        sums = zip(*(values[start::3] for start in (3, 4, 5)), strict=True)
+        samples = tuple(
             SampleLoss(dataset, has_images, loss_sum, int(targets), int(right))
             for (dataset, has_images), (loss_sum, targets, right) in zip(self.samples, sums, strict=True)
         )
+        return _Numbers(values[0], values[1], values[2], samples)
 
 
 def run_step(
@@ -246,20 +287,29 @@ def run_step(
     if optimizer is not None:
         optimizer.zero_grad()
     reports = steps.run(models, num_micro_batches)
-    total = torch.stack([report["loss"] for report in reports]).sum(0).tolist() if reports else [0.0, 0.0]
-    grad_norm, skipped = 0.0, ""
+    numbers, norm, skipped = None, None, ""
     if optimizer is not None and judge is not None:
         # Norms are made twice, since core's step would go on to the update.
         optimizer.prepare_grads()
-        grad_norm = float(optimizer.get_grad_norm())
-        skipped = judge(total[0], total[1], grad_norm)
+        numbers = steps.read(reports, optimizer.get_grad_norm())
+        skipped = judge(numbers.loss_sum, numbers.num_targets, numbers.grad_norm)
     if optimizer is not None and not skipped:
         _, norm, _ = optimizer.step()
-        grad_norm = float(norm) if norm is not None else grad_norm
+    numbers = numbers or steps.read(reports, norm)  # behind everything: the host waits once a step
     encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
     return StepResult(
-        *(total[0], total[1], grad_norm, steps.tokens, steps.tiles, tuple(steps.keys), steps.adjustments),
-        *(encoded_tiles, vision_seconds, clock.take_seconds(), skipped, steps.sample_losses(reports)),
+        loss_sum=numbers.loss_sum,
+        num_targets=numbers.num_targets,
+        grad_norm=numbers.grad_norm,
+        tokens=steps.tokens,
+        tiles=steps.tiles,
+        keys=tuple(steps.keys),
+        adjustments=steps.adjustments,
+        encoded_tiles=encoded_tiles,
+        vision_seconds=vision_seconds,
+        own_seconds=clock.take_seconds(),
+        skipped=skipped,
+        samples=numbers.samples,
     )
 
 
@@ -279,4 +329,4 @@ def evaluate_step(
         steps = _ForwardSteps(models, micro_batches, device, on_micro_batch)
         reports = steps.run(models, num_micro_batches, forward_only=True)
     steps.first_chunk.vision_clock.take()  # what it counted is no part of the next step
-    return steps.sample_losses(reports)
+    return steps.read(reports).samples
