@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_nvlm.accounting.flops import Flops
 from megatron_nvlm.estimate.dry_run import GIB, DryRun, StageReport
-from megatron_nvlm.estimate.flops import Flops
 from megatron_nvlm.estimate.step_time import Hardware
 
 
@@ -111,7 +111,7 @@ def _memory(run: DryRun, hardware: Hardware) -> Iterator[str]:
 def _flops(run: DryRun) -> Iterator[str]:
     count = run.micro_batches_of_all_replicas
     yield "FLOPs of a step, PFLOP:"
-    yield f"{'':12}{'forward':>12}{'inputs':>12}{'weights':>12}{'recompute':>12}{'model':>12}"
+    yield f"{'':12}{'forward':>12}{'inputs':>12}{'weights':>12}{'recompute':>12}{'needless':>12}{'model':>12}"
     for name, flops in (
         ("vision", run.flops.vision.times(count)),
         ("projector", run.flops.projector.times(count)),
@@ -119,11 +119,14 @@ def _flops(run: DryRun) -> Iterator[str]:
         ("all", run.step_flops),
     ):
         yield f"{name:12}" + "".join(f"{amount / 1e15:12.3f}" for amount in _amounts(flops))
-    yield "inputs, weights: gradients of these; model: without recompute. Real rows, tiles and attended pairs only."
+    yield (
+        "inputs, weights: gradients of these; needless: backward below the first layer that needs it; model: without the "
+        "last two. Real rows, tiles and attended pairs only."
+    )
 
 
 def _amounts(flops: Flops) -> tuple[int, ...]:
-    return flops.forward, flops.input_gradient, flops.weight_gradient, flops.recompute, flops.model
+    return flops.forward, flops.input_gradient, flops.weight_gradient, flops.recompute, flops.needless, flops.model
 
 
 def _time(run: DryRun, hardware: Hardware) -> Iterator[str]:
