@@ -195,6 +195,10 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
     below, begins_at_cross_attention = _layers_without_need(sizes, trains)
     needless = below * (layer + self_attention).input_gradient
     needless += begins_at_cross_attention * (around_attention + self_attention).input_gradient
+    # Of cross-attention there, the gradient of its queries, and of what they are projected from.
+    of_queries = (
+        cross_query.input_gradient + (not cross_trains) * attention(work.context_pairs, query_width).forward // 2
+    )
     return ModelFlops(
         vision=_vision(sizes, work.tiles, "vision_model" in trains),
         projector=_projector(sizes, work.tiles * sizes.vision.tokens_per_tile, trains),
@@ -202,7 +206,7 @@ def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> Mo
         cross_attention=_with_recompute(cross_linears, cross_attention, sizes.recompute),
         output_layer=linear(work.num_targets, hidden, language.vocab_size, language_trains),
         needless_of_layers=needless,
-        needless_of_cross_attention=begins_at_cross_attention * cross_query.input_gradient,
+        needless_of_cross_attention=begins_at_cross_attention * of_queries,
     )
 
 

@@ -17,8 +17,8 @@ PEAKS: tuple[tuple[str, float], ...] = (
     (r"A30", 165.0),
     (r"A40", 149.7),
     (r"A10", 125.0),
-    # H100 data sheet: SXM 1979 sparse (the architecture paper says 989.4 dense), PCIe 1513, NVL 1671. The first sheets of the
-    # NVL gave the sum of a pair of cards.
+    # H100 data sheet: SXM 1979 sparse (the architecture paper says 989.4 dense), PCIe 1513, NVL 1671. The first sheets of
+    # the NVL gave the sum of a pair of cards.
     (r"H100 (80GB|64GB|96GB) HBM[23]e?", 989.0),
     (r"H100 PCIe", 756.5),
     (r"H100 NVL", 835.5),

@@ -174,7 +174,7 @@ def test_needless_operations(trainable: tuple[str, ...], world_of_one: Device, m
         counted.append(counter.get_total_flops())
         monkeypatch.setattr(NVLMModel, "_embed", cut)
     assert min(sizes.cross_attention_layers) == 1
-    # A linear layer of core's that trains makes the gradient of its input though nobody asks: here the projection of queries.
+    # A linear layer of core's that trains makes the gradient of its input though nobody asks: here that of queries.
     queries = parts.language.query_size
     unasked = 2 * len(micro_batch.tokens) * parts.language.hidden_size * queries * ("cross_attention" in trainable)
     assert flops.needless == counted[0] - counted[1] + unasked
