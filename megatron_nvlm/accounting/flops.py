@@ -10,12 +10,14 @@ layer below the first one that trains, or that a trained part reads, needs any.
 from collections.abc import Collection
 from dataclasses import astuple, dataclass, field
 
+from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.language_family import LanguagePreset
 from megatron_nvlm.models.families.vision_family import VisionPreset
 from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.initialise import ADAPTERS
 from megatron_nvlm.models.lora import LoraConfig
+from megatron_nvlm.models.parallelism import ParallelismConfig
 from megatron_nvlm.ops.interval_attention import segments
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 from megatron_nvlm.sequence.variants import Variant
@@ -90,6 +92,8 @@ def count_work(micro_batch: MicroBatch, tokens_per_tile: int, dense_attention: b
     bounds = micro_batch.cu_seqlens[: samples + 1].tolist()
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     num_tokens = bounds[-1]
+    if not num_tokens:  # all of its samples were bad
+        return NO_WORK
     intervals = micro_batch.context_intervals[:num_tokens]
     num_context_tokens = int(intervals[:, 1].max())
     last_vision_token = int(micro_batch.decoder_vision_index.max())
@@ -152,6 +156,19 @@ class ModelSizes:
         if not self.variant.needs_cross_attention:
             return frozenset()
         return self.cross_attention.layers(self.language.num_layers)
+
+
+def sizes_of(model: ResolvedModel, parallelism: ParallelismConfig) -> ModelSizes:
+    """Those of a run's model."""
+    return ModelSizes(
+        model.variant,
+        model.language,
+        model.vision,
+        model.config.cross_attention,
+        model.config.recompute,
+        encodes_twice=parallelism.vision_placement == "replicated",
+        lora=model.config.lora,
+    )
 
 
 def count_flops(sizes: ModelSizes, work: Work, trainable: Collection[str]) -> ModelFlops:

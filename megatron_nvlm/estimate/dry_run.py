@@ -13,6 +13,7 @@ from megatron_nvlm.accounting.flops import (
     by_component,
     count_flops,
     count_work,
+    sizes_of,
     whole_model,
 )
 from megatron_nvlm.errors import UserError
@@ -63,15 +64,7 @@ class DryRunInput:
     @property
     def sizes(self) -> ModelSizes:
         """Sizes of the model, as counting needs them."""
-        return ModelSizes(
-            self.model.variant,
-            self.model.language,
-            self.model.vision,
-            self.model.config.cross_attention,
-            self.model.config.recompute,
-            encodes_twice=self.parallelism.vision_placement == "replicated",
-            lora=self.model.config.lora,
-        )
+        return sizes_of(self.model, self.parallelism)
 
 
 @dataclass(frozen=True)

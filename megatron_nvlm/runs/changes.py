@@ -89,7 +89,7 @@ EFFECTS: dict[str, Effect] = {
             *_keys("recipe.", "name trainable"),
             *_keys("checkpoint.", "save_every_steps keep_last keep_every_steps asynchronous verify"),
             *_keys("checkpoint.", "keep_schedule allow_changes"),
-            *_keys("logging.", "log_every_steps tensorboard rank_files straggler_steps"),
+            *_keys("logging.", "log_every_steps tensorboard rank_files straggler_steps peak_tflops"),
             *_keys("stability.", "max_skipped window_steps grad_norm_spike loss_spike"),
             *_keys("logging.wandb.", "project name mode"),
             *_keys("logging.mlflow.", "uri experiment"),

@@ -18,10 +18,11 @@ from megatron_nvlm.data.config import DataConfig
 from megatron_nvlm.data.loading.loader import Loader
 from megatron_nvlm.errors import DivergedError, UserError
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.training.accounting import Accounting
 from megatron_nvlm.training.bad_share import is_over
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metric import MetricReducer
-from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, step_totals
+from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, reports_data, step_totals
 from megatron_nvlm.training.optimizer import OptimizerConfig, learning_rates
 from megatron_nvlm.training.sample_files import SampleWriter
 from megatron_nvlm.training.skipped_updates import SkippedUpdates, agree
@@ -81,6 +82,7 @@ class Trainer:
     loader: Loader
     data: DataConfig
     save_every_steps: int
+    accounting: Accounting
     validator: Validator | None = None
     """None where `validation.sets` names none."""
 
@@ -144,9 +146,10 @@ def train(
         watchdog.beat(number, "reading samples")
         rates = learning_rates(trainer.rates, trainer.optimizer, trainer.scheduler)
         position = progress.position
+        micro_batches = trainer.accounting.meter(trainer.loader.step(position))
         result = run_step(
             trainer.model,
-            trainer.loader.step(position),
+            micro_batches,
             trainer.loader.num_micro_batches,
             trainer.device,
             trainer.optimizer,
@@ -156,11 +159,14 @@ def train(
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
         own_metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model, sources)
-        totals = step_totals(reducer.merge(own_metrics), result.grad_norm)
+        own_metrics += trainer.accounting.metrics(micro_batches, reports_data(trainer.bare_model))
+        merged = reducer.merge(own_metrics)
+        totals = step_totals(merged, result.grad_norm)
         stops = stop.agree(trainer.device)
         progress = Progress(number, trainer.loader.after(position))
         bad = reports.samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
-        record = _record(progress, totals, bad, rates, time.monotonic() - began, trainer)
+        seconds = time.monotonic() - began
+        record = _record(progress, totals, bad, rates, seconds, trainer) | trainer.accounting.fields(merged, seconds)
         record["save_wait_seconds"] = saver.take_waited()  # of saves after earlier steps
         record.update(reports.note_troubles(number, result))
         done = progress.step == trainer.train_steps

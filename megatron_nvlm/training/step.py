@@ -21,6 +21,7 @@ from megatron_nvlm.models.gradient_marks import SUM_OVER_MODEL_PARALLEL, SUM_OVE
 from megatron_nvlm.models.language_model import TargetLosses
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
+from megatron_nvlm.parallel.ranges import GRADIENTS, OPTIMIZER, VISION, NamedRange
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
@@ -103,12 +104,14 @@ def finalize_gradients(
         clock: of the work before other replicas are waited for; it stops here.
     """
     if vision is not None:
-        vision.backward()
+        with NamedRange(VISION):
+            vision.backward()
     if clock is not None:
         clock.stop()
-    finalize_model_grads(models, num_targets, **kwargs)
-    _sum_over(parallel_state.get_tensor_model_parallel_group(), models, SUM_OVER_TENSOR_PARALLEL)
-    _sum_over(parallel_state.get_model_parallel_group(), models, SUM_OVER_MODEL_PARALLEL)
+    with NamedRange(GRADIENTS):
+        finalize_model_grads(models, num_targets, **kwargs)
+        _sum_over(parallel_state.get_tensor_model_parallel_group(), models, SUM_OVER_TENSOR_PARALLEL)
+        _sum_over(parallel_state.get_model_parallel_group(), models, SUM_OVER_MODEL_PARALLEL)
 
 
 def _sum_over(group: dist.ProcessGroup, models: list[Any], mark: str) -> None:
@@ -174,7 +177,8 @@ class _ForwardSteps:
             self.vision = SpreadVision(self.first_chunk, known, device)
             # Pixels have done their work.
             without_tiles = (replace(micro_batch, tiles=micro_batch.tiles[:0]) for micro_batch in known)
-            self.work = zip(without_tiles, self.vision.encode(), strict=True)
+            with NamedRange(VISION):
+                self.work = zip(without_tiles, self.vision.encode(), strict=True)
 
     def __call__(self, work: Iterator[tuple[MicroBatch, Tensor | None]], module: Any) -> tuple[Tensor, Any]:
         """What core's schedules call for each micro-batch and chunk."""
@@ -254,7 +258,8 @@ def run_step(
         grad_norm = float(optimizer.get_grad_norm())
         skipped = judge(total[0], total[1], grad_norm)
     if optimizer is not None and not skipped:
-        _, norm, _ = optimizer.step()
+        with NamedRange(OPTIMIZER):
+            _, norm, _ = optimizer.step()
         grad_norm = float(norm) if norm is not None else grad_norm
     encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
     return StepResult(
