@@ -81,7 +81,7 @@ EFFECTS: dict[str, Effect] = {
             *_keys("data.cache.", "folder limit_gb retries"),
             *_keys("optimizer.", "clip_grad"),
             *_keys("training.", "micro_batch_size global_batch_size train_steps epochs device"),
-            *_keys("training.", "timeout_seconds start_timeout_seconds save_timeout_seconds"),
+            *_keys("training.", "timeout_seconds start_timeout_seconds save_timeout_seconds profile profile_ranks"),
             *_keys("parallelism.", "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel"),
             *_keys("parallelism.", "virtual_pipeline_model_parallel_size pipeline_layout payload_vision_tokens"),
             *_keys("parallelism.", "context_parallel_size expert_model_parallel_size"),

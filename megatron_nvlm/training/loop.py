@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,12 +18,14 @@ from megatron_nvlm.data.config import DataConfig
 from megatron_nvlm.data.loading.loader import Loader
 from megatron_nvlm.errors import DivergedError, UserError
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.parallel import ranges
 from megatron_nvlm.training.accounting import Accounting
 from megatron_nvlm.training.bad_share import is_over
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metric import MetricReducer
 from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, reports_data, step_totals
 from megatron_nvlm.training.optimizer import OptimizerConfig, learning_rates
+from megatron_nvlm.training.profiling import StepProfiler
 from megatron_nvlm.training.sample_files import SampleWriter
 from megatron_nvlm.training.skipped_updates import SkippedUpdates, agree
 from megatron_nvlm.training.step import StepResult, run_step
@@ -58,6 +60,10 @@ class TrainingConfig:
     """The same of the start, while the model is built and a checkpoint is read."""
     save_timeout_seconds: float = 1800
     """The same of a save."""
+    profile: str | None = None
+    """Steps to profile, as 12 or 10-12, into RUN_DIR/profile; null for none."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that write a trace and a table of them."""
 
     @property
     def limits(self) -> dict[str, float]:
@@ -95,6 +101,7 @@ class Reports:
     samples: SampleWriter
     """Which samples were bad or in a skipped update and, if asked, which were used."""
     stragglers: StragglerWatch
+    profiler: StepProfiler
 
     def note_troubles(self, step: int, result: StepResult) -> Mapping[str, object]:
         """Say which ranks are slow and which update was left out; every rank calls it. Returns fields of metrics.jsonl."""
@@ -108,6 +115,7 @@ class Reports:
 
     def close(self) -> None:
         """Flush and close."""
+        self.profiler.close()
         self.metrics.close()
         self.samples.close()
 
@@ -144,6 +152,7 @@ def train(
         began = time.monotonic()
         number = progress.step + 1
         watchdog.beat(number, "reading samples")
+        reports.profiler.begin(number)
         rates = learning_rates(trainer.rates, trainer.optimizer, trainer.scheduler)
         position = progress.position
         micro_batches = trainer.accounting.meter(trainer.loader.step(position))
@@ -160,7 +169,8 @@ def train(
         watchdog.beat(number, "adding up metrics")
         own_metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model, sources)
         own_metrics += trainer.accounting.metrics(micro_batches, reports_data(trainer.bare_model))
-        merged = reducer.merge(own_metrics)
+        with ranges.NamedRange(ranges.METRICS):
+            merged = reducer.merge(own_metrics)
         totals = step_totals(merged, result.grad_norm)
         stops = stop.agree(trainer.device)
         progress = Progress(number, trainer.loader.after(position))
@@ -180,7 +190,9 @@ def train(
         watchdog.beat(number, "saving a checkpoint", limit=SAVE)
         saver.poll()
         if done or stops or progress.step % trainer.save_every_steps == 0:
-            saver.save(progress, wait=done or stops)
+            with ranges.NamedRange(ranges.SAVE):
+                saver.save(progress, wait=done or stops)
+        reports.profiler.end(number)
         if stops:
             return Outcome(progress, done)
     return Outcome(progress, True)
@@ -218,7 +230,8 @@ class _Validation:
         validator = self.trainer.validator
         assert validator is not None
         self.watchdog.beat(step, "validation")
-        measured = validator.measure(partial(self.watchdog.beat, step, "validation"), self._stops)
+        with ranges.NamedRange(ranges.VALIDATION):
+            measured = validator.measure(partial(self.watchdog.beat, step, "validation"), self._stops)
         if measured is None:
             return False
         if step == 0:
