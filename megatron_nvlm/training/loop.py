@@ -19,7 +19,7 @@ from megatron_nvlm.data.loading.loader import Loader
 from megatron_nvlm.errors import DivergedError, UserError
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.parallel import ranges
-from megatron_nvlm.training.accounting import Accounting
+from megatron_nvlm.training.accounting import Accounting, MeteredMicroBatches
 from megatron_nvlm.training.bad_share import is_over
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metric import MetricReducer
@@ -144,7 +144,6 @@ def train(
     """
     progress, bad_samples, seen = start, 0, 0
     reducer = MetricReducer(trainer.device)
-    sources = [source.label for source in trainer.data.train]
     measured = _Validation(trainer, reports.metrics, stop, saver, watchdog)
     if not measured.begin(start.step):
         return Outcome(start, False)
@@ -167,10 +166,7 @@ def train(
         )
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
-        own_metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model, sources)
-        own_metrics += trainer.accounting.metrics(micro_batches, reports_data(trainer.bare_model))
-        with ranges.NamedRange(ranges.METRICS):
-            merged = reducer.merge(own_metrics)
+        merged = _merge(trainer, reducer, result, micro_batches)
         totals = step_totals(merged, result.grad_norm)
         stops = stop.agree(trainer.device)
         progress = Progress(number, trainer.loader.after(position))
@@ -188,14 +184,25 @@ def train(
         _check_update(totals, result, progress, updates, saver)
         _check_samples((bad_samples, seen), trainer.data.max_bad_fraction, saver)
         watchdog.beat(number, "saving a checkpoint", limit=SAVE)
-        saver.poll()
-        if done or stops or progress.step % trainer.save_every_steps == 0:
-            with ranges.NamedRange(ranges.SAVE):
+        with ranges.NamedRange(ranges.SAVE):
+            saver.poll()
+            if done or stops or progress.step % trainer.save_every_steps == 0:
                 saver.save(progress, wait=done or stops)
         reports.profiler.end(number)
         if stops:
             return Outcome(progress, done)
     return Outcome(progress, True)
+
+
+def _merge(
+    trainer: Trainer, reducer: MetricReducer, result: StepResult, micro_batches: MeteredMicroBatches
+) -> dict[str, float]:
+    """The step's metrics of all ranks, behind everything else that the step does."""
+    sources = [source.label for source in trainer.data.train]
+    metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model, sources)
+    metrics += trainer.accounting.metrics(micro_batches, reports_data(trainer.bare_model))
+    with ranges.NamedRange(ranges.METRICS):
+        return reducer.merge(metrics)
 
 
 class _Validation:

@@ -140,7 +140,7 @@ def own_seconds(events: Iterable[Event]) -> dict[str, float]:
 
 def _is_on_device(event: Any) -> bool:
     """A range has a shadow on the GPU's track of a trace; it is no time of the host's."""
-    return getattr(event, "device_type", torch.autograd.DeviceType.CPU) != torch.autograd.DeviceType.CPU
+    return getattr(getattr(event, "device_type", None), "name", "CPU") != "CPU"
 
 
 def ranges_table(own: Mapping[str, float], seconds: float, steps: int, on_device: bool) -> list[str]:
