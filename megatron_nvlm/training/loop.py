@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -155,15 +155,7 @@ def train(
         rates = learning_rates(trainer.rates, trainer.optimizer, trainer.scheduler)
         position = progress.position
         micro_batches = trainer.accounting.meter(trainer.loader.step(position))
-        result = run_step(
-            trainer.model,
-            micro_batches,
-            trainer.loader.num_micro_batches,
-            trainer.device,
-            trainer.optimizer,
-            on_micro_batch=partial(watchdog.beat, number, "micro-batch"),
-            judge=partial(_judge, updates, trainer.device) if updates.config.judges else None,
-        )
+        result = _run(trainer, micro_batches, updates, partial(watchdog.beat, number, "micro-batch"))
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
         merged = _merge(trainer, reducer, result, micro_batches)
@@ -192,6 +184,23 @@ def train(
         if stops:
             return Outcome(progress, done)
     return Outcome(progress, True)
+
+
+def _run(
+    trainer: Trainer,
+    micro_batches: MeteredMicroBatches,
+    updates: SkippedUpdates,
+    on_micro_batch: Callable[[tuple[str, ...]], None],
+) -> StepResult:
+    return run_step(
+        trainer.model,
+        micro_batches,
+        trainer.loader.num_micro_batches,
+        trainer.device,
+        trainer.optimizer,
+        on_micro_batch=on_micro_batch,
+        judge=partial(_judge, updates, trainer.device) if updates.config.judges else None,
+    )
 
 
 def _merge(
