@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.text.build_tokenizer import qwen2_tokenizer
+from megatron_nvlm.text.tokenizer import Tokenizer
 from tests.support.launch import launch
-from tests.support.shards import read_metrics, write_run
+from tests.support.loaders import counted_samples
+from tests.support.shards import good_samples, read_metrics, write_run
 
 pytestmark = pytest.mark.distributed
 
@@ -26,10 +29,15 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The run file of a packed run with full recompute whose encoder trains, and its steps on one rank."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = qwen2_tokenizer(1024)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    counted_samples(folder / "shards", good_samples(24), Tokenizer(tokenizer))
     path = write_run(
-        tmp_path_factory.mktemp("run"),
+        folder,
+        folder / "shards",
         model={"recompute": "full"},
-        data={"packing": {"enabled": True, "window_samples": 8}},
+        data={"packing": {"enabled": True, "window_samples": 8}, "system": None},
         training={"train_steps": 3, "micro_batch_size": 1, "global_batch_size": 4},
         logging={"peak_tflops": 0.5, "log_every_steps": 1, "tensorboard": False},
     )

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nvlm.accounting.flops import NO_WORK, Work, count_flops, count_work, sizes_of, whole_model
 from megatron_nvlm.config.load import load_run
-from megatron_nvlm.estimate.dry_run import dry_run
+from megatron_nvlm.estimate.dry_run import quick_dry_run
+from megatron_nvlm.estimate.ranks import build_whole
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.step_time import Hardware
 from megatron_nvlm.models.config import resolve_model
@@ -115,26 +116,29 @@ def test_a_micro_batch_whose_samples_are_all_bad_is_no_work() -> None:
     assert fields["model_flops"] == fields["vision_share"] == 0 and fields["padding_share"] == 1
 
 
-@pytest.mark.parametrize("overrides", [[], ["recipe={name: sft, trainable: null}", "model.recompute=full"]])
-@pytest.mark.parametrize("name", ["demo_h", "sft_nvlm_x_34b", "pretrain_nvlm_x_72b"])
-def test_the_dry_run_predicts_what_the_run_counts(name: str, overrides: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "world_size", "overrides"),
+    [
+        ("demo_h", 2, []),
+        ("demo_d", 2, ["recipe={name: sft, trainable: null}", "model.recompute=selective"]),
+        ("demo_x", 2, ["recipe={name: pretrain, trainable: null}", "parallelism.vision_placement=replicated"]),
+        ("sft_nvlm_x_34b", 128, []),
+        ("pretrain_nvlm_x_72b", 128, []),
+    ],
+)
+def test_the_dry_run_predicts_what_the_run_counts(name: str, world_size: int, overrides: list[str]) -> None:
     """For a batch of the samples that the dry run reckons with, whatever the sizes of the model."""
-    run = resolve_run(load_run(name, [*overrides, "data.tokenizer=none"]), 16)
-    shape = SampleShape(run.config.data.sequence_length, run.config.tiling.max_tiles, 5)
-    plan = make_plan(run, shape)
-    small = resolve_run(load_run("demo_h", overrides), 2)
-    if name == "demo_h":
-        plan = make_plan(small, SampleShape(small.config.data.sequence_length, small.config.tiling.max_tiles, 5))
-        run = small
+    run = resolve_run(load_run(name, overrides), world_size)
+    plan = make_plan(run, SampleShape(run.config.data.sequence_length, run.config.tiling.max_tiles, 5))
     sizes = sizes_of(run.model, run.config.parallelism)
     accounting = Accounting(sizes, run.trainable, CPU, run.world_size)
-    count = plan.micro_batches * plan.replicas
     made = make_micro_batch(plan.sample, sizes.variant, sizes.vision.tokens_per_tile, plan.micro_batch_size)
-    metered = accounting.meter(iter([made] * count))
+    metered = accounting.meter(iter([made] * plan.micro_batches * plan.replicas))
     list(metered)
     merged = {metric.name: metric.value for metric in accounting.metrics(metered, True)}
     fields = accounting.fields(merged | {"samples": plan.global_batch_size}, 1.0)
-    predicted = dry_run(plan, Hardware(), "local").step_flops
+    whole = build_whole(plan.model, plan.dtype, plan.trainable)
+    predicted = quick_dry_run(plan, Hardware(), "local", whole).step_flops
     assert (fields["model_flops"], fields["hardware_flops"]) == (predicted.model, predicted.executed)
 
 
