@@ -102,6 +102,11 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
         lambda start, base: lines_of_steps(start.printed) < lines_of_steps(base.printed),
     ),
     "logging.tensorboard": ("true", has_file("**/events.out.tfevents*")),
+    "logging.peak_tflops": (
+        "0.5",
+        lambda start, base: all("mfu" in row for row in start.rows) > ("mfu" in base.rows[0]),
+    ),
+    "training.profile": ("6-7", has_file("profile/steps_6-7_rank_00000.json.gz")),
 }
 """Keys whose new value is seen, and where."""
 
@@ -125,6 +130,7 @@ SAME_NUMBERS: dict[str, str] = {
     "training.micro_batch_size": "2",
     "training.timeout_seconds": "100",
     "training.device": "cpu",
+    "training.profile_ranks": "[]",
     "parallelism.payload_vision_tokens": "64",
     "parallelism.vision_placement": "replicated",
     "parallelism.vision_tiles_at_once": "1",
