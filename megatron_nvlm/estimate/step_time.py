@@ -65,6 +65,12 @@ class StepTime:
         """Seconds."""
         return sum(asdict(self).values())
 
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The part that takes longest, and its share of the step."""
+        name, seconds = max(asdict(self).items(), key=lambda part: part[1])
+        return name, seconds / self.total
+
 
 def bubble_fraction(stages: int, chunks: int, micro_batches: int) -> float:
     """Share of a step in which a stage waits, if all are equally fast."""

@@ -15,6 +15,10 @@ DATA, VISION, FORWARD, BACKWARD, MESSAGES, GRADIENTS, OPTIMIZER, METRICS, VALIDA
 )
 
 
+def _has_nvtx() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_initialized()
+
+
 class NamedRange:
     """A range around a `with` block, or between `start` and `stop`; the same object may be used again and again."""
 
@@ -26,14 +30,14 @@ class NamedRange:
         """Begin. `barrier` is of Megatron-core's timers and has no effect: nobody waits for other ranks."""
         record = torch.profiler.record_function(self.name)
         record.__enter__()
-        if torch.cuda.is_available():
+        if _has_nvtx():
             torch.cuda.nvtx.range_push(self.name)
         self._open.append(record)
 
     def stop(self, barrier: bool = False) -> None:
         """End the range that was begun last."""
         record = self._open.pop()
-        if torch.cuda.is_available():
+        if _has_nvtx():
             torch.cuda.nvtx.range_pop()
         record.__exit__(None, None, None)
 

@@ -143,7 +143,7 @@ def test_figures_of_the_documentation(printed: dict[str, Printed]) -> None:
     rows = {line.split("|")[1].strip().lower(): line for line in lines}
     predicted = {}
     for variant, command in TABLE_3.items():
-        rate = re.search(r"([\d.]+) samples/s, MFU", printed[command].out)
+        rate = re.search(r"([\d.]+) samples/s \([\d.]+ a GPU\), MFU", printed[command].out)
         measured = re.search(r"MFU ([\d.]+%) \(([\d.]+%) with recompute full", printed[command].out)
         assert rate and measured
         predicted[variant] = float(rate[1])
