@@ -3,7 +3,7 @@
 `python -m benchmarks.train_step [--language tiny] [--vision tiny] [--precision fp32] [--samples 4] [--steps 10]`
 
 A process trains on micro-batches of made samples, the same ones again and again. Operations are those of the dry run's count
-(estimate/flops.py): real tokens, causal halves, nothing for frozen weights. The share of the peak (MFU) compares them with
+(accounting/flops.py): real tokens, causal halves, nothing for frozen weights. The share of the peak (MFU) compares them with
 `--peak-tflops` at dense bf16 (989 for an H100); on a CPU it is left out. The three variants run one after the other in this
 process, each with the same samples: `--text` tokens and an image of `--tiles` tiles with its thumbnail.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_nvlm import quiet  # noqa: F401  (first, so that what it silences is not yet said)
-from megatron_nvlm.estimate.flops import ModelSizes, count_flops, count_work, whole_model
+from megatron_nvlm.accounting.flops import ModelSizes, count_flops, count_work, whole_model
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import ModelConfig, ResolvedModel, resolve_model
 from megatron_nvlm.models.parallelism import ParallelismConfig

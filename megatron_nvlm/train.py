@@ -11,7 +11,7 @@ from megatron_nvlm.option_types import LaunchedParser
 from megatron_nvlm.parallel.groups import world_size_from_environment
 from megatron_nvlm.runs.changes import settings_of
 from megatron_nvlm.runs.components import make_identity, open_data, open_validation
-from megatron_nvlm.runs.entry import print_to_rank_file, say, user_errors_end_the_process
+from megatron_nvlm.runs.entry import global_rank, print_to_rank_file, say, user_errors_end_the_process
 from megatron_nvlm.runs.length import count_steps
 from megatron_nvlm.runs.processes import joined, mark_end, prepare_run_dir
 from megatron_nvlm.runs.resolve import resolve_run
@@ -23,6 +23,7 @@ from megatron_nvlm.training.faults import StopRequest, stop_with_launcher
 from megatron_nvlm.training.loop import Reports, train
 from megatron_nvlm.training.metrics import MetricsWriter
 from megatron_nvlm.training.optimizer import config_in_force
+from megatron_nvlm.training.profiling import StepProfiler
 from megatron_nvlm.training.sample_files import SampleWriter
 from megatron_nvlm.training.skipped_updates import SkippedUpdates, read_steps
 from megatron_nvlm.training.stragglers import StragglerWatch
@@ -58,6 +59,13 @@ def run_training(config: RunConfig) -> None:
             MetricsWriter(run.run_dir, config.logging, progress.step, run.train_steps),
             SampleWriter(run.run_dir, progress.step, config.data.ledger),
             StragglerWatch(config.logging.straggler_steps, device.torch_device),
+            StepProfiler(
+                config.training.profile,
+                config.training.profile_ranks,
+                global_rank(),
+                run.run_dir,
+                device.torch_device,
+            ),
         )
         outcome = train(trainer, progress, reports, stop, saver, updates, watchdog)
         mark_end(run.run_dir, outcome.progress.step, outcome.finished)  # first: trackers may take their time

@@ -20,7 +20,7 @@ LAYERS = (
     {"sequence"},
     {"data", "models"},
     {"hf.exported_code"},  # folders carry it, with what it imports of the rooms above
-    {"parallel"},
+    {"parallel", "accounting"},
     {"checkpoint", "estimate"},
     {"hf"},
     {"training"},

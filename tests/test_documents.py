@@ -20,7 +20,7 @@ PAGES = [
 ]
 MODULE = re.compile(r"python -m ((?:tools|megatron_nvlm|benchmarks)(?:\.\w+)+)([^`\n]*)")
 PATHS = re.compile(
-    r"`((?:data|models|hf|runs|training|config|image|text|sequence|ops|parallel|checkpoint|estimate|inference|evaluation|"
+    r"`((?:data|models|hf|runs|training|config|image|text|sequence|ops|parallel|accounting|checkpoint|estimate|inference|evaluation|"
     r"commands|demo|megatron_nvlm|tests|tools|configs|launch|docs|benchmarks)/[\w./-]*\.(?:py|md|yaml|sh|svg))`"
 )
 RUN_FILES = re.compile(r"configs/[\w]+\.yaml")

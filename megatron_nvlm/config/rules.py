@@ -21,6 +21,7 @@ from megatron_nvlm.text.conversation import TEMPLATES
 from megatron_nvlm.text.tokenizer import Tokenizer
 from megatron_nvlm.trackers.config import check_trackers
 from megatron_nvlm.training.optimizer import check_components, check_optimizer
+from megatron_nvlm.training.profiling import check_profile
 from megatron_nvlm.training.skipped_updates import check_stability
 
 
@@ -247,6 +248,15 @@ def updates_can_be_judged(run: RunConfig, model: ResolvedModel, world_size: int)
         raise UserError(f"logging.straggler_steps is {run.logging.straggler_steps}; it must be 0 for none, or more")
 
 
+def steps_can_be_measured(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
+    """The peak that was given is one, and steps and ranks to profile are there."""
+    peak = run.logging.peak_tflops
+    if peak is not None and not 0 < peak < math.inf:
+        raise UserError(f"logging.peak_tflops is {peak}; it must be above 0, or null to take it from the table of GPUs")
+    training = run.training
+    check_profile(training.profile, training.profile_ranks, world_size, training.train_steps)
+
+
 def trackers_are_named(run: RunConfig, model: ResolvedModel, world_size: int) -> None:
     """Trackers have names that they can take."""
     check_trackers(run.logging.wandb, run.logging.mlflow)
@@ -325,6 +335,7 @@ RULES: tuple[Callable[[RunConfig, ResolvedModel, int], None], ...] = (
     validation_is_possible,
     schedule_is_possible,
     updates_can_be_judged,
+    steps_can_be_measured,
     trackers_are_named,
     numbers_are_finite,  # last: rules that name a key's bounds say more
 )

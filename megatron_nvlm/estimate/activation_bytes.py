@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_nvlm.estimate.flops import ModelSizes, Work
+from megatron_nvlm.accounting.flops import ModelSizes, Work
 from megatron_nvlm.models.families.languages import family_of
 from megatron_nvlm.models.families.visions import vision_family_of
 from megatron_nvlm.models.initialise import ADAPTERS

@@ -5,9 +5,19 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_nvlm.accounting.flops import (
+    Flops,
+    ModelFlops,
+    ModelSizes,
+    Work,
+    by_component,
+    count_flops,
+    count_work,
+    sizes_of,
+    whole_model,
+)
 from megatron_nvlm.errors import UserError
 from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes, micro_batches_in_flight
-from megatron_nvlm.estimate.flops import Flops, ModelFlops, ModelSizes, Work, count_flops, count_work
 from megatron_nvlm.estimate.ownership import check_ownership
 from megatron_nvlm.estimate.ranks import BuiltRank, build_rank, build_ranks, build_whole
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
@@ -54,15 +64,7 @@ class DryRunInput:
     @property
     def sizes(self) -> ModelSizes:
         """Sizes of the model, as counting needs them."""
-        return ModelSizes(
-            self.model.variant,
-            self.model.language,
-            self.model.vision,
-            self.model.config.cross_attention,
-            self.model.config.recompute,
-            encodes_twice=self.parallelism.vision_placement == "replicated",
-            lora=self.model.config.lora,
-        )
+        return sizes_of(self.model, self.parallelism)
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,13 @@ class DryRun:
     @property
     def decoder_flops(self) -> Flops:
         """Decoder FLOPs of one micro-batch: all layers, cross-attention, output layer."""
-        sizes = self.plan.sizes
-        layers, cross = sizes.language.num_layers, len(sizes.cross_attention_layers)
-        return self.flops.decoder(layers, cross) + self.flops.output_layer
+        parts = by_component(self.plan.sizes, self.flops)
+        return parts["language_model"] + parts["cross_attention"]
 
     @property
     def step_flops(self) -> Flops:
         """FLOPs of one step on all replicas."""
-        parts = self.flops.vision + self.flops.projector + self.decoder_flops
-        return parts.times(self.micro_batches_of_all_replicas)
+        return whole_model(self.plan.sizes, self.flops).times(self.micro_batches_of_all_replicas)
 
     @property
     def samples_per_second(self) -> float:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_nvlm.accounting.flops import Flops, by_component
 from megatron_nvlm.estimate.dry_run import GIB, DryRun, StageReport
-from megatron_nvlm.estimate.flops import Flops
 from megatron_nvlm.estimate.step_time import Hardware
 
 
@@ -111,7 +111,7 @@ def _memory(run: DryRun, hardware: Hardware) -> Iterator[str]:
 def _flops(run: DryRun) -> Iterator[str]:
     count = run.micro_batches_of_all_replicas
     yield "FLOPs of a step, PFLOP:"
-    yield f"{'':12}{'forward':>12}{'inputs':>12}{'weights':>12}{'recompute':>12}{'model':>12}"
+    yield f"{'':12}{'forward':>12}{'inputs':>12}{'weights':>12}{'recompute':>12}{'needless':>12}{'model':>12}"
     for name, flops in (
         ("vision", run.flops.vision.times(count)),
         ("projector", run.flops.projector.times(count)),
@@ -119,11 +119,14 @@ def _flops(run: DryRun) -> Iterator[str]:
         ("all", run.step_flops),
     ):
         yield f"{name:12}" + "".join(f"{amount / 1e15:12.3f}" for amount in _amounts(flops))
-    yield "inputs, weights: gradients of these; model: without recompute. Real rows, tiles and attended pairs only."
+    yield (
+        "inputs, weights: gradients of these; needless: backward below the first layer that needs it; model: without the "
+        "last two. Real rows, tiles and attended pairs only."
+    )
 
 
 def _amounts(flops: Flops) -> tuple[int, ...]:
-    return flops.forward, flops.input_gradient, flops.weight_gradient, flops.recompute, flops.model
+    return flops.forward, flops.input_gradient, flops.weight_gradient, flops.recompute, flops.needless, flops.model
 
 
 def _time(run: DryRun, hardware: Hardware) -> Iterator[str]:
@@ -131,10 +134,19 @@ def _time(run: DryRun, hardware: Hardware) -> Iterator[str]:
     yield f"pipeline bubble: {run.bubble:.1%} of a step if all stages are equally fast"
     yield (
         f"predicted at {hardware.utilisation:.0%} of {hardware.peak_tflops:g} TFLOP/s while computing (an assumption): "
-        f"{time.total:.2f} s a step, {run.samples_per_second:.1f} samples/s, "
+        f"{time.total:.2f} s a step, {run.samples_per_second:.1f} samples/s "
+        f"({run.samples_per_second / run.plan.world_size:.3f} a GPU), "
         f"MFU {run.model_flops_utilisation(run.samples_per_second, hardware):.1%}"
     )
     yield "  " + ", ".join(f"{name.replace('_', ' ')} {seconds:.2f} s" for name, seconds in asdict(time).items())
+    name, share = time.bound
+    parts = by_component(run.plan.sizes, run.flops)
+    executed = sum(part.executed for part in parts.values())
+    shares = sorted(((part.executed / executed, component) for component, part in parts.items()), reverse=True)
+    yield (
+        f"bound by {name.replace('_', ' ')}, {share:.0%} of a step; operations: "
+        + ", ".join(f"{component} {amount:.0%}" for amount, component in shares if amount)
+    )
 
 
 def _measured(run: DryRun, hardware: Hardware, measured: float) -> Iterator[str]:
@@ -170,6 +182,8 @@ def to_plain(run: DryRun, hardware: Hardware, measured: float | None = None) -> 
         "bubble": run.bubble,
         "seconds_per_step": asdict(run.time) | {"total": run.time.total},
         "samples_per_second": run.samples_per_second,
+        "samples_per_second_per_gpu": run.samples_per_second / run.plan.world_size,
+        "bound_by": run.time.bound[0],
         "measured_mfu": utilisation,
         "fits": run.free_gib(hardware) >= 0,
         "free_gib": run.free_gib(hardware),

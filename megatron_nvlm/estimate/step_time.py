@@ -10,8 +10,9 @@ and kernel launches are left out.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from megatron_nvlm.accounting.flops import ModelFlops, ModelSizes, Work
+from megatron_nvlm.accounting.peaks import H100_SXM, peak_tflops_of
 from megatron_nvlm.estimate.activation_bytes import ChunkSizes
-from megatron_nvlm.estimate.flops import ModelFlops, ModelSizes, Work
 from megatron_nvlm.models.parallelism import ParallelismConfig
 
 
@@ -22,7 +23,7 @@ class Hardware:
     memory_gib: float = 80
     reserve_gib: float = 4
     """Of the memory, for CUDA, NCCL and the allocator; a guess."""
-    peak_tflops: float = 989
+    peak_tflops: float = peak_tflops_of(H100_SXM) or 0.0
     """Dense bf16."""
     utilisation: float = 0.4
     """Share of the peak that matrix products reach while they run; a guess, the same for all parts."""
@@ -63,6 +64,12 @@ class StepTime:
     def total(self) -> float:
         """Seconds."""
         return sum(asdict(self).values())
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The part that takes longest, and its share of the step."""
+        name, seconds = max(asdict(self).items(), key=lambda part: part[1])
+        return name, seconds / self.total
 
 
 def bubble_fraction(stages: int, chunks: int, micro_batches: int) -> float:

@@ -1,6 +1,8 @@
 """CPU with gloo or GPU with NCCL: the one switch, and all that depends on it."""
 
 import os
+import resource
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +66,26 @@ def gpu_memory_bytes() -> int | None:
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def device_name(device: torch.device) -> str | None:
+    """The name that CUDA gives a GPU; None for a CPU."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_memory_is_of(device: torch.device) -> str:
+    """Whose memory `take_peak_memory` tells: the device's, or on a CPU this process's."""
+    return "device" if device.type == "cuda" else "process"
+
+
+def take_peak_memory(device: torch.device) -> int:
+    """Bytes at the fullest moment: allocated on the GPU since the last call, or resident in this process since it began."""
+    if device.type == "cuda":
+        peak = int(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def wait_for(device: torch.device) -> None:

@@ -114,6 +114,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def profile(self) -> Path:
+        """Folder of traces and tables of the steps that `training.profile` names, by steps and rank."""
+        return self.path / "profile"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that works in the directory."""
         return self.path / "lock"

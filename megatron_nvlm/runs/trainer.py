@@ -7,15 +7,19 @@ from functools import partial
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_nvlm.accounting.flops import sizes_of
 from megatron_nvlm.data.loading.builder import BatchSettings, ListedData, OpenedData
 from megatron_nvlm.data.loading.loader import Loader, MicroBatchLoader
 from megatron_nvlm.data.loading.shared_decoding import SharingLoader, TileShare
 from megatron_nvlm.models.chunks import ModelChunks
 from megatron_nvlm.parallel.collectives import gather_found
 from megatron_nvlm.parallel.device import Device
+from megatron_nvlm.parallel.ranges import CoreRanges
 from megatron_nvlm.parallel.vision_ahead import share_index
 from megatron_nvlm.runs.components import make_chunks
+from megatron_nvlm.runs.entry import say
 from megatron_nvlm.runs.resolve import ResolvedRun
+from megatron_nvlm.training.accounting import Accounting
 from megatron_nvlm.training.loop import Trainer
 from megatron_nvlm.training.optimizer import build_optimizer
 from megatron_nvlm.training.step import wrap_model
@@ -46,9 +50,11 @@ def make_trainer(
     _report(bare, run)
     wrapped = wrap_model(bare, run.precision, distributed)
     optimizer, scheduler = build_optimizer(config.optimizer, wrapped, run.train_steps, run.precision, distributed)
+    ranges = CoreRanges()
     for chunk in bare:
         chunk.config.grad_scale_func = optimizer.scale_loss
         chunk.payload_tokens = run.payload_tokens
+        chunk.config.timers = ranges
     return Trainer(
         config=config.training,
         train_steps=run.train_steps,
@@ -61,8 +67,22 @@ def make_trainer(
         loader=make_loader(run, data, device, has_first_layer=bare.pre_process),
         data=config.data,
         save_every_steps=config.checkpoint.save_every_steps,
+        accounting=make_accounting(run, device),
         validator=make_validator(run, validation, device, wrapped, bare) if validation is not None else None,
     )
+
+
+def make_accounting(run: ResolvedRun, device: Device) -> Accounting:
+    """What counts the operations of a step; its peak is said once."""
+    accounting = Accounting(
+        sizes_of(run.model, run.config.parallelism),
+        run.trainable,
+        device.torch_device,
+        run.world_size,
+        run.config.logging.peak_tflops,
+    )
+    say(accounting.describe())
+    return accounting
 
 
 def make_validator(

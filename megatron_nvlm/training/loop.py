@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,11 +18,14 @@ from megatron_nvlm.data.config import DataConfig
 from megatron_nvlm.data.loading.loader import Loader
 from megatron_nvlm.errors import DivergedError, UserError
 from megatron_nvlm.models.chunks import ModelChunks
+from megatron_nvlm.parallel import ranges
+from megatron_nvlm.training.accounting import Accounting, MeteredMicroBatches
 from megatron_nvlm.training.bad_share import is_over
 from megatron_nvlm.training.faults import StopRequest
 from megatron_nvlm.training.metric import MetricReducer
-from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, step_totals
+from megatron_nvlm.training.metrics import MetricsWriter, StepTotals, rank_metrics, reports_data, step_totals
 from megatron_nvlm.training.optimizer import OptimizerConfig, learning_rates
+from megatron_nvlm.training.profiling import StepProfiler
 from megatron_nvlm.training.sample_files import SampleWriter
 from megatron_nvlm.training.skipped_updates import SkippedUpdates, agree
 from megatron_nvlm.training.step import StepResult, run_step
@@ -57,6 +60,10 @@ class TrainingConfig:
     """The same of the start, while the model is built and a checkpoint is read."""
     save_timeout_seconds: float = 1800
     """The same of a save."""
+    profile: str | None = None
+    """Steps to profile, as 12 or 10-12, into RUN_DIR/profile; null for none."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that write a trace and a table of them."""
 
     @property
     def limits(self) -> dict[str, float]:
@@ -81,6 +88,7 @@ class Trainer:
     loader: Loader
     data: DataConfig
     save_every_steps: int
+    accounting: Accounting
     validator: Validator | None = None
     """None where `validation.sets` names none."""
 
@@ -93,6 +101,7 @@ class Reports:
     samples: SampleWriter
     """Which samples were bad or in a skipped update and, if asked, which were used."""
     stragglers: StragglerWatch
+    profiler: StepProfiler
 
     def note_troubles(self, step: int, result: StepResult) -> Mapping[str, object]:
         """Say which ranks are slow and which update was left out; every rank calls it. Returns fields of metrics.jsonl."""
@@ -106,6 +115,7 @@ class Reports:
 
     def close(self) -> None:
         """Flush and close."""
+        self.profiler.close()
         self.metrics.close()
         self.samples.close()
 
@@ -134,7 +144,6 @@ def train(
     """
     progress, bad_samples, seen = start, 0, 0
     reducer = MetricReducer(trainer.device)
-    sources = [source.label for source in trainer.data.train]
     measured = _Validation(trainer, reports.metrics, stop, saver, watchdog)
     if not measured.begin(start.step):
         return Outcome(start, False)
@@ -142,25 +151,20 @@ def train(
         began = time.monotonic()
         number = progress.step + 1
         watchdog.beat(number, "reading samples")
+        reports.profiler.begin(number)
         rates = learning_rates(trainer.rates, trainer.optimizer, trainer.scheduler)
         position = progress.position
-        result = run_step(
-            trainer.model,
-            trainer.loader.step(position),
-            trainer.loader.num_micro_batches,
-            trainer.device,
-            trainer.optimizer,
-            on_micro_batch=partial(watchdog.beat, number, "micro-batch"),
-            judge=partial(_judge, updates, trainer.device) if updates.config.judges else None,
-        )
+        micro_batches = trainer.accounting.meter(trainer.loader.step(position))
+        result = _run(trainer, micro_batches, updates, partial(watchdog.beat, number, "micro-batch"))
         trainer.scheduler.step(increment=1)
         watchdog.beat(number, "adding up metrics")
-        own_metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model, sources)
-        totals = step_totals(reducer.merge(own_metrics), result.grad_norm)
+        merged = _merge(trainer, reducer, result, micro_batches)
+        totals = step_totals(merged, result.grad_norm)
         stops = stop.agree(trainer.device)
         progress = Progress(number, trainer.loader.after(position))
         bad = reports.samples.write(progress.step, trainer.loader, result.keys, totals.bad_samples)
-        record = _record(progress, totals, bad, rates, time.monotonic() - began, trainer)
+        seconds = time.monotonic() - began
+        record = _record(progress, totals, bad, rates, seconds, trainer) | trainer.accounting.fields(merged, seconds)
         record["save_wait_seconds"] = saver.take_waited()  # of saves after earlier steps
         record.update(reports.note_troubles(number, result))
         done = progress.step == trainer.train_steps
@@ -172,12 +176,42 @@ def train(
         _check_update(totals, result, progress, updates, saver)
         _check_samples((bad_samples, seen), trainer.data.max_bad_fraction, saver)
         watchdog.beat(number, "saving a checkpoint", limit=SAVE)
-        saver.poll()
-        if done or stops or progress.step % trainer.save_every_steps == 0:
-            saver.save(progress, wait=done or stops)
+        with ranges.NamedRange(ranges.SAVE):
+            saver.poll()
+            if done or stops or progress.step % trainer.save_every_steps == 0:
+                saver.save(progress, wait=done or stops)
+        reports.profiler.end(number)
         if stops:
             return Outcome(progress, done)
     return Outcome(progress, True)
+
+
+def _run(
+    trainer: Trainer,
+    micro_batches: MeteredMicroBatches,
+    updates: SkippedUpdates,
+    on_micro_batch: Callable[[tuple[str, ...]], None],
+) -> StepResult:
+    return run_step(
+        trainer.model,
+        micro_batches,
+        trainer.loader.num_micro_batches,
+        trainer.device,
+        trainer.optimizer,
+        on_micro_batch=on_micro_batch,
+        judge=partial(_judge, updates, trainer.device) if updates.config.judges else None,
+    )
+
+
+def _merge(
+    trainer: Trainer, reducer: MetricReducer, result: StepResult, micro_batches: MeteredMicroBatches
+) -> dict[str, float]:
+    """The step's metrics of all ranks, behind everything else that the step does."""
+    sources = [source.label for source in trainer.data.train]
+    metrics = rank_metrics(result, len(trainer.loader.bad), trainer.bare_model, sources)
+    metrics += trainer.accounting.metrics(micro_batches, reports_data(trainer.bare_model))
+    with ranges.NamedRange(ranges.METRICS):
+        return reducer.merge(metrics)
 
 
 class _Validation:
@@ -212,7 +246,8 @@ class _Validation:
         validator = self.trainer.validator
         assert validator is not None
         self.watchdog.beat(step, "validation")
-        measured = validator.measure(partial(self.watchdog.beat, step, "validation"), self._stops)
+        with ranges.NamedRange(ranges.VALIDATION):
+            measured = validator.measure(partial(self.watchdog.beat, step, "validation"), self._stops)
         if measured is None:
             return False
         if step == 0:

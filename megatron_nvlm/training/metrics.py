@@ -40,6 +40,8 @@ class LoggingConfig:
     """What ranks other than 0 print goes to RUN_DIR/logs, one file a rank."""
     straggler_steps: int = 20
     """Steps over which ranks are compared; a slow one is named with its node. 0 compares nothing."""
+    peak_tflops: float | None = None
+    """What a rank's device computes at most, for MFU; null takes it from the table of GPUs (accounting/peaks.py)."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
@@ -69,6 +71,11 @@ class StepTotals:
     """Loss and targets of each set of data.train by its name; of those with a target in this step."""
 
 
+def reports_data(model: NVLMModel | ModelChunks) -> bool:
+    """Whether this rank is the one of its replica that reports its data."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and model.pre_process
+
+
 def rank_metrics(
     result: StepResult, bad_samples: int, model: NVLMModel | ModelChunks, sources: Sequence[str] = ()
 ) -> list[Metric]:
@@ -90,7 +97,7 @@ def rank_metrics(
             Metric("targets", result.num_targets, Reduce.SUM),
             *_source_metrics(result, sources),
         ]
-    if first_tensor_rank and model.pre_process:
+    if reports_data(model):
         metrics += [
             Metric("tokens", result.tokens, Reduce.SUM),
             Metric("tiles", result.tiles, Reduce.SUM),
@@ -148,6 +155,14 @@ def step_totals(merged: dict[str, float], grad_norm: float) -> StepTotals:
     )
 
 
+def describe_speed(record: Mapping[str, Any]) -> str:
+    """The step's FLOPs a second on a rank, and the share of the peak where that is known."""
+    if "tflops_per_rank" not in record:
+        return ""
+    share = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    return f"{record['tflops_per_rank']:.3g} TFLOP/s a rank{share}"
+
+
 class MetricsWriter:
     """Writes metrics of rank 0; on other ranks it does nothing.
 
@@ -186,6 +201,8 @@ class MetricsWriter:
                     self._board.add_scalar(key, value, record["step"])
             for layer, gate in record["gates"].items():
                 self._board.add_scalar(f"gates/{layer}", gate, record["step"])
+            for name, amount in record.get("flops", {}).items():
+                self._board.add_scalar(f"flops/{name}", amount, record["step"])
             for name, source in record["sources"].items():
                 self._board.add_scalar(f"source_loss/{name}", source["loss"], record["step"])
         if self._bar is not None:
@@ -195,7 +212,7 @@ class MetricsWriter:
             print(
                 f"step {record['step']}/{self.train_steps}  loss {record['loss']:.4f}  "
                 f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
-                f"{record['seconds']:.2f} s/step",
+                f"{record['seconds']:.2f} s/step  {describe_speed(record)}".rstrip(),
                 flush=True,
             )
         if "validation" in record:

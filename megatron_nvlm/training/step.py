@@ -22,6 +22,7 @@ from megatron_nvlm.models.language_model import TargetLosses
 from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.models.precision import Precision
 from megatron_nvlm.parallel.message_shapes import MessageShapes, Shape
+from megatron_nvlm.parallel.ranges import GRADIENTS, OPTIMIZER, VISION, NamedRange
 from megatron_nvlm.parallel.vision_ahead import SpreadVision
 from megatron_nvlm.sequence.micro_batch import MicroBatch
 
@@ -104,14 +105,16 @@ def finalize_gradients(
         clock: of the work before other replicas are waited for; it stops here.
     """
     if vision is not None:
-        vision.backward()
+        with NamedRange(VISION):
+            vision.backward()
     if clock is not None:
         clock.stop()
-    finalize_model_grads(models, **kwargs)
-    if num_targets is not None:
-        _divide_by_targets(models, num_targets)
-    _sum_over(parallel_state.get_tensor_model_parallel_group(), models, SUM_OVER_TENSOR_PARALLEL)
-    _sum_over(parallel_state.get_model_parallel_group(), models, SUM_OVER_MODEL_PARALLEL)
+    with NamedRange(GRADIENTS):
+        finalize_model_grads(models, **kwargs)
+        if num_targets is not None:
+            _divide_by_targets(models, num_targets)
+        _sum_over(parallel_state.get_tensor_model_parallel_group(), models, SUM_OVER_TENSOR_PARALLEL)
+        _sum_over(parallel_state.get_model_parallel_group(), models, SUM_OVER_MODEL_PARALLEL)
 
 
 def _divide_by_targets(models: list[Any], num_targets: Tensor) -> None:
@@ -200,7 +203,8 @@ class _ForwardSteps:
             self.vision = SpreadVision(self.first_chunk, known, device)
             # Pixels have done their work.
             without_tiles = (replace(micro_batch, tiles=micro_batch.tiles[:0]) for micro_batch in known)
-            self.work = zip(without_tiles, self.vision.encode(), strict=True)
+            with NamedRange(VISION):
+                self.work = zip(without_tiles, self.vision.encode(), strict=True)
 
         if not self.first_chunk.pre_process and len(models) == 1:
             # Shapes of what comes from the stage before are known a micro-batch ahead; the first stage receives none.
@@ -294,7 +298,8 @@ def run_step(
         numbers = steps.read(reports, optimizer.get_grad_norm())
         skipped = judge(numbers.loss_sum, numbers.num_targets, numbers.grad_norm)
     if optimizer is not None and not skipped:
-        _, norm, _ = optimizer.step()
+        with NamedRange(OPTIMIZER):
+            _, norm, _ = optimizer.step()
     numbers = numbers or steps.read(reports, norm)  # behind everything: the host waits once a step
     encoded_tiles, vision_seconds = steps.first_chunk.vision_clock.take()
     return StepResult(

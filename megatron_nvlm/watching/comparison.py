@@ -108,6 +108,12 @@ def make_charts(runs: Sequence[ComparedRun], axis: str, smooth_steps: int) -> li
     ]
     for name in ("samples", "tokens", "tiles"):
         charts.append(chart(f"{name} a second", partial(rates_of, name=name), smooth_steps, from_zero=True))
+    for title, name in (
+        ("model TFLOP a second on a rank", "tflops_per_rank"),
+        ("MFU", "mfu"),
+        ("share of a step that waits for data", "data_wait_share"),
+    ):
+        charts.append(chart(title, of(name), smooth_steps, from_zero=True))
     charts.append(_gates(runs, axis))
     names = sorted({name for run in runs for name in run.history.names})
     for name in names:

@@ -24,6 +24,8 @@ class History:
         """Steps whose update was left out, and why."""
         self.stragglers: list[tuple[int, list[dict[str, Any]]]] = []
         """Steps at which slow ranks were named, and these."""
+        self.peak_memory_of = ""
+        """device or process: whose memory `peak_memory_gib` is."""
 
     def refresh(self) -> bool:
         """Read on; returns whether anything has changed."""
@@ -48,6 +50,8 @@ class History:
             column.append(numbers.get(name, math.nan))
         if record.get("skipped"):
             self.skipped.append((step, str(record["skipped"])))
+        if record.get("peak_memory_of") in ("device", "process"):
+            self.peak_memory_of = record["peak_memory_of"]
         slow = record.get("stragglers")
         if isinstance(slow, list) and slow:
             self.stragglers.append((step, [one for one in slow if isinstance(one, dict)]))

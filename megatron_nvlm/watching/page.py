@@ -56,7 +56,7 @@ class RunPage:
         train_steps = train_steps_of(self.run_dir, config)
         parts: list[Any] = [self._head(state, config, last_step, train_steps, width)]
         if len(history):
-            rows = [*_losses(history), *_throughput(history), *_tiles(history), *_gates(history)]
+            rows = [*_losses(history), *_throughput(history), *_use(history), *_tiles(history), *_gates(history)]
             parts.append(_metrics_table(rows, max(10, (width - NAMES_AND_VALUES) // 2)))
         parts.append(_trouble_table([*_trouble(history), *_restarts(state.starts)]))
         return Group(*parts)
@@ -129,6 +129,34 @@ def _throughput(history: History) -> Iterator[Row]:
     waited = history.total("save_wait_seconds")
     note = f"{duration(waited)} waited for saves" if waited >= 1 else ""
     yield "seconds a step", f"{times[-1]:.3f}", times, note
+
+
+def _use(history: History) -> Iterator[Row]:
+    """How well ranks were used; nothing of runs that did not count it."""
+    speeds = history.column("tflops_per_rank")
+    if any(present(speeds)):
+        notes = [
+            f"{word} {_mean(history, name):.1%}"
+            for word, name in (("MFU", "mfu"), ("HFU", "hfu"), ("vision", "vision_share"))
+            if name in history.names
+        ]
+        yield "TFLOP/s a rank", f"{_mean(history, 'tflops_per_rank'):.3g}", speeds, ", ".join(notes)
+    if "data_wait_share" in history.names:
+        padding = (
+            f"padding: {_mean(history, 'padding_share'):.1%} of tokens" if "padding_share" in history.names else ""
+        )
+        shares = history.column("data_wait_share")
+        yield "waiting for data", f"{_mean(history, 'data_wait_share'):.1%}", shares, padding
+    if "peak_memory_gib" in history.names:
+        memory = history.column("peak_memory_gib")
+        owner = f"of the {history.peak_memory_of}, " if history.peak_memory_of else ""
+        yield "peak memory GiB", f"{memory[-1]:.2f}", memory, f"{owner}on the fullest rank"
+
+
+def _mean(history: History, name: str) -> float:
+    """Of the last steps; NaN where none has the metric."""
+    known = present(history.column(name)[-WINDOW_STEPS:])
+    return sum(known) / len(known) if known else math.nan
 
 
 def _tiles(history: History) -> Iterator[Row]:

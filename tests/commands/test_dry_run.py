@@ -143,12 +143,13 @@ def test_figures_of_the_documentation(printed: dict[str, Printed]) -> None:
     rows = {line.split("|")[1].strip().lower(): line for line in lines}
     predicted = {}
     for variant, command in TABLE_3.items():
-        rate = re.search(r"([\d.]+) samples/s, MFU", printed[command].out)
+        rate = re.search(r"([\d.]+) samples/s \(([\d.]+) a GPU\), MFU", printed[command].out)
         measured = re.search(r"MFU ([\d.]+%) \(([\d.]+%) with recompute full", printed[command].out)
-        assert rate and measured
+        bound = re.search(r"bound by (\w+, \d+%) of a step", printed[command].out)
+        assert rate and measured and bound
         predicted[variant] = float(rate[1])
         cells = [cell.strip() for cell in rows[variant].split("|")]
-        assert {rate[1], measured[1], measured[2]} <= set(cells), cells
+        assert {rate[1], rate[2], measured[1], measured[2], bound[1]} <= set(cells), cells
     assert predicted["x"] > predicted["h"] > predicted["d"], "the order of the paper's Table 3"
 
 

@@ -118,6 +118,17 @@ def test_a_run_is_watched_while_it_trains_stops_goes_on_and_is_killed(tmp_path: 
     wait_until("closed", lambda: not screen.is_open(), 20)
 
 
+USE = {
+    "tflops_per_rank": 396.0,
+    "mfu": 0.4004,
+    "hfu": 0.5123,
+    "vision_share": 0.25,
+    "data_wait_share": 0.031,
+    "padding_share": 0.045,
+    "peak_memory_gib": 71.25,
+}
+
+
 def write_steps(run_dir: Path, *records: dict[str, Any], first: int = 1) -> None:
     common = {"loss": 1.5, "grad_norm": 0.5, "learning_rate": 1e-3, "samples": 8, "tokens": 640, "tiles": 12}
     common |= {"tiles_per_rank": 6.0, "tile_imbalance": 1.25, "vision_seconds": 0.5, "seconds": 2.0, "bad_samples": 0}
@@ -136,7 +147,7 @@ def test_the_numbers_of_a_page(tmp_path: Path) -> None:
         {"bad_samples": 2, "bad": {"broken_image/scans": 2}},
         {"loss": 1.25, "skipped": "gradient norm 80 is over 10 times the median"},
         {"stragglers": [slow], "validation": {"pages/images": {"loss": 0.875, "token_accuracy": 0.5, "targets": 9}}},
-        {"gates": gates},
+        {"gates": gates, "peak_memory_of": "device", **USE},
     )
     (tmp_path / "finished").write_text("4\n")
     page = page_of(tmp_path)
@@ -149,6 +160,12 @@ def test_the_numbers_of_a_page(tmp_path: Path) -> None:
         "samples a second",
         " 320 ",  # tokens a second
         "encoder: 25% of a step",
+        "396",
+        "MFU 40.0%, HFU 51.2%, vision 25.0%",
+        "3.1%",
+        "padding: 4.5% of tokens",
+        "71.25",
+        "of the device, on the fullest rank",
         "2 of 34 (2 broken_image/scans)",
         "step 2: gradient norm 80 is over 10 times the median",
         "step 3: rank 3 on n2 4.50 s, its peers 2.00 s",
@@ -227,6 +244,9 @@ NAMES = [
     "validation",
     "tiles",
     "tiles_per_rank",
+    "tflops_per_rank",
+    "peak_memory_gib",
+    "peak_memory_of",
 ]
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from megatron_nvlm.accounting.flops import ModelSizes, count_work
 from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes
-from megatron_nvlm.estimate.flops import ModelSizes, count_work
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.models.families.visions import VISION_PRESETS

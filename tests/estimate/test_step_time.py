@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_nvlm.accounting.flops import count_flops, count_work, whole_model
 from megatron_nvlm.estimate.activation_bytes import ActivationModel, ChunkSizes, micro_batches_in_flight
-from megatron_nvlm.estimate.flops import count_flops, count_work, whole_model
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.estimate.step_time import Hardware, StepWork, bubble_fraction, predict_step
 from megatron_nvlm.models.parallelism import ParallelismConfig

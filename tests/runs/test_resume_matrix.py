@@ -111,6 +111,11 @@ EFFECTIVE: dict[str, tuple[str, Seen]] = {
     "validation.sets": ("[{path: OTHER}]", lambda start, base: len(validations(start)) == 1 > len(validations(base))),
     "validation.every_steps": ("1", lambda start, base: len(validations(start)) == MORE_STEPS - STEPS),
     "validation.samples": ("3", lambda start, base: sum(row["samples"] for row in validations(start)[0].values()) == 3),
+    "logging.peak_tflops": (
+        "0.5",
+        lambda start, base: all("mfu" in row for row in start.rows) > ("mfu" in base.rows[0]),
+    ),
+    "training.profile": ("6-7", has_file("profile/steps_6-7_rank_00000.json.gz")),
 }
 """Keys whose new value is seen, and where."""
 
@@ -140,6 +145,7 @@ SAME_NUMBERS: dict[str, str] = {
     "training.start_timeout_seconds": "200",
     "training.save_timeout_seconds": "200",
     "training.device": "cpu",
+    "training.profile_ranks": "[]",
     "parallelism.payload_vision_tokens": "64",
     "parallelism.vision_placement": "replicated",
     "parallelism.vision_tiles_at_once": "1",

@@ -1,6 +1,6 @@
 """The paper's models as sizes, for counting."""
 
-from megatron_nvlm.estimate.flops import ModelSizes
+from megatron_nvlm.accounting.flops import ModelSizes
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
 from megatron_nvlm.models.families.languages import LANGUAGE_PRESETS
 from megatron_nvlm.models.families.visions import VISION_PRESETS

@@ -1,17 +1,31 @@
 """The FLOP model against torch's FLOP counter on the demo's models, and against the paper's Table 3 in order."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_nvlm.estimate.flops import Flops, ModelSizes, attention, count_flops, count_work, linear, whole_model
+from megatron_nvlm.accounting.flops import (
+    Flops,
+    ModelSizes,
+    Work,
+    attention,
+    by_component,
+    count_flops,
+    count_work,
+    linear,
+    whole_model,
+)
 from megatron_nvlm.estimate.sample import SampleShape, make_micro_batch
 from megatron_nvlm.models.config import resolve_model
 from megatron_nvlm.models.families.visions import VISION_PRESETS
 from megatron_nvlm.models.lora import TARGETS, LoraConfig
+from megatron_nvlm.models.nvlm_model import NVLMModel
 from megatron_nvlm.parallel.device import Device
 from megatron_nvlm.training.step import loss_function
 from megatron_nvlm.training.trainable import COMPONENTS, RECIPES, freeze
@@ -132,6 +146,73 @@ def test_frozen_weights_have_no_gradient() -> None:
     frozen = count_flops(sizes, count_work(micro_batch, 256), RECIPES["pretrain"])
     assert frozen.decoder_layer.weight_gradient == frozen.output_layer.weight_gradient == 0
     assert frozen.cross_attention == flops.cross_attention
+
+
+@pytest.mark.parametrize("trainable", [RECIPES["pretrain"], ("vision_projection",)], ids=["pretrain", "projector"])
+def test_needless_operations(trainable: tuple[str, ...], world_of_one: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretraining of X runs the frozen decoder backward below its first cross-attention layer. A model that does not, made
+    by cutting the decoder's input off, does exactly what is counted as needed."""
+    config = tiny_config("x")
+    model = tiny_model(config, world_of_one)
+    freeze(model, trainable)
+    embed = NVLMModel._embed
+
+    def cut(self: NVLMModel, *args: Any) -> Any:
+        hidden, context = embed(self, *args)
+        return hidden.detach(), context
+
+    parts = resolve_model(config)
+    sizes = ModelSizes(parts.variant, parts.language, parts.vision, config.cross_attention, "none")
+    micro_batch = micro_batch_of([TWO_IMAGES], "x")
+    flops = whole_model(
+        sizes, count_flops(sizes, count_work(micro_batch, VISION.tokens_per_tile, dense_attention=True), trainable)
+    )
+    counted = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            loss_function(micro_batch, model(micro_batch, with_loss=True))[0].backward()
+        counted.append(counter.get_total_flops())
+        monkeypatch.setattr(NVLMModel, "_embed", cut)
+    assert min(sizes.cross_attention_layers) == 1
+    # A linear layer of core's that trains makes the gradient of its input though nobody asks: here that of queries.
+    queries = parts.language.query_size
+    unasked = 2 * len(micro_batch.tokens) * parts.language.hidden_size * queries * ("cross_attention" in trainable)
+    assert flops.needless == counted[0] - counted[1] + unasked
+    assert flops.model == pytest.approx(counted[1], rel=TOLERANCE)
+    assert flops.executed == pytest.approx(counted[0], rel=TOLERANCE)
+
+
+def test_only_a_decoder_that_begins_with_what_needs_no_gradient_is_run_backward_needlessly() -> None:
+    for variant, trainable, has_needless in (
+        ("x", RECIPES["pretrain"], True),
+        ("x", RECIPES["sft"], False),
+        ("x", (*RECIPES["pretrain"], "lora"), False),
+        ("h", RECIPES["pretrain"], False),  # the thumbnail stands in the decoder, behind the projector
+        ("h", ("cross_attention",), True),
+        ("d", RECIPES["pretrain"], False),
+    ):
+        sizes = paper_sizes(variant)
+        work = count_work(make_micro_batch(SampleShape(1280, 1, 5), sizes.variant, 256, 1), 256)
+        flops = whole_model(sizes, count_flops(sizes, work, trainable))
+        assert (flops.needless > 0) is has_needless, (variant, trainable)
+        assert flops.executed == flops.forward + flops.input_gradient + flops.weight_gradient + flops.needless
+
+
+COUNTS = st.integers(0, 10**6)
+WORK = st.builds(Work, COUNTS, COUNTS, COUNTS, COUNTS, st.integers(0, 100), COUNTS)
+
+
+@given(WORK, WORK, st.sampled_from("dxh"), st.sampled_from(["none", "selective", "full"]))
+def test_operations_of_a_step_are_those_of_its_work_added_up(
+    one: Work, other: Work, variant: str, recompute: str
+) -> None:
+    sizes = paper_sizes(variant, recompute)
+    for trainable in (RECIPES["pretrain"], RECIPES["sft"], COMPONENTS):
+        apart = [whole_model(sizes, count_flops(sizes, work, trainable)) for work in (one, other)]
+        together = count_flops(sizes, one + other, trainable)
+        assert whole_model(sizes, together) == apart[0] + apart[1]
+        assert sum(part.executed for part in by_component(sizes, together).values()) == (apart[0] + apart[1]).executed
+        assert whole_model(sizes, together).executed >= whole_model(sizes, together).model >= 0
 
 
 def test_order_of_the_papers_table_3() -> None:
