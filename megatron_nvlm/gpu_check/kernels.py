@@ -60,7 +60,7 @@ def _interval_kernels(capability: int) -> Iterator[tuple[Any, str, Mapping[str, 
     """(kernel, name, constants) of interval attention at each head size."""
     from megatron_nvlm.ops.interval_attention import KEY_BLOCK
     from megatron_nvlm.ops.triton.interval_kernels import delta_kernel, forward_kernel, key_kernel, query_kernel
-    from megatron_nvlm.ops.triton.interval_tiles import TILES, padded_head
+    from megatron_nvlm.ops.triton.interval_tiles import DELTA_ROWS, TILES, padded_head
 
     for head_size in HEAD_SIZES:
         tiles = TILES[capability][padded_head(head_size)]
@@ -73,7 +73,7 @@ def _interval_kernels(capability: int) -> Iterator[tuple[Any, str, Mapping[str, 
             blocks = {"ROWS": tile.rows, "KEYS": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
             sizes = {"HEAD": head_size, "WIDTH": padded_head(head_size), "PRECISION": "tf32"}
             yield kernel, f"interval {kernel.fn.__name__}, head {head_size}", {**blocks, **sizes, **constants}
-        fixed = {"HEAD": head_size, "WIDTH": padded_head(head_size), "ROWS": 64}
+        fixed = {"HEAD": head_size, "WIDTH": padded_head(head_size), "ROWS": DELTA_ROWS}
         yield delta_kernel, f"interval delta_kernel, head {head_size}", fixed
 
 

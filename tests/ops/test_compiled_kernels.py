@@ -7,7 +7,7 @@ from megatron_nvlm.gpu_check.kernels import HEAD_SIZES, compile_all
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-@pytest.mark.parametrize(("capability", "unit"), [(80, "mma.sync"), (90, "wgmma")])
+@pytest.mark.parametrize(("capability", "unit"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")])
 def test_kernels_fit(capability: int, unit: str) -> None:
     kernels = compile_all(capability)
     assert len(kernels) == 4 * len(HEAD_SIZES) + 4

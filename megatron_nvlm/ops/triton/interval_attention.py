@@ -16,7 +16,14 @@ from torch import Tensor
 
 from megatron_nvlm.ops.interval_attention import KEY_BLOCK
 from megatron_nvlm.ops.triton.interval_kernels import delta_kernel, forward_kernel, key_kernel, query_kernel
-from megatron_nvlm.ops.triton.interval_tiles import Tile, capability_of, padded_head, parts_of_group, tiles_for
+from megatron_nvlm.ops.triton.interval_tiles import (
+    DELTA_ROWS,
+    Tile,
+    capability_of,
+    padded_head,
+    parts_of_group,
+    tiles_for,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -56,9 +63,9 @@ class IntervalAttention(torch.autograd.Function):
         strides = (*query.stride(), *key.stride(), *value.stride(), *gradient.stride())
         scales = (ctx.scale * LOG2_E, ctx.scale)
         delta = torch.empty_like(lse)
-        delta_kernel[(heads, triton.cdiv(rows, 64))](
+        delta_kernel[(heads, triton.cdiv(rows, DELTA_ROWS))](
             *(output, gradient, delta, *output.stride(), *gradient.stride(), rows),
-            **{"HEAD": head_size, "WIDTH": padded_head(head_size), "ROWS": 64},
+            **{"HEAD": head_size, "WIDTH": padded_head(head_size), "ROWS": DELTA_ROWS},
         )
         query_gradient = query.new_empty(query.shape)
         query_kernel[(heads, triton.cdiv(rows, tiles.query.rows))](

@@ -27,7 +27,7 @@ class Tiles:
 
 
 # Head size rounded up to a power of two -> blocks, for 16-bit inputs. Of heads of 64 to 128 none spills registers on the
-# GPU that it is for (a test compiles them); those of 32 and 256 have not been looked at, and nothing has on sm_100.
+# GPU that it is for (a test compiles them); those of 32 and 256 have not been looked at. None has run on sm_100.
 _HOPPER = {
     32: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
     64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
@@ -40,8 +40,14 @@ _AMPERE = {
     128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     256: Tiles(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
 }
-TILES = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+_BLACKWELL = {
+    **_HOPPER,
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+}
+TILES = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 """By the first compute capability that takes them."""
+DELTA_ROWS = 32
+"""Rows of a block of the sums of output and gradient."""
 WIDE_TILES = Tiles(Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1))
 """For float32, whose products are computed in float32: no tensor cores, and twice the shared memory."""
 
