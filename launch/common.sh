@@ -10,7 +10,7 @@ refuse() {
 }
 
 # Before anything that takes time: a signal that finds no trap ends the script, and the job with it.
-asked=() run_dir=""
+asked=() run_dir="" status=0
 # shellcheck disable=SC2329  # the trap calls it
 ask_to_stop() {
     asked=(--asked)
@@ -107,7 +107,7 @@ ask_job_start() {
     answer=$("${here[@]}" python -m megatron_nvlm.commands.job_start "$1" "$run_dir" --start "$start" --job "$submission" \
         --max-failures "$MAX_FAILURES" "${@:2}") || {
         echo "error: the history of starts in $run_dir could not be kept; the job is not queued again" >&2
-        exit 1
+        exit $((status > 0 ? status : 1))
     }
     read -r action code excluded <<<"$answer"
 }

@@ -33,7 +33,7 @@ def launch(run_dir: RunDir, start: str, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         failures = tuple(_rank_failure(rank, node, failure) for rank, failure in sorted(error.failures.items()))
     except SignalException as error:
-        write_report(run_dir, NodeReport(start, node, ()))
+        _leave_word(run_dir, NodeReport(start, node, ()))
         return 128 + int(error.sigval)
     except (RendezvousError, DistError) as error:
         # No report: this node left no word, so that it may be to blame if the others did.
@@ -42,13 +42,21 @@ def launch(run_dir: RunDir, start: str, arguments: Sequence[str]) -> int:
         )
         return 1
     report = NodeReport(start, node, failures)
-    write_report(run_dir, report)
+    _leave_word(run_dir, report)
     for failure in failures:
         print(f"failed: {failure.describe()}", file=sys.stderr, flush=True)
     first = first_failure([report])
     if first is None:
         return 0
     return first.exit_code if first.exit_code > 0 else 128 - first.exit_code
+
+
+def _leave_word(run_dir: RunDir, report: NodeReport) -> None:
+    """Write the report; the exit code stands where it cannot be written."""
+    try:
+        write_report(run_dir, report)
+    except OSError as error:
+        print(f"the report of {report.node} could not be written ({error})", file=sys.stderr, flush=True)
 
 
 def _in_words(error: RendezvousError | DistError) -> str:

@@ -4,8 +4,10 @@ A rank's sentence goes into the file that torchrun names in TORCHELASTIC_ERROR_F
 its torchrun saw to `RUN_DIR/failures/NODE.json`, also for a rank that was killed and said nothing.
 """
 
+import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -82,7 +84,24 @@ def tell_launcher(message: str) -> None:
 
 
 def write_report(run_dir: RunDir, report: NodeReport) -> None:
-    """Leave a node's report, atomically."""
+    """Leave a node's report, atomically.
+
+    On a full disk, saves that were not completed make room: the ranks that wrote them have ended.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        _write_report(run_dir, report)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        for partial in run_dir.partial_saves:
+            shutil.rmtree(partial, ignore_errors=True)
+        _write_report(run_dir, report)
+
+
+def _write_report(run_dir: RunDir, report: NodeReport) -> None:
     run_dir.failures.mkdir(parents=True, exist_ok=True)
     file = run_dir.failures / f"{report.node}.json"
     partial = file.with_suffix(".partial")

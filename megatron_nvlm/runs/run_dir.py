@@ -119,6 +119,11 @@ class RunDir:
         return self.path / "profile"
 
     @property
+    def partial_saves(self) -> list[Path]:
+        """Folders of checkpoints that were begun and are not complete."""
+        return sorted(self.checkpoints.glob(".*.partial"))
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that works in the directory."""
         return self.path / "lock"
