@@ -82,8 +82,8 @@ def _notes(content: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for task in content["tasks"]:
         results = task["results"]
         told = [
-            f"{task['split']}. Prompt, {task['few_shot']} examples, up to {task['max_new_tokens']} tokens, greedy; told of "
-            f"{task['scale']:g}. {task['note']}".strip()
+            f"{task['split']}. {task['few_shot']} examples before the question; greedy answers of at most "
+            f"{task['max_new_tokens']} tokens; scores from 0 to {task['scale']:g}. {task['note']}".strip()
         ]
         for name, result in results.items():
             if "not_run" in result:
