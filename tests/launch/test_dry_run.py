@@ -1,6 +1,7 @@
 """The six job scripts say what they would run, and refuse mistakes, without Slurm."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,15 +58,15 @@ def test_a_mistake_ends_with_one_sentence(arguments: tuple[str, ...], said: str)
 def test_commands_run_in_the_container(tmp_path: Path) -> None:
     (tmp_path / "apptainer").write_text(APPTAINER)
     (tmp_path / "apptainer").chmod(0o755)
-    own = {"CONTAINER": "apptainer", "CONTAINER_IMAGE": "image.sif", "PATH": f"{tmp_path}:{environment()['PATH']}"}
-    done = dry_run("pretrain_nvlm_h", "--dry-run", **own)
+    path = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{environment()['PATH']}"}
+    done = dry_run("pretrain_nvlm_h", "--dry-run", CONTAINER="apptainer", CONTAINER_IMAGE="image.sif", **path)
     assert done.returncode == 0, done.stderr
     command = done.stdout.splitlines()[-1]
     assert command.startswith("'srun' ") and "'apptainer' 'exec' '--nv'" in command
     assert "'image.sif' 'python' '-m' 'megatron_nvlm.commands.launch_node'" in command
 
     own = {"CONTAINER": "pyxis", "CONTAINER_IMAGE": "registry#nvlm:1", "CONTAINER_MOUNTS": "/data:/data"}
-    command = dry_run("pretrain_nvlm_h", "--dry-run", **own).stdout.splitlines()[-1]
+    command = dry_run("pretrain_nvlm_h", "--dry-run", **own, **path).stdout.splitlines()[-1]
     assert "'--container-image=registry#nvlm:1'" in command and ",/data:/data'" in command
 
     refused = dry_run("pretrain_nvlm_h", "--dry-run", CONTAINER="docker", CONTAINER_IMAGE="x")
