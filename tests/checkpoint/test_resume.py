@@ -70,6 +70,7 @@ def test_a_run_goes_on_under_another_layout(variant: str, tmp_path: Path, world_
                 assert torch.allclose(found[key].float(), tensor.float(), rtol=0, atol=1e-3 * scale + 1e-12), key
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     run_file = write_run(tmp_path, optimizer={"decay_steps": 8}, checkpoint={"keep_last": 3})
     whole, run_dir = tmp_path / "uninterrupted", tmp_path / "run"

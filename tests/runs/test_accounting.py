@@ -94,6 +94,7 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in RunDir(run_dir).profile.glob("*"))
 
 
+@pytest.mark.slow
 def test_profiles_of_steps_and_ranks(tmp_path: Path) -> None:
     """A stretch that an interruption cuts in two is profiled in two; what is computed stays the same digit for digit."""
     path = write_run(tmp_path / "files", training={"train_steps": 5}, optimizer={"decay_steps": 5})

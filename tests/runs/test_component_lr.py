@@ -82,6 +82,7 @@ def test_another_layout_goes_on_with_them(run_file: Path, own: list[dict[str, An
     assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in own], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_changed_multiples_take_effect(run_file: Path, plain: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
     """From none to some to others to none, and kept with the schedule."""
     run(run_file, "changed", "training.train_steps=2")
