@@ -13,7 +13,7 @@ PACKAGE = ROOT / "megatron_nvlm"
 
 # Each line may import from the lines above it (and a room from itself).
 LAYERS = (
-    {"core_compat", "exit_codes", "runs.run_dir"},
+    {"core_compat", "exit_codes", "runs.run_dir", "whole_files"},
     {"errors", "quiet", "runs.failures"},
     {"dotted_keys", "metrics_lines", "option_types", "regular_files"},
     {"image", "text", "ops", "trackers"},

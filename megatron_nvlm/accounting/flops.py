@@ -9,6 +9,7 @@ layer below the first one that trains, or that a trained part reads, needs any.
 
 from collections.abc import Collection
 from dataclasses import astuple, dataclass, field
+from operator import add
 
 from megatron_nvlm.models.config import ResolvedModel
 from megatron_nvlm.models.cross_attention import CrossAttentionConfig
@@ -36,13 +37,7 @@ class Flops:
     """Operations of the backward pass below the first layer that needs it, done all the same."""
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(
-            self.forward + other.forward,
-            self.input_gradient + other.input_gradient,
-            self.weight_gradient + other.weight_gradient,
-            self.recompute + other.recompute,
-            self.needless + other.needless,
-        )
+        return Flops(*map(add, astuple(self), astuple(other)))
 
     def times(self, count: int) -> "Flops":
         """These operations, repeated a number of times."""
@@ -75,7 +70,7 @@ class Work:
     """Decoder tokens whose next token is learned; no other passes the output layer."""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
+        return Work(*map(add, astuple(self), astuple(other)))
 
 
 NO_WORK = Work(0, 0, 0, 0, 0, 0)

@@ -5,7 +5,6 @@ builds of shards read (data/building/forms.py). A line out: the same and "answer
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.inference.openai_request import open_batch_line
 from megatron_nvlm.inference.questions import make_sample, read_image
 from megatron_nvlm.regular_files import check_regular, read_whole
+from megatron_nvlm.whole_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ class AnswerFile:
         try:
             kept = self._read_kept()
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_bytes(b"".join(kept))
-            os.replace(partial, path)
+            write_whole(path, b"".join(kept))
             self._file = path.open("ab")
         except OSError as error:
             raise UserError(f"the answers {path} cannot be written ({error.strerror}); correct --outputs") from error

@@ -17,6 +17,7 @@ from signal import Signals
 
 from megatron_nvlm.exit_codes import DETERMINISTIC
 from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.whole_files import write_whole
 
 _CONSEQUENCES = (
     "DistBackendError",
@@ -103,10 +104,7 @@ def write_report(run_dir: RunDir, report: NodeReport) -> None:
 
 def _write_report(run_dir: RunDir, report: NodeReport) -> None:
     run_dir.failures.mkdir(parents=True, exist_ok=True)
-    file = run_dir.failures / f"{report.node}.json"
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(report)))
-    os.replace(partial, file)
+    write_whole(run_dir.failures / f"{report.node}.json", json.dumps(asdict(report)).encode())
 
 
 def read_reports(run_dir: RunDir, start: str) -> list[NodeReport]:

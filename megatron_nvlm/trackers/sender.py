@@ -27,6 +27,7 @@ from megatron_nvlm.trackers.config import MlflowConfig, WandbConfig, section_of
 from megatron_nvlm.trackers.mlflow_tracker import MlflowTracker
 from megatron_nvlm.trackers.tracker import Ending, StepNumbers, TrackedRun, Tracker
 from megatron_nvlm.trackers.wandb_tracker import WandbTracker
+from megatron_nvlm.whole_files import write_whole_text
 
 LOOK_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 15.0, 600.0
@@ -115,9 +116,7 @@ class Sender:
 
     def _remember(self) -> None:
         known = {**_read_known(self.run_dir), self.tracker.name: {"id": self.run_id, "step": self.sent_step}}
-        partial = self.run_dir.trackers.with_suffix(".partial")
-        partial.write_text(json.dumps(known) + "\n")
-        os.replace(partial, self.run_dir.trackers)
+        write_whole_text(self.run_dir.trackers, json.dumps(known) + "\n")
 
     def _note(self, error: Exception) -> None:
         if not self.failure:

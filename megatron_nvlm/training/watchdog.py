@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 from megatron_nvlm.exit_codes import WATCHDOG
 from megatron_nvlm.runs.failures import node_name, tell_launcher
 from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.whole_files import write_whole_text
 
 _QUESTION_SECONDS = 5
 """Seconds that the last question to the store may take: the rank that holds the store may be the one that hangs."""
@@ -119,10 +120,8 @@ class Watchdog:
             return
         beat = {"time": time.time(), "step": self._beat.step, "action": self._beat.action, "ranks": self.ranks}
         start = {"node": node_name(), "process": os.getpid(), "start": os.environ.get("TORCHELASTIC_RUN_ID")}
-        partial = self._run_dir.heartbeat.with_suffix(".partial")
         with suppress(OSError):  # a full disk is said by who loses something by it
-            partial.write_text(json.dumps({**beat, **start}) + "\n")
-            os.replace(partial, self._run_dir.heartbeat)
+            write_whole_text(self._run_dir.heartbeat, json.dumps({**beat, **start}) + "\n")
 
     def _tell(self) -> None:
         alive = Beat(**{**asdict(self._beat), "time": time.time()})

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import megatron_nvlm
 from megatron_nvlm.data.building.changes import BlockFiles, first_written_after, hash_places, name_changed
 from megatron_nvlm.data.building.inputs import Input
-from megatron_nvlm.data.building.parts import Parts, write_whole
+from megatron_nvlm.data.building.parts import Parts
 from megatron_nvlm.data.building.report import REPORT_FILES
 from megatron_nvlm.data.building.samples import TILE_FIELDS, SampleSettings, Stored, make_sample, unread_parts
 from megatron_nvlm.data.building.workers import Workers
@@ -35,6 +35,7 @@ from megatron_nvlm.data.order.shuffle import round_keys, shuffled
 from megatron_nvlm.data.shards.index import IMAGES_FILE, INDEX_FILE, SAMPLES_FILE, write_index
 from megatron_nvlm.data.shards.write import shard_name, write_shard
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.whole_files import write_whole_text
 
 MANIFEST_FILE, REJECTS_FILE, PARTS, PLAN_FILE, LOCK_FILE = (
     "manifest.json",
@@ -228,7 +229,7 @@ class Builder:
                 self._refuse_other_plan(plan)
             self._clear()  # a first try with a wrong option has made nothing
         self.per_shard = self.settings.samples_per_shard or self._measure()
-        write_whole(path, json.dumps({**self._facts(), "samples_per_shard": self.per_shard}))
+        write_whole_text(path, json.dumps({**self._facts(), "samples_per_shard": self.per_shard}))
 
     def _differs_from(self, plan: dict[str, Any]) -> str | None:
         return next((name for name, ours in json.loads(json.dumps(self._facts())).items() if plan[name] != ours), None)
@@ -353,7 +354,7 @@ class Builder:
         rejects = [Reject(str(source.path), fault) for source in self.inputs for fault in source.faults]
         rejects += [Reject(**reject) for _, part in self.parts.read_all() for reject in part["rejects"]]
         lines = (json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
-        write_whole(self.folder / REJECTS_FILE, "".join(lines))
+        write_whole_text(self.folder / REJECTS_FILE, "".join(lines))
         return rejects
 
     # ---- the end
@@ -386,7 +387,7 @@ class Builder:
             "files_of_blocks": self.parts.digests(),
             "index_sha256": hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest(),
         }
-        write_whole(self.folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        write_whole_text(self.folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         return manifest
 
 

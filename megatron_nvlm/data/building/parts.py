@@ -1,13 +1,13 @@
 """Finished blocks of a build that is not finished: their index rows, their rejects, and what they were read from."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_nvlm.data.building.changes import BlockFiles
 from megatron_nvlm.data.shards.index import ShardEntries
+from megatron_nvlm.whole_files import write_whole_text
 
 PlacesOf = Callable[[int], str]
 """Of a block: `BlockFiles.places` as they are now."""
@@ -31,8 +31,8 @@ class Parts:
         """Keep what a block gave, all or nothing."""
         if len(rows.samples):
             rows.save(self.path(block, "npz"))
-        write_whole(self.path(block, "files"), used.to_json())
-        write_whole(self.path(block, "json"), json.dumps(facts))
+        write_whole_text(self.path(block, "files"), used.to_json())
+        write_whole_text(self.path(block, "json"), json.dumps(facts))
 
     def read(self, block: int) -> dict[str, Any]:
         """What `finish` kept: number of samples, rejects, what was not read."""
@@ -83,10 +83,3 @@ class Parts:
         stored = (self.path(block, "files") for block, _ in self.read_all())
         used = (BlockFiles.from_json(path.read_text(encoding="utf-8")) for path in stored if path.is_file())
         return next(filter(None, (block.changed() for block in used)), None)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, all or nothing; what is not UTF-8 is spelled out."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_nvlm.errors import UserError
+from megatron_nvlm.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class RemoteFolder:
                 raise UserError(f"{self.address}/{index_file} is no index ({error}); build the shards again") from error
             for name, facts in files.items():
                 self._download(name, int(facts["size"]), str(facts["sha256"]))
-            _write(self.folder / index_file, data)
+            write_whole(self.folder / index_file, data)
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
         """A shard's local path; it may be removed again, but not from under a process that has opened it.
@@ -210,9 +211,3 @@ def _lock(path: Path) -> Iterator[None]:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

@@ -25,6 +25,7 @@ from megatron_nvlm.errors import UserError
 from megatron_nvlm.evaluation.benchmarks.models import ModelFacts
 from megatron_nvlm.evaluation.tasks.samples import Question
 from megatron_nvlm.inference.sampling import Sampling
+from megatron_nvlm.whole_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
-    _replace(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
-    _replace(path, b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+    write_whole(path, b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
 
 
 def questions_hash(questions: Sequence[Question], sampling: Sampling) -> str:
@@ -168,7 +163,7 @@ def _keep_answers(files: TaskFiles, questions: Sequence[Question]) -> str:
             kept.append(line)
         elif "answer" in found:
             dropped += 1
-    _replace(files.answers, b"".join(kept))
+    write_whole(files.answers, b"".join(kept))
     return f"{files.task}: {dropped} answers are of questions that have changed or are gone" if dropped else ""
 
 
