@@ -20,7 +20,17 @@ from megatron_nvlm.runs.run_dir import RunDir
 from megatron_nvlm.runs.start_history import newest_step
 from tests.support.launch import launch
 from tests.support.shards import read_metrics
-from tests.support.slurm import ENDED, RUN_FILE, Cluster, Job, cluster, mini_slurm
+from tests.support.slurm import (
+    ENDED,
+    RUN_FILE,
+    Cluster,
+    Job,
+    cluster,
+    damage_newest_checkpoint,
+    halve,
+    kill,
+    mini_slurm,
+)
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -62,7 +72,7 @@ class Campaign:
     job: Job
 
     def kill_a_rank(self) -> None:
-        self.chance.choice(self.job.ranks()).send_signal(signal.SIGKILL)
+        kill(self.chance.choice(self.job.ranks()))
 
     def stop_a_rank(self) -> None:
         """The watchdog ends the start."""
@@ -84,9 +94,7 @@ class Campaign:
 
     def damage_the_newest_checkpoint(self) -> None:
         """And have the job start again from an earlier one."""
-        run_dir = RunDir(self.job.run_dir)
-        newest = run_dir.checkpoints / f"step_{newest_step(run_dir):08d}"
-        halve(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+        damage_newest_checkpoint(self.job)
         self.kill_a_rank()
 
     def fill_the_disk(self) -> None:
@@ -122,11 +130,6 @@ class Campaign:
         has_progress = newest_step(RunDir(self.job.run_dir)) > step
         runs = self.slurm.state(self.job) == "RUNNING" and len(self.job.ranks()) == 2
         return self.slurm.state(self.job) in ENDED or has_progress and runs
-
-
-def halve(file: Path) -> None:
-    with file.open("r+b") as content:
-        content.truncate(file.stat().st_size // 2)
 
 
 FAULTS: tuple[Callable[[Campaign], None], ...] = (

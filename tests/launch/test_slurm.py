@@ -8,7 +8,7 @@ import pytest
 from tests.launch.conftest import STEPS
 from tests.support.launch import launch
 from tests.support.shards import read_metrics
-from tests.support.slurm import RUN_FILE, Cluster, Job, cluster, kill, mini_slurm
+from tests.support.slurm import RUN_FILE, Cluster, Job, cluster, damage_newest_checkpoint, kill, mini_slurm
 
 pytestmark = pytest.mark.slurm
 
@@ -222,9 +222,7 @@ def test_a_damaged_newest_checkpoint_costs_one_start(
     slurm.wait(job, lambda: job.steps_done() >= 10)
     kill(job.ranks()[0])
     slurm.wait(job, lambda: not job.ranks())
-    newest = max((job.run_dir / "checkpoints").glob("step_*"))
-    damaged = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    newest = damage_newest_checkpoint(job)
     completed(slurm, job)
     assert f"damaged ({newest}" in job.text and slurm.field(job, "Restarts") == "1"
     assert losses(job.run_dir) == undisturbed

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_nvlm.runs.run_dir import RunDir
+from megatron_nvlm.runs.start_history import newest_step
 from tests.support.launch import REPOSITORY, environment
 
 MINI_SLURM = REPOSITORY / "tests" / "launch" / "mini_slurm.sh"
@@ -155,3 +157,17 @@ def cluster(nodes: int) -> Iterator[Cluster]:
 def kill(process: psutil.Process) -> None:
     """As the kernel does when memory runs out."""
     process.send_signal(signal.SIGKILL)
+
+
+def halve(file: Path) -> None:
+    """Cut the second half of a file off."""
+    with file.open("r+b") as content:
+        content.truncate(file.stat().st_size // 2)
+
+
+def damage_newest_checkpoint(job: Job) -> Path:
+    """Halve the largest file of the newest complete checkpoint; its folder."""
+    run_dir = RunDir(job.run_dir)
+    newest = run_dir.checkpoints / f"step_{newest_step(run_dir):08d}"
+    halve(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    return newest
